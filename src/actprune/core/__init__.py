@@ -1,0 +1,1 @@
+"""Shared foundations: errors, frozen dataclasses that cross rooms, atomic files."""

@@ -1,0 +1,115 @@
+"""Watch what modules read, with hooks that live only inside a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot"})
+"""ATen operators that count as one contraction each, in the order in which a module runs them."""
+
+OPERANDS = {"addmm": 1, "baddbmm": 1}
+"""Where an operator's first factor stands among its arguments."""
+
+Watcher = Callable[[Tensor], None]
+
+
+@contextmanager
+def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
+    """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``."""
+    with ExitStack() as stack:
+        for path, watcher in watchers.items():
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watcher: Watcher = watcher) -> None:
+                watcher(args[0] if args else kwargs["input"])
+
+            handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def decomposed(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator, in its parts where it is a composite one (inference mode hands those over whole)."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with mode:
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return func(*args, **kwargs)
+
+
+class _Operands(TorchDispatchMode):
+    """Inside one module's forward: hands over an operand of the k-th contraction it runs itself."""
+
+    def __init__(self, watchers: Mapping[tuple[int, int], list[Watcher]]) -> None:
+        super().__init__()
+        self.watchers = watchers
+        self.ordinal = 0
+        self.paused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        name = func.overloadpacket.__name__
+        if name not in CONTRACTIONS:
+            return decomposed(self, func, args, kwargs or {})
+        if not self.paused:
+            for operand in (0, 1):
+                for watcher in self.watchers.get((self.ordinal, operand), ()):
+                    watcher(args[OPERANDS.get(name, 0) + operand])
+            self.ordinal += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, int], list[Watcher]]]) -> Iterator[None]:
+    """Watch operands of contractions that a module runs outside its children.
+
+    Args:
+        model: the model.
+        watchers: module path -> (which contraction, 0 for its first factor or 1 for its second) -> watchers.
+
+    Attention is decomposed into matrix products meanwhile, as it was when the model was traced.
+    """
+    if not watchers:
+        yield
+        return
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        for path, wanted in watchers.items():
+            _watch_module(model.get_submodule(path), wanted, stack)
+        yield
+
+
+def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watcher]], stack: ExitStack) -> None:
+    running: list[_Operands] = []
+
+    def enter(*_: Any) -> None:
+        mode = _Operands(wanted)
+        mode.__enter__()
+        running.append(mode)
+
+    def leave(*_: Any) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+
+    def pause(*_: Any) -> None:
+        if running:
+            running[-1].paused += 1
+
+    def resume(*_: Any) -> None:
+        if running:
+            running[-1].paused -= 1
+
+    stack.callback(module.register_forward_pre_hook(enter).remove)
+    stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+    for child in module.children():
+        stack.callback(child.register_forward_pre_hook(pause).remove)
+        stack.callback(child.register_forward_hook(resume, always_call=True).remove)

@@ -1,0 +1,103 @@
+"""The surgery record: the history of plans as plain lists and strings; with it a fresh model takes the pruned shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from actprune.core.errors import ConfigError
+from actprune.core.plan import Plan, Positions
+
+ATTRIBUTE = "_surgery_record"
+"""Name under which a pruned model carries its record."""
+
+
+@dataclass
+class SurgeryRecord:
+    """Everything that was removed from a model, in positions of the original tensors."""
+
+    removed: Positions = field(default_factory=dict)
+    """Parameter or buffer name -> dimension -> sorted positions of the original tensor."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """Original shape of every tensor in ``removed``."""
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Module path -> attribute -> value now."""
+    biases: list[str] = field(default_factory=list)
+    """Paths of modules that were given a bias."""
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    """Group name -> [original width, width now] of every group that was cut."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """One summary per executed plan: params and macs before and after, units removed per group."""
+
+    def extend(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
+        """Append an executed plan.
+
+        Args:
+            plan: the plan, in positions of the tensors before it.
+            shapes: shapes before the plan, of every tensor it cuts.
+            sizes: widths before the plan, of every group it cuts.
+        """
+        for name, dims in plan.removed.items():
+            known = self.removed.setdefault(name, {})
+            original = self.shapes.setdefault(name, list(shapes[name]))
+            for dim, positions in dims.items():
+                gone = set(known.get(dim, ()))
+                kept = [i for i in range(original[dim]) if i not in gone]
+                known[dim] = sorted(gone | {kept[i] for i in positions})
+        for path, values in plan.attributes.items():
+            self.attributes.setdefault(path, {}).update(values)
+        self.biases += [path for path in plan.new_biases if path not in self.biases]
+        for group, n in plan.groups.items():
+            before = self.widths.setdefault(group, [sizes[group], sizes[group]])
+            before[1] -= n
+        self.steps.append(
+            {
+                "params_before": plan.params_before,
+                "params_after": plan.params_after,
+                "macs_before": plan.macs_before,
+                "macs_after": plan.macs_after,
+                "groups": dict(plan.groups),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; dimensions become strings, so that JSON keeps them."""
+        return {
+            "removed": {n: {str(d): list(p) for d, p in dims.items()} for n, dims in self.removed.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {path: dict(values) for path, values in self.attributes.items()},
+            "biases": list(self.biases),
+            "widths": {name: list(pair) for name, pair in self.widths.items()},
+            "steps": [dict(step) for step in self.steps],
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> SurgeryRecord:
+        """Inverse of ``to_dict``.
+
+        Raises:
+            ConfigError: the dictionary is not a surgery record.
+        """
+        missing = {"removed", "shapes", "attributes", "biases", "widths", "steps"} - set(state)
+        if missing:
+            raise ConfigError(f"not a surgery record: {', '.join(sorted(missing))} missing; pass what to_dict() returned")
+        return cls(
+            removed={n: {int(d): list(p) for d, p in dims.items()} for n, dims in state["removed"].items()},
+            shapes={name: list(shape) for name, shape in state["shapes"].items()},
+            attributes={path: dict(values) for path, values in state["attributes"].items()},
+            biases=list(state["biases"]),
+            widths={name: list(pair) for name, pair in state["widths"].items()},
+            steps=[dict(step) for step in state["steps"]],
+        )
+
+    def __bool__(self) -> bool:
+        """Whether anything was removed."""
+        return bool(self.removed)
+
+
+def record_of(model: nn.Module) -> SurgeryRecord:
+    """The record that a model carries; an empty one where it was never pruned."""
+    return getattr(model, ATTRIBUTE, None) or SurgeryRecord()

@@ -1,0 +1,81 @@
+"""What a criterion sees of a group, and the contracts of statistics and criteria."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Statistic(Metric):
+    """A streaming accumulator over the activations of one site, one value or row per unit.
+
+    Subclasses keep raw sums (``add_state`` with ``dist_reduce_fx="sum"``), so that shards merge by one reduction, and
+    apply every non-linear function in ``compute``. A state that is no sum (a range, a reference) is brought in line by
+    ``scale`` and ``aligned`` before the sums are added.
+    """
+
+    full_state_update = False
+
+    whole_maps: bool = False
+    """True: needs every position of a map, in row-major order; a sample of positions will not do."""
+    n_units: int
+    """Units of the group at this site (U)."""
+    n_samples: Tensor
+    """() samples seen."""
+    nonfinite: Tensor
+    """(U,) batches in which a NaN or Inf was seen, per unit."""
+
+    def update(
+        self,
+        x: Tensor,  # (N, U, P) activations: samples, units, positions of the unit in one sample
+        sample_ids: Tensor,  # (N,) int64, the same for the same sample whatever the batch or the rank
+    ) -> None:
+        """Accumulate one batch."""
+        raise NotImplementedError
+
+    def aligned(self, shared: Mapping[str, Tensor]) -> None:
+        """Bring the state to a scale that is common to all shards, before they are summed (default: nothing to do).
+
+        ``shared`` holds, element by element, the maximum over shards of every tensor that ``scale`` returned.
+        """
+
+    def scale(self) -> dict[str, Tensor]:
+        """Float64 tensors whose maximum over shards ``aligned`` needs, -inf where nothing was seen (default: none)."""
+        return {}
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """One group as a criterion sees it."""
+
+    name: str
+    """The group's name, e.g. ``layer1.0.conv1``."""
+    size: int
+    """Number of units U."""
+    statistics: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """The criterion's statistics by key: one ``Statistic`` per site of the group, in execution order."""
+    slices: Callable[[], list[Tensor]] = list
+    """Everything that leaves with a unit: one tensor of shape (U, n_elements) per parameter dimension concerned."""
+    seed: int = 0
+    """Seed of this run and step, for criteria that draw."""
+
+
+class Criterion(ABC):
+    """Scores the units of a group: one number per unit, higher = keep."""
+
+    def statistics(self) -> dict[str, Callable[[int], Statistic]]:
+        """The statistics to accumulate at every site: key -> constructor taking the number of units (default: none)."""
+        return {}
+
+    @abstractmethod
+    def score(self, view: GroupView) -> Tensor:
+        """Score every unit of a group.
+
+        Returns:
+            float64 tensor of shape (U,), finite; higher = keep.
+        """
