@@ -1,0 +1,153 @@
+"""The channel graph: groups of units that may leave, where they are read, what everything costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actprune.graph.cost import CostModel
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a group's activations are observed: an input that a contraction reads."""
+
+    name: str
+    """Path of the module that reads, with ``#k`` where it reads more than once."""
+    module: str
+    """Path of the module to hook."""
+    ordinal: int | None
+    """None: the module's own input is what is read; else which contraction inside the module's forward reads it."""
+    operand: int
+    """Argument position of the activation."""
+    dim: int
+    """The activation's channel dimension."""
+    positions: NDArray[np.int64]
+    """(n_units, k) positions of every unit along ``dim``."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A contraction with a weight that reads cuttable units: where compensation may act."""
+
+    module: str
+    weight: str
+    """Name of the weight parameter."""
+    reads_dim: int
+    """The weight's dimension that is summed over."""
+    reads: NDArray[np.int64]
+    """Class index of every position along that dimension, -1 where fixed."""
+    writes: NDArray[np.int64] | None
+    """Class index of every output channel."""
+    bias: str | None
+    batch_norm: str | None
+    """Path of the batch norm that alone reads the output."""
+    site: str
+    """Name of the site at which this consumer reads."""
+    ordinal: int | None
+    operand: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Interchangeable units of one width."""
+
+    name: str
+    """Path of the module that produces the units."""
+    size: int
+    """Number of units."""
+    locked: str | None
+    """Why no unit may leave, or None."""
+    members: Mapping[tuple[str, int], NDArray[np.int64]]
+    """(parameter or buffer, dimension) -> (n_units, k) positions that leave with each unit."""
+    classes: NDArray[np.int64]
+    """(n_units,) class index of every unit in the cost model."""
+    sites: tuple[Site, ...] = ()
+
+    def __repr__(self) -> str:
+        """Short enough for a list of groups."""
+        return f"Group({self.name!r}, size={self.size}, locked={self.locked!r})"
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A module attribute whose value follows the cut."""
+
+    module: str
+    attribute: str
+    index: int | None
+    counts: NDArray[np.int64]
+    """Class index of every counted thing."""
+
+    def value(self, removed: NDArray[np.bool_]) -> int:
+        """The attribute's value when the marked classes are gone."""
+        return int(np.append(~removed, True)[self.counts].sum())
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What ``trace`` returns."""
+
+    groups: tuple[Group, ...]
+    """Every group, in execution order; ``group.locked`` gives the reason where it cannot be cut."""
+    consumers: tuple[Consumer, ...]
+    followers: tuple[Follower, ...]
+    possible: tuple[Follower, ...]
+    """Attributes that may have to follow: they do where the cut model fails in their module otherwise."""
+    cost: CostModel
+    n_classes: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every parameter and buffer the model used."""
+    unknown: Mapping[str, int]
+    """Operators without a rule that met cuttable ids -> how often."""
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return self.cost.evaluate("params")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one call on the example inputs."""
+        return self.cost.evaluate("macs")
+
+    @property
+    def unlocked(self) -> tuple[Group, ...]:
+        """The groups whose units may leave."""
+        return tuple(group for group in self.groups if group.locked is None)
+
+    def group(self, name: str) -> Group:
+        """Return the group of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; groups: {', '.join(g.name for g in self.groups)}")
+
+    def removed(self, units: Mapping[str, Iterable[int]]) -> NDArray[np.bool_]:
+        """Mask over classes of ``units``: group name -> indices of the units that leave."""
+        mask = np.zeros(self.n_classes, dtype=bool)
+        for name, indices in units.items():
+            mask[self.group(name).classes[np.fromiter(indices, dtype=np.int64)]] = True
+        return mask
+
+    def __str__(self) -> str:
+        """A table of groups: width, what leaves with a unit, why a group is locked."""
+        lines = [
+            f"{len(self.unlocked)} groups can be cut, {len(self.groups) - len(self.unlocked)} are locked; "
+            f"{self.params:,} parameters, {self.macs:,} MACs"
+        ]
+        width = min(44, max((len(g.name) for g in self.groups), default=0))
+        for group in self.groups:
+            tensors = sorted({name for name, _ in group.members})
+            leaves = f"{len(tensors)} tensors: {tensors[0]}{', ...' if len(tensors) > 1 else ''}"
+            lines.append(f"{group.name:<{width}} {group.size:>6}  {group.locked or leaves}")
+        lines += [f"no rule for {name} ({count}x): what it touches is locked" for name, count in self.unknown.items()]
+        return "\n".join(lines)

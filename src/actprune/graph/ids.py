@@ -1,0 +1,106 @@
+"""Channel ids: integers that name what leaves together, tied by union-find.
+
+Every dimension of a tensor carries an integer array, one id per position. Two values are not ids: ``FIXED`` (the position
+cannot be cut) and ``FREE`` (the position was broadcast, so it follows whatever it meets). ``None`` stands for a dimension
+that is ``FIXED`` throughout. Union-find: Tarjan 1975; here vectorised over arrays, smallest id as the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = "NDArray[np.int64] | None"
+
+FIXED = -1
+FREE = -2
+
+
+class IdSpace:
+    """Allocates ids, ties them and locks them with a reason."""
+
+    def __init__(self) -> None:
+        self._parent = np.arange(1024, dtype=np.int64)
+        self._size = 0
+        self._locks: list[tuple[NDArray[np.int64], str]] = []
+
+    def fresh(self, n: int) -> NDArray[np.int64]:
+        """Return ``n`` new ids."""
+        start, self._size = self._size, self._size + n
+        if self._size > len(self._parent):
+            capacity = 2 * self._size
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity, dtype=np.int64)])
+        return np.arange(start, self._size, dtype=np.int64)
+
+    def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the root of every id (``FIXED`` and ``FREE`` stay as they are)."""
+        special = ids < 0
+        if special.any():
+            roots = ids.copy()
+            roots[~special] = self.find(ids[~special])
+            return roots
+        roots = self._parent[ids]
+        while True:
+            up = self._parent[roots]
+            if np.array_equal(up, roots):
+                break
+            roots = up
+        self._parent[ids] = roots
+        return roots
+
+    def tie(self, a: Ids, b: Ids, reason: str) -> None:
+        """Make ``a[i]`` and ``b[i]`` leave together; an id that meets ``FIXED`` is locked with ``reason``."""
+        if a is None and b is None:
+            return
+        if a is None or b is None:
+            self.lock(a if b is None else b, reason)
+            return
+        if a is b:
+            return
+        self.lock(a[b == FIXED], reason)
+        self.lock(b[a == FIXED], reason)
+        both = (a >= 0) & (b >= 0)
+        left, right = self.find(a[both]), self.find(b[both])
+        while True:
+            differ = left != right
+            if not differ.any():
+                return
+            left, right = left[differ], right[differ]
+            # several smaller roots may claim the same larger one: the smallest wins now, the loop ties the others
+            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+            left, right = self.find(left), self.find(right)
+
+    def lock(self, ids: Ids, reason: str) -> None:
+        """Forbid cutting these ids; the first reason given to a class is the one reported."""
+        if ids is not None:
+            ids = ids[ids >= 0]
+            if len(ids):
+                self._locks.append((ids, reason))
+
+    def reasons(self) -> dict[int, str]:
+        """Return root -> reason of every locked class."""
+        found: dict[int, str] = {}
+        for ids, reason in self._locks:
+            for root in np.unique(self.find(ids)).tolist():
+                found.setdefault(root, reason)
+        return found
+
+
+def first(candidates: Sequence[Ids]) -> Ids:
+    """Merge id arrays that describe the same positions: a real id wins over ``FREE``, and ``FREE`` over ``FIXED``."""
+    present = [ids for ids in candidates if ids is not None]
+    if not present:
+        return None
+    merged = present[0]
+    for ids in present[1:]:
+        if (merged < 0).any():
+            merged = np.where(merged >= 0, merged, np.where(ids >= 0, ids, np.minimum(merged, ids)))
+    return merged
+
+
+def free(n: int) -> NDArray[np.int64]:
+    """Return ids for ``n`` broadcast positions."""
+    return np.full(n, FREE, dtype=np.int64)

@@ -1,0 +1,137 @@
+"""Convolutions and matrix products: the summed dimension is tied, the output takes the other operand's ids."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+from torch import Tensor
+
+from actprune.graph.ids import Ids
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import TraceState
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Ordinary, grouped, depthwise and transposed convolutions in 1 to 3 dimensions.
+
+    Grouped: the unit is a whole group, its inputs and its outputs. Transposed: the weight is (in, out / groups, ...).
+    """
+    x, weight = t.ids(a.input), t.ids(a.weight)
+    transposed = bool(getattr(a, "transposed", False))
+    for kernel in weight[2:]:
+        t.lock(kernel, "kernel position")
+    for spatial in x[2:]:
+        t.lock(spatial, "convolved dimension")
+    outer, inner = weight[0], weight[1]
+    if a.groups == 1:
+        reads, writes = (outer, inner) if transposed else (inner, outer)
+        t.tie(x[1], reads)
+        operand: Ids = first_known(x[1], reads)
+        sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], inner)]
+    else:
+        operand, reads = x[1], None
+        if transposed:
+            writes = _whole_groups(t, x[1], outer, inner, a.groups, out.shape[1])
+        else:
+            _tie_groups(t, x[1], outer, a.groups)
+            t.lock(inner, "inside a group of a grouped convolution")
+            writes = outer
+        sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], None)]
+    if a.bias is not None:
+        t.tie(writes, t.ids(a.bias)[0])
+    positions = a.input if transposed else out
+    constant = positions.shape[0] * math.prod(positions.shape[2:]) * math.prod(a.weight.shape[2:])
+    t.set(out, [x[0], writes, *[None] * (out.dim() - 2)])
+    t.contract(out, (0, 1, operand), writes, sizes, constant, a.weight, reads, a.bias)
+
+
+def first_known(a: Ids, b: Ids) -> Ids:
+    """The first of the two that is not fixed throughout."""
+    return a if a is not None else b
+
+
+def _tie_groups(t: TraceState, x: Ids, outer: Ids, groups: int) -> None:
+    """Tie all inputs and outputs of each group to the group's first output."""
+    assert outer is not None
+    rows = outer.reshape(groups, -1)
+    leader = rows[:, :1]
+    t.tie(np.broadcast_to(leader, rows.shape).ravel(), rows.ravel())
+    if x is None:
+        t.lock(outer, "grouped convolution of a fixed width")
+    else:
+        columns = x.reshape(groups, -1)
+        t.tie(np.broadcast_to(leader, columns.shape).ravel(), columns.ravel())
+
+
+def _whole_groups(t: TraceState, x: Ids, outer: Ids, inner: Ids, groups: int, width: int) -> Ids:
+    _tie_groups(t, x, outer, groups)
+    t.lock(inner, "inside a group of a grouped convolution")
+    assert outer is not None
+    return np.repeat(outer.reshape(groups, -1)[:, 0], width // groups)
+
+
+def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """``out = a @ b`` for the last two dimensions; batch dimensions meet position by position."""
+    left, right = t.ids(a), t.ids(b)
+    t.tie(left[-1], right[-2])
+    batch: list[Ids] = []
+    for da, db in zip(left[:-2], right[:-2], strict=True):
+        t.tie(da, db)
+        batch.append(first_known(da, db))
+    writes = right[-1]
+    ids = [*batch, left[-2], writes]
+    t.set(out, ids)
+    sizes = [
+        *zip(out.shape[:-2], batch, strict=True),
+        (a.shape[-2], left[-2]),
+        (a.shape[-1], first_known(left[-1], right[-2])),
+        (b.shape[-1], writes),
+    ]
+    reads = first_known(left[-1], right[-2])
+    if t.origin(a) is not None and t.origin(b) is None:
+        # weight @ activation: the activation is the second operand, the output channels are the rows
+        t.contract(out, (1, b.dim() - 2, reads), left[-2], sizes, 1, a, left[-1], None)
+        return
+    t.contract(out, (0, a.dim() - 1, reads), writes, sizes, 1, b, right[-2], bias)
+
+
+@rule("mm", "bmm")
+def matrix_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``input @ mat2``, with or without a batch dimension."""
+    _product(t, a.input, a.mat2, out)
+
+
+@rule("addmm")
+def affine(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``input + mat1 @ mat2``: a linear layer with bias."""
+    is_bias = a.input.dim() == 1
+    _product(t, a.mat1, a.mat2, out, a.input if is_bias else None)
+    _add(t, a.input, out)
+
+
+@rule("baddbmm")
+def batched_affine(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``input + batch1 @ batch2``."""
+    _product(t, a.batch1, a.batch2, out)
+    _add(t, a.input, out)
+
+
+def _add(t: TraceState, addend: Tensor, out: Tensor) -> None:
+    for dim in range(1, addend.dim() + 1):
+        if addend.shape[-dim] == out.shape[-dim] != 1:
+            t.tie(t.ids(addend)[-dim], t.ids(out)[-dim])
+
+
+@rule("mv", "dot")
+def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Matrix times vector, vector times vector."""
+    other = a.vec if hasattr(a, "vec") else a.tensor
+    left = t.ids(a.input)
+    t.tie(left[-1], t.ids(other)[0])
+    reads = first_known(left[-1], t.ids(other)[0])
+    t.set(out, left[:-1])
+    sizes = list(zip(a.input.shape, [*left[:-1], reads], strict=True))
+    t.contract(out, (0, a.input.dim() - 1, reads), None, sizes)

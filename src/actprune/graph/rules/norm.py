@@ -1,0 +1,84 @@
+"""Normalisation: parameters and running statistics are tied to the channels they scale."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from actprune.graph.ids import Ids
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import Binding, TraceState
+
+
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_no_update",
+)
+def batch_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Channels are dimension 1; each is normalised alone."""
+    x = t.ids(a.input)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(a, name, None)
+        if isinstance(tensor, Tensor):
+            t.tie(x[1], t.ids(tensor)[0])
+    t.set(out[0], x)
+    if x[1] is not None:
+        # instance norm sees (1, N C) here: its C ids stand there N times
+        for name, width in t.integers(t.stack[-1]):
+            if name == "num_features" and width <= len(x[1]):
+                t.bindings.append(Binding(t.stack[-1], name, None, x[1][:width]))
+    producer = t.producer(a.input)
+    mean = getattr(a, "running_mean", None)
+    if producer is not None and isinstance(mean, Tensor) and (name := t.origin(mean)) is not None:
+        producer.batch_norm = name.rpartition(".")[0]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Normalises over the trailing dimensions; what stays is normalised over what stays."""
+    x = t.ids(a.input)
+    for name in ("weight", "bias"):
+        tensor = getattr(a, name, None)
+        if isinstance(tensor, Tensor):
+            for dim in range(1, tensor.dim() + 1):
+                t.tie(x[-dim], t.ids(tensor)[-dim])
+    _bind_shape(t, list(a.normalized_shape), x)
+    t.set(out[0] if isinstance(out, (tuple, list)) else out, x)
+
+
+def _bind_shape(t: TraceState, shape: list[int], x: list[Ids]) -> None:
+    for path, name, value in t.attributes():
+        if isinstance(value, (tuple, list)) and list(value) == shape:
+            for index in range(len(shape)):
+                ids = x[index - len(shape)]
+                if ids is not None:
+                    t.bindings.append(Binding(path, name, index, ids))
+            return
+
+
+@rule("native_group_norm")
+def group_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Every group keeps the same width: position ``i`` of all groups leaves together."""
+    x = list(t.ids(a.input))
+    for tensor in (a.weight, a.bias):
+        if tensor is not None:
+            t.tie(x[1], t.ids(tensor)[0])
+    if x[1] is not None and a.group > 1:
+        rows = x[1].reshape(a.group, -1)
+        t.tie(np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel())
+    t.set(out[0], x)
+
+
+@rule("_weight_norm_interface")
+def weight_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """``g v / ||v||``: the scale ``g`` is tied to the kept dimension of ``v``."""
+    v, g = t.ids(a.v), t.ids(a.g)
+    t.tie(v[a.dim], g[a.dim])
+    t.set(out[0], v)

@@ -1,0 +1,98 @@
+"""Pointwise operators and copies: positions that meet under broadcasting leave together."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from actprune.graph.ids import Ids, first
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import TraceState
+
+
+def broadcast(t: TraceState, operands: list[Tensor], shape: tuple[int, ...]) -> list[Ids]:
+    """Tie the operands' ids where their positions meet, and return the ids of the broadcast result."""
+    result: list[Ids] = []
+    for dim in range(-len(shape), 0):
+        meeting = []
+        for tensor in operands:
+            if tensor.dim() >= -dim and tensor.shape[dim] == shape[dim] and (shape[dim] != 1 or len(operands) == 1):
+                meeting.append(t.ids(tensor)[dim])
+        if not meeting:
+            result.append(None)
+            continue
+        for other in meeting[1:]:
+            t.tie(meeting[0], other)
+        result.append(first(meeting))
+    return result
+
+
+def pointwise(t: TraceState, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+    """Any operator that PyTorch tags as pointwise."""
+    for output in outputs:
+        ids = broadcast(t, tensors, tuple(output.shape))
+        t.set(output, ids)
+
+
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "contiguous", "lift_fresh_copy", "positive", "bernoulli")
+def copy(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """The output is the input, elsewhere in memory or of another dtype."""
+    t.set(out, t.ids(a.input))
+    t.inherit(a.input, out)
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+def like(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """A constant that takes its shape from a tensor follows that tensor."""
+    t.set(out, t.ids(a.input))
+
+
+@rule("copy_")
+def copy_into(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Writing into a tensor ties source and target."""
+    t.set(out, broadcast(t, [a.input, a.src], tuple(out.shape)))
+
+
+@rule("fill_", "zero_", "normal_", "uniform_", "bernoulli_")
+def fill(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Filling keeps the shape and its ids."""
+    t.set(out, t.ids(a.input))
+
+
+@rule("hardswish", "rrelu_with_noise", "rsub", "tril", "triu", "log_sigmoid_forward")
+def untagged(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Pointwise operators that PyTorch does not tag."""
+    outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if x.shape == a.input.shape]
+    pointwise(t, [a.input], outputs)
+
+
+@rule("_prelu_kernel")
+def prelu(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """One slope for all channels or one per channel."""
+    t.set(out, broadcast(t, [a.input, a.weight], tuple(out.shape)))
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
+def softmax(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Over units that stay, like a norm: the dimension is kept."""
+    t.set(out, t.ids(a.input))
+
+
+@rule("glu")
+def glu(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Value and gate halves of a dimension leave together."""
+    ids = list(t.ids(a.input))
+    if ids[a.dim] is not None:
+        halves = ids[a.dim].reshape(2, -1)
+        t.tie(halves[0], halves[1])
+        ids[a.dim] = halves[0]
+    t.set(out, ids)
+
+
+@rule("native_dropout")
+def dropout(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Output and mask have the input's ids."""
+    for tensor in out:
+        t.set(tensor, t.ids(a.input))

@@ -1,0 +1,59 @@
+"""Reductions: a reduced dimension goes; over units they act, like a norm, on what stays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import TraceState
+
+
+def _dims(a: SimpleNamespace) -> set[int]:
+    rank = a.input.dim()
+    dims = getattr(a, "dim", None)
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return set(range(rank))
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if rank else set()
+
+
+@rule(
+    "mean",
+    "sum",
+    "prod",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "std",
+    "var",
+    "std_mean",
+    "var_mean",
+    "linalg_vector_norm",
+    "norm",
+    "logsumexp",
+    "any",
+    "all",
+)
+def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Mean, sum, extremes, variance and norms."""
+    outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
+    x, gone = t.ids(a.input), _dims(a)
+    kept = outputs[0].dim() == a.input.dim()
+    ids = [None if d in gone else dim for d, dim in enumerate(x) if kept or d not in gone]
+    for tensor in outputs:
+        t.set(tensor, ids)
+
+
+@rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod")
+def ordered(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Results that name or depend on positions lock the dimension."""
+    outputs = out if isinstance(out, (tuple, list)) else (out,)
+    x, dims = t.ids(a.input), _dims(a)
+    for d in dims:
+        t.lock(x[d], "ordered along this dimension")
+    for tensor in outputs:
+        same = tensor.dim() == a.input.dim()
+        t.set(tensor, [None if d in dims else ids for d, ids in enumerate(x) if same or d not in dims])

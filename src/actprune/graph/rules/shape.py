@@ -1,0 +1,321 @@
+"""Operators that move, pick, join or repeat positions: plain array operations on ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+from torch import Tensor
+
+from actprune.graph.ids import FIXED, Ids, free
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import Binding, TraceState
+
+
+@rule("t")
+def matrix_transpose(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Reverse the dimensions."""
+    t.set(out, t.ids(a.input)[::-1])
+    t.inherit(a.input, out)
+
+
+@rule("transpose", "transpose_")
+def transpose(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Swap two dimensions."""
+    ids = list(t.ids(a.input)) if a.input is not out else list(t.ids(out))
+    if ids:
+        ids[a.dim0], ids[a.dim1] = ids[a.dim1], ids[a.dim0]
+    t.set(out, ids)
+    t.inherit(a.input, out)
+
+
+@rule("permute")
+def permute(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Reorder the dimensions."""
+    ids = t.ids(a.input)
+    t.set(out, [ids[d] for d in a.dims])
+    t.inherit(a.input, out)
+
+
+@rule("unsqueeze", "unsqueeze_")
+def unsqueeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """A new dimension of extent 1."""
+    ids = list(t.ids(a.input))
+    ids.insert(a.dim if a.dim >= 0 else a.dim + out.dim(), None)
+    t.set(out, ids)
+
+
+@rule("squeeze", "squeeze_")
+def squeeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Dimensions of extent 1 go."""
+    dims = getattr(a, "dim", None)
+    chosen = range(a.input.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % a.input.dim() for d in chosen if a.input.shape[d] == 1} if a.input.dim() else set()
+    t.set(out, [ids for d, ids in enumerate(t.ids(a.input)) if d not in gone])
+
+
+@rule("expand")
+def expand(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Broadcast positions follow whatever they meet."""
+    x = t.ids(a.input)
+    result: list[Ids] = []
+    for dim in range(-out.dim(), 0):
+        present = a.input.dim() >= -dim
+        if present and a.input.shape[dim] == out.shape[dim]:
+            result.append(x[dim])
+        else:
+            result.append(free(out.shape[dim]))
+    t.set(out, result)
+
+
+@rule("select")
+def select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """One position of a dimension: that dimension cannot be cut."""
+    ids = list(t.ids(a.input))
+    t.lock(ids.pop(a.dim), "select on this dimension")
+    t.set(out, ids)
+
+
+@rule("unbind")
+def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
+    """Every position of a dimension by itself: that dimension cannot be cut."""
+    ids = list(t.ids(a.input))
+    t.lock(ids.pop(a.dim), "unbind of this dimension")
+    for tensor in out:
+        t.set(tensor, ids)
+
+
+@rule("slice")
+def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """A range of positions; the two halves of a dimension leave evenly, any other range of it locks it."""
+    ids = list(t.ids(a.input))
+    n, dim = a.input.shape[a.dim], a.dim
+    start, stop, _ = slice(a.start, a.end, a.step).indices(n)
+    if out.shape[dim] != n and ids[dim] is not None:
+        if a.step == 1 and n % 2 == 0 and (start, stop) in ((0, n // 2), (n // 2, n)):
+            halves = ids[dim].reshape(2, -1)
+            t.tie(halves[0], halves[1])
+        else:
+            t.lock(ids[dim], "slice of this dimension by position")
+        ids[dim] = ids[dim][slice(start, stop, a.step)]
+    t.set(out, ids)
+    if out.shape[dim] == n:
+        t.inherit(a.input, out)
+
+
+@rule("split", "unsafe_split", "unsafe_chunk")
+def split_evenly(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
+    """Equal parts: position ``i`` of every part leaves together. A shorter last part locks the dimension."""
+    whole, dim = t.ids(a.input), a.dim
+    ids = whole[dim]
+    sizes = [tensor.shape[dim] for tensor in out]
+    if ids is not None and len(sizes) > 1:
+        if len(set(sizes)) == 1:
+            parts = ids.reshape(len(sizes), -1)
+            t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
+            _bind_sizes(t, sizes[0], parts[0])
+        else:
+            t.lock(ids, "split into unequal parts")
+    _set_parts(t, whole, dim, sizes, out)
+
+
+@rule("split_with_sizes", "unsafe_split_with_sizes")
+def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
+    """Parts of given sizes: each part is cut by itself where a module keeps the sizes, else all evenly or not at all."""
+    whole, dim = t.ids(a.input), a.dim
+    ids = whole[dim]
+    sizes = [tensor.shape[dim] for tensor in out]
+    if ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
+        if len(set(sizes)) == 1:
+            parts = ids.reshape(len(sizes), -1)
+            t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
+            _bind_sizes(t, sizes[0], parts[0])
+        else:
+            t.lock(ids, "split into unequal parts that no module attribute keeps")
+    _set_parts(t, whole, dim, sizes, out)
+
+
+def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out: Sequence[Tensor]) -> None:
+    ends = np.cumsum(sizes).tolist()
+    for size, end, tensor in zip(sizes, ends, out, strict=True):
+        part = list(whole)
+        ids = whole[dim]
+        part[dim] = None if ids is None else ids[end - size : end]
+        t.set(tensor, part)
+
+
+def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
+    """An attribute of the innermost module that names this split size follows the cut."""
+    for path, name, value in t.attributes():
+        if path != t.stack[-1]:
+            return
+        named = any(word in name for word in ("width", "split", "chunk", "dim", "channel"))
+        if named and type(value) is int and value == size:
+            t.bindings.append(Binding(path, name, None, counts))
+
+
+def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    for path, name, value in t.attributes():
+        if isinstance(value, (list, tuple)) and list(value) == sizes:
+            starts = np.cumsum([0, *sizes[:-1]]).tolist()
+            for index, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+                t.bindings.append(Binding(path, name, index, ids[start : start + size]))
+            return True
+    return False
+
+
+@rule("cat")
+def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Ids are concatenated along the dimension and tied along the others."""
+    tensors = [x for x in a.tensors if not (x.dim() == 1 and x.numel() == 0)]
+    dim = a.dim % out.dim()
+    result: list[Ids] = []
+    for d in range(out.dim()):
+        columns = [t.ids(x)[d] for x in tensors]
+        if d != dim:
+            for other in columns[1:]:
+                t.tie(columns[0], other)
+            result.append(columns[0])
+        elif all(ids is None for ids in columns):
+            result.append(None)
+        else:
+            filled = [
+                np.full(x.shape[d], FIXED) if ids is None else ids for x, ids in zip(tensors, columns, strict=True)
+            ]
+            result.append(np.concatenate(filled))
+    t.set(out, result)
+
+
+@rule("stack")
+def stack(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """A new fixed dimension; the others are tied."""
+    columns = [t.ids(x) for x in a.tensors]
+    for other in columns[1:]:
+        for one, two in zip(columns[0], other, strict=True):
+            t.tie(one, two)
+    ids = list(columns[0])
+    ids.insert(a.dim % out.dim(), None)
+    t.set(out, ids)
+
+
+@rule("repeat")
+def repeat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Positions are tiled; a repeated dimension of extent 1 follows whatever it meets."""
+    x: list[Ids] = [None] * (out.dim() - a.input.dim()) + list(t.ids(a.input))
+    extents = [1] * (out.dim() - a.input.dim()) + list(a.input.shape)
+    result: list[Ids] = []
+    for ids, n, times in zip(x, extents, a.repeats, strict=True):
+        if times == 1:
+            result.append(ids)
+        elif n == 1:
+            result.append(free(times))
+        else:
+            result.append(None if ids is None else np.tile(ids, times))
+    t.set(out, result)
+
+
+@rule("constant_pad_nd")
+def pad(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Padding a cuttable dimension adds positions that are fixed, unless a module attribute keeps the padding."""
+    result: list[Ids] = list(t.ids(a.input))
+    kept = _pad_attribute(t, list(a.pad))
+    for pair in range(len(a.pad) // 2):
+        dim = -1 - pair
+        before, after = a.pad[2 * pair], a.pad[2 * pair + 1]
+        ids = result[dim]
+        if before == after == 0 or ids is None:
+            continue
+        if before < 0 or after < 0:
+            t.lock(ids, "negative padding")
+            result[dim] = None
+            continue
+        sides = []
+        for index, n in ((2 * pair, before), (2 * pair + 1, after)):
+            if kept is None:
+                sides.append(np.full(n, FIXED))
+            else:
+                sides.append(t.space.fresh(n))
+                t.bindings.append(Binding(*kept, index, sides[-1]))
+        result[dim] = np.concatenate([sides[0], ids, sides[1]])
+    t.set(out, result)
+
+
+def _pad_attribute(t: TraceState, pad: list[int]) -> tuple[str, str] | None:
+    for path, name, value in t.attributes():
+        if isinstance(value, (list, tuple)) and list(value) == pad:
+            return path, name
+    return None
+
+
+@rule("as_strided")
+def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Other strides for the same shape keep the ids, anything else locks them."""
+    ids = t.ids(a.input)
+    if a.input.shape != out.shape:
+        for dim in ids:
+            t.lock(dim, "as_strided to another shape")
+        ids = [None] * out.dim()
+    t.set(out, ids)
+
+
+@rule("flip")
+def flip(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Reverse positions."""
+    ids = list(t.ids(a.input))
+    for dim in a.dims:
+        ids[dim] = None if ids[dim] is None else ids[dim][::-1]
+    t.set(out, ids)
+
+
+@rule("roll")
+def roll(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Shifting a cuttable dimension by a fixed number of positions locks it."""
+    ids = list(t.ids(a.input))
+    for dim in a.dims or range(len(ids)):
+        t.lock(ids[dim], "roll of this dimension")
+    t.set(out, ids)
+
+
+@rule("embedding")
+def embedding(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Rows are picked by index, columns are the channels."""
+    rows, columns = t.ids(a.weight)
+    t.lock(rows, "rows of an embedding")
+    t.set(out, [*[None] * a.indices.dim(), columns])
+
+
+@rule("index", "_unsafe_index")
+def index(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Indexed dimensions cannot be cut; the others pass."""
+    indexed = [d for d, i in enumerate(a.indices) if i is not None]
+    x = t.ids(a.input)
+    for d in indexed:
+        t.lock(x[d], "indexed by position")
+    kept = [ids for d, ids in enumerate(x) if d not in indexed]
+    broadcast = out.dim() - len(kept)
+    contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if contiguous else 0
+    t.set(out, [*kept[:at], *[None] * broadcast, *kept[at:]])
+
+
+@rule("index_select")
+def index_select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """The selected dimension cannot be cut; the others pass."""
+    ids = list(t.ids(a.input))
+    t.lock(ids[a.dim], "indexed by position")
+    ids[a.dim] = None
+    t.set(out, ids)
+
+
+@rule("gather", "take_along_dim")
+def gather(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """The gathered dimension cannot be cut; the others pass."""
+    ids = list(t.ids(a.input))
+    t.lock(ids[a.dim], "indexed by position")
+    ids[a.dim] = None
+    for d, column in enumerate(ids):
+        if column is not None and out.shape[d] != len(column):
+            t.lock(column, "indexed by position")
+            ids[d] = None
+    t.set(out, ids)

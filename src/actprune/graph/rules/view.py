@@ -1,0 +1,191 @@
+"""Views: match input and output dimensions through their common refinement.
+
+A view splits dimensions into factors and merges factors into dimensions. Split: exactly one factor stays cuttable and ids
+are tied across the others: the factor on which the ids depend already; else the one that a head count names; else the last.
+Merge: ids are broadcast over the fixed factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+from torch import Tensor
+
+from actprune.graph.ids import FREE, Ids, free
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import Binding, TraceState
+
+
+_HEAD_WORDS = ("head", "d_kv", "key_value_proj_dim")
+_WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv")
+
+
+def _boundaries(shape: tuple[int, ...]) -> list[int]:
+    """Products of trailing dimensions, from 1 up to the number of elements."""
+    products = [1]
+    for n in reversed(shape):
+        products.append(products[-1] * n)
+    return products
+
+
+def _blocks(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(lower, upper) boundary of every minimal block of equal product, innermost first."""
+    common = sorted(set(_boundaries(source)) & set(_boundaries(target)))
+    return list(zip(common[:-1], common[1:], strict=True))
+
+
+def _factors(inside: list[int]) -> list[int] | None:
+    """Refinement of a block, innermost first, or None where the boundaries do not divide each other."""
+    factors = []
+    for lower, upper in zip(inside[:-1], inside[1:], strict=True):
+        if upper % lower:
+            return None
+        factors.append(upper // lower)
+    return factors
+
+
+def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
+    """Ids of every factor (outermost first) of one split dimension; at most one is not fixed."""
+    if ids is None or len(factors) == 1:
+        return [ids] * len(factors) if len(factors) == 1 else [None] * len(factors)
+    if (ids == FREE).all():
+        return [free(n) for n in factors]
+    grid = ids.reshape(factors)
+    axes = [axis for axis, n in enumerate(factors) if n > 1]
+    for axis in axes:
+        if np.array_equal(grid, np.broadcast_to(_line(grid, axis), grid.shape)):
+            return _only(grid, axis)
+    heads = _head_axis(t, grid, axes)
+    chosen = axes[-1] if heads is None else heads
+    line = np.broadcast_to(_merged_line(grid, chosen), grid.shape)
+    t.tie(line.ravel(), grid.ravel(), "split of a dimension that is partly fixed")
+    return _only(grid, chosen)
+
+
+def _line(grid: np.ndarray, axis: int) -> np.ndarray:
+    """The grid at index 0 of every other axis, kept broadcastable."""
+    return grid[tuple(slice(None) if a == axis else slice(0, 1) for a in range(grid.ndim))]
+
+
+def _merged_line(grid: np.ndarray, axis: int) -> np.ndarray:
+    """Per position along ``axis`` any real id, so that a fixed first element does not hide the others."""
+    others = tuple(a for a in range(grid.ndim) if a != axis)
+    return grid.max(axis=others, keepdims=True)
+
+
+def _only(grid: np.ndarray, axis: int) -> list[Ids]:
+    line = _merged_line(grid, axis).ravel()
+    return [line if a == axis else None for a in range(grid.ndim)]
+
+
+def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
+    """The factor that a running module names as its head count, or the one before what it names as a head's width.
+
+    An attribute that holds the count will follow the cut.
+    """
+    for path in reversed(t.stack):
+        named = {n: v for n, v in t.integers(path) if any(word in n for word in _HEAD_WORDS)}
+        counts = {n: v for n, v in named.items() if not any(word in n for word in _WIDTH_WORDS)}
+        axis = None
+        for value in counts.values():
+            matching = [a for a in axes if grid.shape[a] == value]
+            if matching:
+                # (3, 3, d) and (8, 8): heads come after the q/k/v factor and before the head's own width
+                axis = next((a for a in reversed(matching) if a != axes[-1]), matching[-1])
+                break
+        else:
+            if len(axes) > 1 and any(named[n] == grid.shape[axes[-1]] for n in named.keys() - counts.keys()):
+                axis = axes[-2]
+        if axis is not None:
+            for name, value in counts.items():
+                if value == grid.shape[axis]:
+                    t.bindings.append(Binding(path, name, None, _merged_line(grid, axis).ravel()))
+            return axis
+    return None
+
+
+def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
+    """Ids of one dimension merged from factors (outermost first)."""
+    cuttable = [axis for axis, ids in enumerate(parts) if ids is not None and factors[axis] > 1 and (ids >= 0).any()]
+    if not cuttable:
+        return None
+    for axis in cuttable[1:]:
+        t.lock(parts[axis], "merged with another cuttable dimension")
+    axis = cuttable[0]
+    shape = [1] * len(factors)
+    shape[axis] = factors[axis]
+    ids = parts[axis]
+    assert ids is not None
+    return np.broadcast_to(ids.reshape(shape), factors).ravel()
+
+
+def reshape(t: TraceState, x: list[Ids], source: tuple[int, ...], target: tuple[int, ...]) -> list[Ids]:
+    """Ids after a view from ``source`` to ``target``."""
+    result: list[Ids] = [None] * len(target)
+    if math.prod(source) == 0:
+        for ids in x:
+            t.lock(ids, "view of an empty tensor")
+        return result
+    source_at, target_at = _boundaries(source), _boundaries(target)
+    for lower, upper in _blocks(source, target):
+        # dimension d (from the right) spans boundaries[d] .. boundaries[d + 1]; extent-1 dimensions span nothing
+        inputs = [d for d in range(len(source)) if lower <= source_at[d] < source_at[d + 1] <= upper]
+        outputs = [d for d in range(len(target)) if lower <= target_at[d] < target_at[d + 1] <= upper]
+        inside = sorted({b for b in source_at + target_at if lower <= b <= upper})
+        factors = _factors(inside)
+        if factors is None:
+            for d in inputs:
+                t.lock(x[-1 - d], "view that does not divide evenly")
+            continue
+        pieces: list[Ids] = [None] * len(factors)  # innermost first
+        for d in inputs:
+            span = range(inside.index(source_at[d]), inside.index(source_at[d + 1]))
+            split_ids = split(t, x[-1 - d], [factors[i] for i in reversed(span)])
+            for i, ids in zip(reversed(span), split_ids, strict=True):
+                pieces[i] = ids
+        for d in outputs:
+            span = range(inside.index(target_at[d]), inside.index(target_at[d + 1]))
+            result[-1 - d] = merge(t, [pieces[i] for i in reversed(span)], [factors[i] for i in reversed(span)])
+    return result
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsafe_view", "flatten", "unflatten")
+def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Any reshape; a view to another dtype of the same width too."""
+    if a.input.shape == out.shape:
+        t.set(out, t.ids(a.input))
+    else:
+        ids = reshape(t, t.ids(a.input), tuple(a.input.shape), tuple(out.shape))
+        _bind_extents(t, out.shape, ids)
+        t.set(out, ids)
+    t.inherit(a.input, out)
+
+
+def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
+    """Integers of the running modules that equal a cuttable extent may be what the view was called with."""
+    for n, column in zip(shape, ids, strict=True):
+        if column is None or n == 1:
+            continue
+        for path, name, value in t.attributes():
+            if type(value) is int and value == n and not type(t.modules[path]).__module__.startswith("torch.nn"):
+                t.possible.append(Binding(path, name, None, column))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``(C r^2, H, W) <-> (C, H r, W r)``: the channels of one output pixel block leave together."""
+    x = t.ids(a.input)
+    wide, narrow = a.input.shape[-3], out.shape[-3]
+    if wide >= narrow:
+        kept = x[-3]
+        if kept is not None:
+            blocks = kept.reshape(narrow, wide // narrow)
+            line = _merged_line(blocks, 0)
+            t.tie(np.broadcast_to(line, blocks.shape).ravel(), kept, "pixel shuffle of a dimension that is partly fixed")
+            kept = line.ravel()
+    else:
+        kept = None if x[-3] is None else np.repeat(x[-3], narrow // wide)
+    t.set(out, [*x[:-3], kept, None, None])

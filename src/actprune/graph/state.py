@@ -1,0 +1,210 @@
+"""What a trace collects: ids of tensors, contractions, attribute bindings, batch norms, operators without a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from actprune.core.stack import Frame
+from actprune.graph.ids import Ids, IdSpace
+
+
+@dataclass
+class Contraction:
+    """One multiply-add operator: which ids it sums over, which it produces, how many multiply-adds it does."""
+
+    module: str
+    """Path of the innermost module that was running."""
+    ordinal: int
+    """How many contractions this call of the module had run before this one."""
+    operand: int
+    """Position of the activation among the operator's arguments."""
+    dim: int
+    """The operand's dimension that is summed over."""
+    reads: Ids
+    """Ids of the operand along ``dim``."""
+    writes: Ids
+    """Ids of the output channels."""
+    macs: int
+    """Multiply-adds that no width changes (batch, positions, kernel)."""
+    widths: list[NDArray[np.int64]]
+    """Id arrays whose kept lengths multiply ``macs``."""
+    weight: str | None = None
+    """Name of the weight parameter, if the other operand is one (possibly transposed)."""
+    weight_reads: int = 1
+    """The weight's dimension that is summed over."""
+    bias: str | None = None
+    """Name of the bias parameter."""
+    batch_norm: str | None = None
+    """Path of the batch norm that alone reads the output."""
+    readers: int = 0
+    """How many operators read the output."""
+
+
+@dataclass
+class Binding:
+    """An attribute of a module whose value must follow the cut."""
+
+    module: str
+    attribute: str
+    index: int | None
+    """Position inside a tuple or list attribute, or None for an int."""
+    counts: NDArray[np.int64]
+    """One id per counted thing: the attribute's new value is how many of them stay."""
+
+
+@dataclass
+class TraceState:
+    """Mutable state of one trace; rules see only this."""
+
+    names: dict[int, str]
+    """``id(tensor)`` -> name of a parameter or buffer."""
+    modules: dict[str, nn.Module]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters and buffers met so far, in order of first use."""
+    tensor_ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
+    space: IdSpace = field(default_factory=IdSpace)
+    contractions: list[Contraction] = field(default_factory=list)
+    bindings: list[Binding] = field(default_factory=list)
+    possible: list[Binding] = field(default_factory=list)
+    """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""
+    refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
+    """Operators without a rule, with the ids they met."""
+    frames: list[Frame] = field(default_factory=lambda: [Frame("")])
+    """The running calls, outermost first."""
+    storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
+    where: str = ""
+    """The running operator and module, for reasons."""
+    _ids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _producers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    @property
+    def stack(self) -> list[str]:
+        """Paths of the running modules, outermost first."""
+        return [frame.path for frame in self.frames]
+
+    def ids(self, tensor: Tensor) -> list[Ids]:
+        """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed."""
+        known = self._ids.get(tensor)
+        if known is not None:
+            return known
+        name = self.names.get(id(tensor)) or self._stored(tensor)
+        if name is None:
+            return [None] * tensor.dim()
+        if name not in self.tensor_ids:
+            self.tensors[name] = tensor
+            self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
+        self._ids[tensor] = list(self.tensor_ids[name])
+        self._origins[tensor] = name
+        return self._ids[tensor]
+
+    def _stored(self, tensor: Tensor) -> str | None:
+        # `parameter.data` is another tensor over the same storage, made without an operator
+        if not self.storages or tensor.layout.__str__() != "torch.strided":
+            return None
+        return self.storages.get((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())))
+
+    def set(self, tensor: Tensor, ids: Sequence[Ids]) -> None:
+        """Remember the ids of an operator's output; a tensor written in place is no longer what it was."""
+        self._ids[tensor] = list(ids)
+        self._producers.pop(tensor, None)
+        self._origins.pop(tensor, None)
+
+    def origin(self, tensor: Tensor) -> str | None:
+        """Name of the parameter that ``tensor`` is, possibly transposed, cast or viewed whole."""
+        self.ids(tensor)
+        return self._origins.get(tensor)
+
+    def inherit(self, source: Tensor, target: Tensor) -> None:
+        """The target is a whole view or copy of the source: parameter origin and producer pass on."""
+        if (name := self.origin(source)) is not None:
+            self._origins[target] = name
+        if (producer := self._producers.get(source)) is not None and target is not source:
+            self._producers[target] = producer
+            producer.readers -= 1
+
+    def produced(self, tensor: Tensor, contraction: Contraction) -> None:
+        """Remember which contraction made this tensor."""
+        self._producers[tensor] = contraction
+
+    def producer(self, tensor: Tensor) -> Contraction | None:
+        """The contraction whose output this is, if it is one."""
+        return self._producers.get(tensor)
+
+    def tie(self, a: Ids, b: Ids, why: str = "meets a fixed width") -> None:
+        """Tie ids; the reason names the operator and module."""
+        self.space.tie(a, b, f"{why} ({self.where})")
+
+    def lock(self, ids: Ids, why: str) -> None:
+        """Lock ids; the reason names the operator and module."""
+        self.space.lock(ids, f"{why} ({self.where})")
+
+    def attributes(self, *, innermost_first: bool = True) -> Iterator[tuple[str, str, object]]:
+        """Yield (module path, attribute name, value) of the plain attributes of every running module."""
+        order = reversed(self.stack) if innermost_first else iter(self.stack)
+        for path in order:
+            for name, value in vars(self.modules[path]).items():
+                if not name.startswith("_") and name != "training":
+                    yield path, name, value
+
+    def integers(self, path: str) -> Iterator[tuple[str, int]]:
+        """Yield (name, value) of a module's own integer attributes."""
+        for name, value in vars(self.modules[path]).items():
+            if type(value) is int and not name.startswith("_"):
+                yield name, value
+
+    def contract(
+        self,
+        output: Tensor,
+        operand: tuple[int, int, Ids],
+        writes: Ids,
+        sizes: Sequence[tuple[int, Ids]],
+        constant: int = 1,
+        weight: Tensor | None = None,
+        weight_reads: Ids = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Record a contraction.
+
+        Args:
+            output: what the operator returned.
+            operand: (argument position, dimension, ids) of the activation that is summed over.
+            writes: ids of the output channels.
+            sizes: (extent, ids) of every factor of the multiply-add count.
+            constant: further factor.
+            weight: the other operand.
+            weight_reads: the weight's ids along the summed dimension.
+            bias: added to the output channels.
+        """
+        macs, widths = constant, []
+        for extent, ids in sizes:
+            if ids is None:
+                macs *= extent
+            else:
+                widths.append(ids)
+        name = self.origin(weight) if weight is not None else None
+        dims = self.tensor_ids[name] if name is not None else []
+        reads_dim = next((d for d, ids in enumerate(dims) if ids is weight_reads), None)
+        argument, dim, reads = operand
+        contraction = Contraction(
+            module=self.stack[-1],
+            ordinal=self.frames[-1].contractions,
+            operand=argument,
+            dim=dim,
+            reads=reads,
+            writes=writes,
+            macs=macs,
+            widths=widths,
+            weight=name if reads_dim is not None else None,
+            weight_reads=reads_dim if reads_dim is not None else 1,
+            bias=self.origin(bias) if bias is not None else None,
+        )
+        self.frames[-1].contractions += 1
+        self.contractions.append(contraction)
+        self.produced(output, contraction)

@@ -1,0 +1,163 @@
+"""Run a model once and give every dimension of every tensor its channel ids.
+
+A ``TorchDispatchMode`` sees each ATen operator below autograd; ``rules/`` says what the operator does to ids. Refuse by
+default: an operator without a rule locks what it touches and is named in the graph's report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from actprune.core.calling import Example, call, undisturbed
+from actprune.core.errors import ActPruneError, TraceError
+from actprune.core.hooks import decomposed
+from actprune.core.stack import module_stack
+from actprune.graph.rules import RULES, bind, pointwise
+from actprune.graph.state import TraceState
+
+# operators whose outputs are fixed constants: they need no ids and lock nothing
+_CONSTANTS = {
+    "arange", "scalar_tensor", "randint", "linspace", "eye", "_local_scalar_dense", "is_same_size", "sym_size",
+    "tril_indices", "triu_indices", "randperm", "bartlett_window", "hann_window", "_assert_async", "_assert_scalar",
+    "_assert_tensor_metadata", "lift", "is_nonzero",
+}  # fmt: skip
+
+# constants of a size that the code may have read off a tensor or an attribute: each position gets an id of its own, and a
+# rehearsed cut tells whether the size follows
+_FILLED = {
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
+    "new_empty_strided", "empty_strided",
+}  # fmt: skip
+
+
+class ChannelTracer(TorchDispatchMode):
+    """Applies the rule of every operator to a trace state."""
+
+    def __init__(self, state: TraceState) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        out = decomposed(self, func, args, kwargs)
+        if composite and name not in RULES:
+            return out
+        t = self.state
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        t.where = f"{name} in {t.frames[-1].path or 'the model'}"
+        for tensor in inputs:
+            producer = t.producer(tensor)
+            if producer is not None:
+                producer.readers += 1
+        function = RULES.get(name)
+        if function is None and name.endswith("_") and not name.endswith("__"):
+            function = RULES.get(name[:-1])
+        if function is not None:
+            function(t, bind(func, args, kwargs) if name.startswith("unsqueeze") else _positive(bind(func, args, kwargs)), out)
+        elif _is_pointwise(func, name):
+            pointwise.pointwise(t, inputs, outputs)
+        elif name in _FILLED:
+            t.set(out, [t.space.fresh(n) if n > 1 else None for n in out.shape])
+        elif name not in _CONSTANTS:
+            self._refuse(func, inputs)
+        return out
+
+    def _refuse(self, func: Any, inputs: list[Tensor]) -> None:
+        for tensor in inputs:
+            for ids in self.state.ids(tensor):
+                if ids is not None:
+                    self.state.lock(ids, f"no rule for {func.overloadpacket}")
+                    self.state.refused.append((str(func.overloadpacket), ids))
+
+
+def _is_pointwise(func: Any, name: str) -> bool:
+    """PyTorch tags pointwise operators, but not every in-place twin of one."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+
+
+def _positive(a: SimpleNamespace) -> SimpleNamespace:
+    """Count dimensions from the left, so that rules need not ask."""
+    rank = a.input.dim() if isinstance(getattr(a, "input", None), Tensor) else 0
+    if rank:
+        for name in ("dim", "dim0", "dim1"):
+            value = getattr(a, name, None)
+            if type(value) is int and -rank <= value < 0:
+                setattr(a, name, value + rank)
+        if getattr(a, "dims", None) is not None:
+            a.dims = [d % rank for d in a.dims]
+    return a
+
+
+def run(model: nn.Module, example: Example) -> TraceState:
+    """Trace the model on an example; the model is left exactly as it was.
+
+    Raises:
+        TraceError: the model fails on the example.
+    """
+    names: dict[int, str] = {}
+    storages = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise TraceError(f"parameter {name} is not initialised; run the model once before pruning it")
+        names[id(tensor)] = name
+        if tensor.numel() and tensor.layout == torch.strided:
+            storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
+    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages)
+    with undisturbed(model), module_stack(model) as state.frames:
+        try:
+            with ChannelTracer(state):
+                output = call(model, example)
+        except ActPruneError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"the model failed on the example inputs {_describe(example)}: {type(error).__name__}: {error}; "
+                "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
+                "or a callable that takes the model"
+            ) from error
+        state.where = "the model's output"
+        for tensor in _tensors(output):
+            for ids in state.ids(tensor):
+                state.space.lock(ids, "reaches the model's output")
+    return state
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor inside an output, however it is wrapped."""
+    if isinstance(output, Tensor):
+        yield output
+    elif "Cache" in type(output).__name__:
+        return  # a decoder's cache is state for its own next call: its width may change
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple, set)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) or hasattr(output, "__dict__"):
+        for value in vars(output).values():
+            yield from _tensors(value)
+
+
+def _describe(example: Any) -> str:
+    if isinstance(example, Tensor):
+        return f"of shape {tuple(example.shape)} and dtype {example.dtype}"
+    if isinstance(example, Mapping):
+        return "(" + ", ".join(f"{k} {_describe(v)}" for k, v in example.items()) + ")"
+    if isinstance(example, (tuple, list)):
+        return "(" + ", ".join(_describe(v) for v in example) + ")"
+    return f"({type(example).__name__})"
