@@ -1,0 +1,25 @@
+"""Streaming, mergeable statistics of a unit's activations; one idea per file.
+
+``accumulate`` never reads back from the device; every non-linear function is applied once, after the merge.
+"""
+
+from actprune.statistics.activity import Activity
+from actprune.statistics.base import Accumulator
+from actprune.statistics.histogram import Histogram
+from actprune.statistics.moments import Moments
+from actprune.statistics.positions import sample_positions
+from actprune.statistics.rademacher import LinearRademacher
+from actprune.statistics.rank import MapRank
+from actprune.statistics.reduce import all_reduce, merge_shards
+
+__all__ = [
+    "Accumulator",
+    "Activity",
+    "Histogram",
+    "LinearRademacher",
+    "MapRank",
+    "Moments",
+    "all_reduce",
+    "merge_shards",
+    "sample_positions",
+]

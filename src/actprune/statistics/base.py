@@ -1,0 +1,144 @@
+"""What every statistic of this room shares: input checks, precision, the watch for NaN and Inf, an honest ``compute``.
+
+Subclasses write ``accumulate`` (one batch into the sums) and ``evaluate`` (sums to values). Nothing here reads a
+number back from the device during ``update``: a NaN is counted there and reported by ``compute``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.views import Statistic
+
+POOLS = ("positions", "gap")
+
+
+class Accumulator(Statistic):
+    """A statistic whose sums are kept by ``accumulate`` and turned into values by ``evaluate``.
+
+    Activations are read as float32 (half precision is widened, float64 narrowed). States follow the activations to
+    their device. Updates may run under inference mode or autocast; both are switched off for the arithmetic.
+
+    Args:
+        n_units: units of the group at this site (U).
+
+    Raises:
+        ConfigError: ``n_units`` is below 1.
+    """
+
+    def __init__(self, n_units: int) -> None:
+        if n_units < 1:
+            raise ConfigError(f"a statistic needs n_units >= 1, got {n_units}")
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self.n_units = n_units
+        self.add_state("n_samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("nonfinite", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("first_nonfinite", torch.full((), torch.inf, dtype=torch.float64))
+
+    def add_state(
+        self,
+        name: str,
+        default: Tensor | list,
+        dist_reduce_fx: str | Callable | None = None,
+        persistent: bool = False,
+    ) -> None:
+        """Add a state that can be changed in place in any mode, wherever the statistic was built.
+
+        Built inside inference mode (a validation loop), a state would otherwise refuse changes outside of it.
+        """
+        with torch.inference_mode(False):
+            normal = default.clone() if isinstance(default, Tensor) else default
+            super().add_state(name, normal, dist_reduce_fx, persistent)
+
+    def reset(self) -> None:
+        """Forget everything that was seen."""
+        with torch.inference_mode(False):
+            super().reset()
+
+    def update(
+        self,
+        x: Tensor,  # (N, U, P)
+        sample_ids: Tensor,  # (N,) int64
+    ) -> None:
+        """Accumulate one batch.
+
+        Raises:
+            ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,).
+        """
+        if x.ndim != 3 or x.shape[1] != self.n_units or sample_ids.shape != x.shape[:1]:
+            raise ObservationError(
+                f"{type(self).__name__} takes activations (N, {self.n_units}, P) and N sample ids, "
+                f"got {tuple(x.shape)} and {tuple(sample_ids.shape)}"
+            )
+        if x.numel() == 0:
+            return
+        with torch.inference_mode(False), torch.no_grad(), _full_precision(x.device.type):
+            if self.device != x.device:
+                self.to(x.device)
+            self.n_samples += len(x)
+            bad = ~torch.isfinite(self.accumulate(x.float(), sample_ids.to(x.device)))
+            self.nonfinite += bad
+            number = torch.where(bad.any(), self.update_count - 1.0, torch.inf)
+            torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)
+
+    def compute(self) -> Tensor:
+        """The statistic's values in float64, first dimension U.
+
+        Raises:
+            ObservationError: no sample was seen, or a NaN or Inf was.
+        """
+        self.check()
+        return self.evaluate()
+
+    def check(self) -> None:
+        """Raise unless there are samples and all activations were finite."""
+        if self.n_samples == 0:
+            raise ObservationError(
+                f"{type(self).__name__} saw 0 samples, needs at least 1; observe validation batches before scoring"
+            )
+        bad = int((self.nonfinite > 0).sum())
+        if bad:
+            where = "another rank" if self.first_nonfinite.isinf() else f"batch {int(self.first_nonfinite)}"
+            raise ObservationError(
+                f"{bad} of {self.n_units} units had NaN or Inf activations, first in {where}; "
+                "lower the learning rate or the precision's range, and check the input data"
+            )
+
+    @abstractmethod
+    def accumulate(
+        self,
+        x: Tensor,  # (N, U, P) float32
+        sample_ids: Tensor,  # (N,) int64
+    ) -> Tensor:
+        """Add one batch to the sums, in place.
+
+        Returns:
+            Tensor (U,), finite where and only where the unit's activations in this batch are.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> Tensor:
+        """Turn the sums into values; first dimension U."""
+
+    def _wrap_compute(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Leave ``compute`` alone: torchmetrics would squeeze a single unit to a scalar and warn after a merge."""
+        return compute
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """Switch autocast off, where the kind of device has it."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def check_pool(pool: str) -> None:
+    """Raise ConfigError unless ``pool`` is one of ``POOLS``."""
+    if pool not in POOLS:
+        raise ConfigError(f"pool={pool!r} is not known; choose one of {', '.join(POOLS)}")

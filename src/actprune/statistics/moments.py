@@ -1,0 +1,71 @@
+"""Mean, variance and mean square of every unit's activations.
+
+Formula: per sample the mean m_i over its P positions and the centred sum of squares M_i in float32, across samples in
+float64 about a reference r (the first batch's mean): n, sum P (m_i - r), sum M_i + P (m_i - r)^2.
+Source: Chan, Golub & LeVeque 1983 (pairwise merging). Each sample's share is a function of that sample alone, so the
+result does not depend on batches; data offset by 10^4 lose nothing, as they would in E[x^2] - E[x]^2.
+
+Cost: three cheap passes per element. Memory: 4 U float64. Mergeable: yes, by sum once the references agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from actprune.statistics.base import Accumulator
+
+
+def sample_moments(
+    x: Tensor,  # (N, U, P) float32
+) -> tuple[Tensor, Tensor]:
+    """Mean and centred sum of squares over the positions of every sample, float64 (N, U) each."""
+    rough = x.mean(2, keepdim=True)
+    centred = x - rough
+    correction = centred.sum(2).double() / x.shape[2]  # what rounding left in the float32 mean
+    squares = centred.square_().sum(2).double() - correction.square() * x.shape[2]
+    return rough.squeeze(2).double() + correction, squares.clamp_(min=0)
+
+
+class Moments(Accumulator):
+    """Streaming mean and variance per unit over all samples and positions.
+
+    Args:
+        n_units: units of the group at this site (U).
+    """
+
+    def __init__(self, n_units: int) -> None:
+        super().__init__(n_units)
+        self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("reference", torch.full((n_units,), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("shifted", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("shifted_squares", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
+        """Add a batch's moments about the reference."""
+        mean, squares = sample_moments(x)
+        torch.where(self.reference == -torch.inf, mean.mean(0), self.reference, out=self.reference)
+        offset = mean - self.reference
+        self.n_values += len(x) * x.shape[2]
+        self.shifted += x.shape[2] * offset.sum(0)
+        self.shifted_squares += squares.sum(0) + x.shape[2] * offset.square().sum(0)
+        return squares.sum(0)
+
+    def evaluate(self) -> Tensor:
+        """Mean and variance (divided by n), float64 (U, 2)."""
+        offset = self.shifted / self.n_values
+        variance = (self.shifted_squares / self.n_values - offset.square()).clamp(min=0)
+        return torch.stack([self.reference + offset, variance], dim=1)
+
+    def scale(self) -> dict[str, Tensor]:
+        """The reference; -inf where this shard saw nothing."""
+        return {"reference": self.reference}
+
+    def aligned(self, shared: Mapping[str, Tensor]) -> None:
+        """Express the sums about the shards' common reference."""
+        move = torch.where(self.reference == -torch.inf, 0.0, self.reference - shared["reference"])
+        self.shifted_squares += 2 * move * self.shifted + self.n_values * move.square()
+        self.shifted += self.n_values * move
+        self.reference.copy_(shared["reference"])

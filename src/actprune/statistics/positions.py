@@ -1,0 +1,43 @@
+"""A fixed number of positions per map: the same ones for a sample whatever its batch, its order or its rank.
+
+Formula: the map's P positions are cut into k strata of P // k or P // k + 1 neighbours, one position is drawn in each,
+and all are rotated by one uniform offset per sample, so that every position is taken with probability k / P exactly.
+Cheaper (k draws, not P) and of lower variance than drawing without strata.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from actprune.core.errors import ConfigError
+from actprune.statistics.counter import below
+
+_ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
+
+
+def sample_positions(
+    sample_ids: Tensor,  # (N,) int64
+    n_positions: int,
+    k: int,
+    seed: int,
+) -> Tensor:
+    """Draw ``min(k, n_positions)`` distinct positions for every sample.
+
+    Returns:
+        Int64 tensor (N, min(k, n_positions)), ascending in each row; all positions in order when k >= n_positions.
+
+    Raises:
+        ConfigError: ``k`` or ``n_positions`` is below 1.
+    """
+    if k < 1 or n_positions < 1:
+        raise ConfigError(f"sample_positions needs k >= 1 of n_positions >= 1, got k={k}, n_positions={n_positions}")
+    device = sample_ids.device
+    if k >= n_positions:
+        return torch.arange(n_positions, device=device).expand(len(sample_ids), n_positions)
+    edges = torch.arange(k + 1, device=device) * n_positions // k
+    strata = torch.arange(k, device=device)
+    rows = sample_ids.unsqueeze(1)
+    drawn = edges[:-1] + below(edges[1:] - edges[:-1], seed, rows, strata)
+    rotation = below(n_positions, seed, rows, torch.full((1,), _ROTATION, device=device))
+    return ((drawn + rotation) % n_positions).sort(dim=1).values
