@@ -1,0 +1,66 @@
+"""Attributes of PyTorch's own layers that repeat a tensor's shape, and attributes that the graph says must follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from actprune.surgery.transaction import Transaction
+
+_Conv = nn.modules.conv._ConvNd
+_Transposed = nn.modules.conv._ConvTransposeNd
+_Norm = nn.modules.batchnorm._NormBase
+
+
+def assign(module: nn.Module, name: str, value: Any, changes: Transaction) -> None:
+    """Set a plain attribute, and remember how to take it back."""
+    old = getattr(module, name)
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(old) is type(value) and old == value:
+        return
+    setattr(module, name, value)
+    changes.did(lambda: setattr(module, name, old))
+
+
+def derived(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Values of a layer's attributes that follow from its tensors.
+
+    Args:
+        module: a module whose tensors have been cut.
+        shapes: shapes before the cut of its tensors, by local name.
+
+    Returns:
+        Attribute -> value now; empty for modules that are not layers of PyTorch.
+    """
+    if isinstance(module, _Conv):
+        outer, inner = module.weight.shape[:2]
+        groups = module.groups
+        if groups > 1 and "weight" in shapes:
+            # only whole groups leave a grouped convolution, so a group's own width is what it was
+            groups = outer * groups // shapes["weight"][0]
+        if isinstance(module, _Transposed):
+            return {"in_channels": outer, "out_channels": inner * groups, "groups": groups}
+        return {"in_channels": inner * groups, "out_channels": outer, "groups": groups}
+    if isinstance(module, nn.MultiheadAttention):
+        key, value = module.k_proj_weight, module.v_proj_weight
+        widths = {"embed_dim": module.out_proj.weight.shape[0]}
+        widths["kdim"] = widths["embed_dim"] if key is None else key.shape[1]
+        widths["vdim"] = widths["embed_dim"] if value is None else value.shape[1]
+        return widths
+    if isinstance(module, nn.Linear):
+        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
+    if isinstance(module, _Norm):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        return {} if tensor is None else {"num_features": tensor.shape[0]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
+        return {"normalized_shape": tuple(module.weight.shape)}
+    if isinstance(module, nn.GroupNorm) and module.weight is not None:
+        return {"num_channels": module.weight.shape[0]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": module.weight.shape[0]}
+    return {}

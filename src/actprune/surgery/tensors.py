@@ -1,0 +1,85 @@
+"""Replace parameters and buffers by smaller ones, everywhere they are held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from actprune.core.errors import SurgeryError
+from actprune.surgery.transaction import Transaction
+
+
+def keep_indices(size: int, gone: list[int]) -> Tensor:
+    """Positions that stay of a dimension."""
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[gone] = False
+    return mask.nonzero().squeeze(1)
+
+
+def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """A contiguous copy that keeps the given positions of the given dimensions."""
+    for dim, keep in dims.items():
+        tensor = tensor.index_select(dim, keep.to(tensor.device))
+    return tensor.contiguous()
+
+
+def replace(model: nn.Module, name: str, new: Tensor, changes: Transaction) -> None:
+    """Put ``new`` wherever the model holds the tensor called ``name`` (tied weights stay tied)."""
+    old = lookup(model, name)
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for key, value in holder.items():
+                if value is old:
+                    _assign(holder, key, new, changes)
+
+
+def _assign(holder: dict, key: str, new: Tensor | None, changes: Transaction) -> None:  # type: ignore[type-arg]
+    old = holder[key]
+    holder[key] = new
+    changes.did(lambda: holder.__setitem__(key, old))
+
+
+def lookup(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name.
+
+    Raises:
+        SurgeryError: the model has none.
+    """
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        tensor = module._parameters.get(leaf)
+        tensor = module._buffers[leaf] if tensor is None else tensor
+    except (AttributeError, KeyError):
+        tensor = None
+    if tensor is None:
+        raise SurgeryError(
+            f"the plan names {name!r}, which {type(model).__name__} does not have; pass the model that was traced, "
+            "or a fresh one of the same architecture"
+        )
+    return tensor
+
+
+def smaller(old: Tensor, dims: Mapping[int, Tensor], shift: Tensor | None) -> Tensor:
+    """A new parameter or buffer: shifted, then sliced; dtype, device, ``requires_grad`` and gradient follow.
+
+    Args:
+        old: the tensor as it is.
+        dims: dimension -> positions that stay.
+        shift: what compensation adds first, in the old shape, or None.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        data = old.detach()
+        if shift is not None:
+            data = (data.double() + shift.to(data.device).double()).to(old.dtype)
+        data = sliced(data, dims) if dims else data.clone()
+        if not isinstance(old, nn.Parameter):
+            return data
+        new = nn.Parameter(data, requires_grad=old.requires_grad)
+        if old.grad is not None:
+            new.grad = sliced(old.grad, dims)
+    for key, value in vars(old).items():
+        setattr(new, key, value)
+    return new
