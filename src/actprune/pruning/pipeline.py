@@ -1,0 +1,316 @@
+"""The pipeline: observe, score, select, compensate, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from actprune.compensation import Compensation, Mean
+from actprune.core.budget import Budget
+from actprune.core.calling import Example, call
+from actprune.core.errors import BudgetError, ObservationError, TraceError
+from actprune.core.plan import Plan
+from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
+from actprune.core.views import Criterion, GroupView
+from actprune.graph import Graph, Group, trace
+from actprune.pruning.observe import Observation
+from actprune.pruning.plans import compensated, draft
+from actprune.pruning.select import Selection, select
+from actprune.pruning.verify import rehearse, with_followers, with_locks
+from actprune.surgery import cut
+from actprune.surgery.tensors import lookup
+
+_DEFAULT = Mean()
+
+
+class Pruner:
+    """Prunes one model in one or several steps.
+
+    Args:
+        model: any module; pruned in place.
+        example_inputs: what the model takes: a tensor, a tuple of arguments, a dict of keyword arguments, a list as the one
+            argument, or a callable that takes the model.
+        criterion: scores units.
+        budget: what is left at the end, as a share of the model as it was before any pruning.
+        selection: how units of different groups compete.
+        compensation: what is folded into the layers that stay; None cuts plainly.
+        seed: seed of criteria that draw.
+
+    Raises:
+        TraceError: the model fails on the example inputs.
+        BudgetError: no unit may leave, or the budget is out of reach.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        criterion: Criterion,
+        budget: Budget,
+        selection: Selection | None = None,
+        compensation: Compensation | None = _DEFAULT,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.criterion = criterion
+        self.budget = budget
+        self.selection = selection or Selection()
+        self.compensation = compensation
+        self.seed = seed
+        self._locked: dict[str, str] = {}
+        self._following: set[str] = set()
+        self.graph: Graph = self._trace(verify=True)
+        record = record_of(model)
+        first = record.steps[0] if record.steps else None
+        self.params_before = first["params_before"] if first else self.graph.params
+        """Parameters of the model before any pruning."""
+        self.macs_before = first["macs_before"] if first else self.graph.macs
+        """Multiply-adds of one call on the example before any pruning."""
+        self._original_widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
+        self.graph = self._without_strangers(self.graph)
+        self.check_budget()
+
+    def _trace(self, *, verify: bool) -> Graph:
+        graph = trace(self.model, self.example_inputs)
+        if verify:
+            known, certain = {g.name for g in graph.unlocked}, len(graph.followers)
+            graph = rehearse(self.model, self.example_inputs, graph)
+            self._locked = {g.name: g.locked for g in graph.groups if g.name in known and g.locked is not None}
+            self._following = {f.module for f in graph.followers[certain:]}
+            return graph
+        return self._without_strangers(with_locks(with_followers(graph, self._following), self._locked))
+
+    def _without_strangers(self, graph: Graph) -> Graph:
+        """Lock groups that came into being by a cut: a convolution of one group, an attention of one head.
+
+        Their units are finer than those that were counted, so ``max_ratio`` of the original width would not hold.
+        """
+        widths = self.record.widths
+        expected = {name: widths.get(name, [n, n])[1] for name, n in self._original_widths.items()}
+        why = "its units are parts of the last unit of a group that was cut"
+        return with_locks(graph, {g.name: why for g in graph.unlocked if expected.get(g.name) != g.size})
+
+    @property
+    def record(self) -> SurgeryRecord:
+        """The surgery record that the model carries."""
+        return record_of(self.model)
+
+    @property
+    def params(self) -> int:
+        """Parameters now."""
+        return self.graph.params
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one call on the example now."""
+        return self.graph.macs
+
+    def widths(self) -> list[tuple[str, int, int]]:
+        """(group, width before any pruning, width now) of every group that may be cut."""
+        now = {g.name: g.size for g in self.graph.groups}
+        return [(name, before, now.get(name, before)) for name, before in self._original_widths.items()]
+
+    def target(self, due: float) -> float:
+        """Parameters or MACs that may be left when ``due`` in [0, 1] of the whole reduction is due."""
+        original = self.params_before if self.budget.unit == "params" else self.macs_before
+        return self.budget.due(due) * original
+
+    def check_budget(self) -> None:
+        """Fail now if the whole budget cannot be reached.
+
+        Raises:
+            BudgetError: locked groups and ``max_ratio`` keep more than the budget.
+        """
+        if not self.graph.unlocked:
+            reasons = "; ".join(f"{g.name}: {g.locked}" for g in self.graph.groups[:5])
+            raise BudgetError(
+                f"{type(self.model).__name__} has no group whose units may leave ({reasons or 'no layers found'}); "
+                "print(actprune.trace(model, example_inputs)) shows every lock"
+            )
+        anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in self.graph.unlocked}
+        select(self.graph, anything, self.budget.unit, self.target(1.0), self.selection, self._original_widths)
+
+    @contextmanager
+    def observe(self) -> Iterator[Observation]:
+        """Accumulate statistics of what flows through the model inside the block; hooks are gone after it."""
+        observation = self.observation()
+        with observation.recording():
+            yield observation
+
+    def observation(self) -> Observation:
+        """An observation of the model as it is now; record with ``with observation.recording():``."""
+        return Observation(self.model, self.graph, self.criterion, self.compensation)
+
+    def scores(self, observation: Observation | None) -> dict[str, Tensor]:
+        """Group name -> (U,) float64 scores of every unlocked group.
+
+        Raises:
+            ObservationError: the criterion needs activations that were not observed, or scores are not finite.
+        """
+        if observation is not None:
+            observation.check()
+        elif self.criterion.statistics():
+            raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
+        found = {}
+        for group in self.graph.unlocked:
+            view = GroupView(
+                name=group.name,
+                size=group.size,
+                statistics=observation.scores.get(group.name, {}) if observation is not None else {},
+                slices=lambda group=group: self._slices(group),  # type: ignore[misc]
+                seed=self.seed + len(self.record.steps),
+            )
+            score = self.criterion.score(view).detach().double().cpu()
+            if score.shape != (group.size,) or not torch.isfinite(score).all():
+                raise ObservationError(
+                    f"{type(self.criterion).__name__} must give {group.size} finite scores for group {group.name!r}, got "
+                    f"shape {tuple(score.shape)} with {int((~torch.isfinite(score)).sum())} not finite"
+                )
+            found[group.name] = score
+        return found
+
+    def _slices(self, group: Group) -> list[Tensor]:
+        """Everything that leaves with a unit: (U, n_elements) per parameter dimension."""
+        slices = []
+        parameters = dict(self.model.named_parameters())
+        for (name, dim), positions in group.members.items():
+            if name in parameters:
+                tensor = parameters[name].detach().movedim(dim, 0)
+                index = torch.from_numpy(positions).to(tensor.device)
+                slices.append(tensor[index.flatten()].reshape(group.size, -1))
+        return slices
+
+    def plan(self, observation: Observation | None, due: float = 1.0) -> Plan | None:
+        """Decide what leaves now.
+
+        Args:
+            observation: statistics of the model as it is; None suffices for criteria and compensations that need none.
+            due: share of the whole reduction that is due now, in [0, 1].
+
+        Returns:
+            The plan, or None where the target is met already.
+
+        Raises:
+            BudgetError: the target is out of reach.
+            ObservationError: activations are missing or not finite.
+        """
+        if self.compensation is not None and observation is None:
+            raise ObservationError(
+                f"{type(self.compensation).__name__} compensation needs activations; observe validation batches first, "
+                "or pass compensation=None"
+            )
+        scores = self.scores(observation)
+        units = select(
+            self.graph, scores, self.budget.unit, self.target(due), self.selection, self._original_widths
+        )
+        if not units:
+            return None
+        plan = draft(self.model, self.graph, units)
+        if self.compensation is not None and observation is not None:
+            plan = compensated(plan, self.model, self.graph, units, observation, self.compensation)
+        return plan
+
+    def execute(self, plan: Plan, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Cut the model and the optimizers' state; extend the record; trace anew.
+
+        Raises:
+            SurgeryError: the cut model does not run; model and optimizers are as they were.
+        """
+        shapes = {name: tuple(lookup(self.model, name).shape) for name in plan.removed}
+        sizes = {g.name: g.size for g in self.graph.groups}
+        cut(self.model, plan, self.example_inputs, optimizers)
+        record = SurgeryRecord.from_dict(self.record.to_dict())
+        record.extend(plan, shapes, sizes)
+        setattr(self.model, ATTRIBUTE, record)
+        self.graph = self._trace(verify=False)
+
+    def refresh(self) -> None:
+        """Trace anew after the model was changed from outside, e.g. by a checkpoint."""
+        self.graph = self._trace(verify=False)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Example,
+    data: Iterable[Any] | None = None,
+    *,
+    criterion: Criterion,
+    budget: Budget,
+    selection: Selection | None = None,
+    compensation: Compensation | None = _DEFAULT,
+    optimizers: Iterable[Optimizer] = (),
+    seed: int = 0,
+) -> SurgeryRecord:
+    """Prune a model in place, in one step, without training.
+
+    Args:
+        model: any module.
+        example_inputs: what the model takes, see ``trace``.
+        data: batches to observe, each as the model takes it; of an (inputs, targets) pair with tensor inputs only the inputs
+            are fed. Not needed where neither the criterion nor the compensation looks at activations.
+        criterion: scores units.
+        budget: what is left.
+        selection: how units of different groups compete.
+        compensation: what is folded into the layers that stay; None cuts plainly.
+        optimizers: optimizers that train the model's parameters and shall go on.
+        seed: seed of criteria that draw.
+
+    Returns:
+        The surgery record, which the model carries too.
+
+    Raises:
+        TraceError: the model fails on the example inputs.
+        BudgetError: the budget is out of reach.
+        ObservationError: data are missing, or activations are NaN or infinite.
+        SurgeryError: the cut model does not run; it was put back as it was.
+    """
+    if data is None and criterion.statistics():
+        raise ObservationError(f"{type(criterion).__name__} scores activations: pass data=, an iterable of input batches")
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
+    observation = None
+    if data is not None:
+        observation = _observe(pruner, data, takes_pair=isinstance(example_inputs, tuple) and len(example_inputs) > 1)
+    plan = pruner.plan(observation, due=1.0)
+    if plan is not None:
+        pruner.execute(plan, optimizers)
+    return pruner.record
+
+
+def _observe(pruner: Pruner, data: Iterable[Any], *, takes_pair: bool) -> Observation:
+    model = pruner.model
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with pruner.observe() as observation, torch.no_grad():
+            for batch in data:
+                is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor)
+                inputs = batch[0] if is_pair and not takes_pair else batch
+                inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+                n = _batch_size(inputs)
+                start = observation.n_samples
+                observation.begin_batch(torch.arange(start, start + n))
+                try:
+                    call(model, inputs)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    raise TraceError(
+                        f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
+                        "model takes, or (inputs, targets)"
+                    ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if observation.n_samples == 0:
+        raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
+    return observation
+
+
+def _batch_size(inputs: Any) -> int:
+    from torch.utils._pytree import tree_leaves
+
+    return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 1)

@@ -1,0 +1,106 @@
+"""Turn chosen units into a plan: positions of every tensor, attributes that follow, exact costs, compensation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actprune.compensation import Compensation
+from actprune.core.plan import Plan, Positions
+from actprune.graph import Graph
+from actprune.pruning.observe import Observation
+
+
+def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) -> Plan:
+    """A plan without compensation.
+
+    Args:
+        model: the model the graph was traced on.
+        graph: its channel graph.
+        units: group name -> indices of the units that leave.
+    """
+    chosen = {name: np.fromiter(indices, dtype=np.int64) for name, indices in units.items()}
+    gone = graph.removed({name: indices.tolist() for name, indices in chosen.items()})
+    removed: dict[str, dict[int, list[int]]] = defaultdict(dict)
+    for name, indices in chosen.items():
+        for (tensor, dim), positions in graph.group(name).members.items():
+            removed[tensor].setdefault(dim, []).extend(positions[indices].ravel().tolist())
+    plain: Positions = {t: {d: sorted(p) for d, p in dims.items() if p} for t, dims in removed.items()}
+    return Plan(
+        removed={tensor: dims for tensor, dims in plain.items() if dims},
+        groups={name: len(indices) for name, indices in chosen.items() if len(indices)},
+        attributes=_attributes(model, graph, gone),
+        params_before=graph.params,
+        params_after=graph.cost.evaluate("params", gone),
+        macs_before=graph.macs,
+        macs_after=graph.cost.evaluate("macs", gone),
+    )
+
+
+def _attributes(model: nn.Module, graph: Graph, gone: np.ndarray) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = defaultdict(dict)
+    for follower in graph.followers:
+        new = follower.value(gone)
+        if new == len(follower.counts):
+            continue
+        old = values[follower.module].get(follower.attribute)
+        if follower.index is None:
+            values[follower.module][follower.attribute] = new
+        else:
+            if old is None:
+                old = list(getattr(model.get_submodule(follower.module), follower.attribute))
+            old[follower.index] = new
+            values[follower.module][follower.attribute] = old
+    return {path: dict(named) for path, named in values.items() if named}
+
+
+def compensated(
+    plan: Plan, model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]], observation: Observation, how: Compensation
+) -> Plan:
+    """Add to a plan what compensation folds into the layers that stay."""
+    gone = graph.removed(units)
+    biases: dict[int, list[Tensor]] = defaultdict(list)
+    weights: dict[int, list[Tensor]] = defaultdict(list)
+    first: dict[tuple[str, str | None, str | None], int] = {}
+    for number, (layer, statistic) in observation.folds.items():
+        consumer = graph.consumers[number]
+        leaves = np.append(gone, False)[consumer.reads]
+        if not leaves.any():
+            continue
+        fold = how.fold(layer, statistic, torch.from_numpy(leaves))
+        # a layer that runs more than once has one bias: the mean over its calls
+        owner = first.setdefault((consumer.weight, consumer.bias, consumer.batch_norm), number)
+        biases[owner].append(fold.bias)
+        if fold.weight is not None:
+            weights[owner].append(fold.weight)
+    shifts: dict[str, Tensor] = {}
+    new_biases: dict[str, Tensor] = {}
+    added = 0
+    for number, found in biases.items():
+        consumer = graph.consumers[number]
+        bias = torch.stack(found).mean(0).cpu()
+        if weights[number]:
+            shifts[consumer.weight] = torch.stack(weights[number]).mean(0).cpu()
+        mean = f"{consumer.batch_norm}.running_mean" if consumer.batch_norm is not None else None
+        if consumer.bias is not None:
+            shifts[consumer.bias] = shifts.get(consumer.bias, 0) + bias
+        elif mean is not None:
+            shifts[mean] = shifts.get(mean, 0) - bias
+        elif _takes_bias(model, consumer.module, consumer.weight):
+            new_biases[consumer.module] = bias
+            out_dim = 1 - consumer.reads_dim
+            cut = plan.removed.get(consumer.weight, {}).get(out_dim, [])
+            added += len(bias) - len(cut)
+    return dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=plan.params_after + added)
+
+
+def _takes_bias(model: nn.Module, path: str, weight: str) -> bool:
+    module = model.get_submodule(path)
+    own = f"{path}.weight" if path else "weight"
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None and weight == own

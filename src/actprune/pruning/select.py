@@ -1,0 +1,158 @@
+"""Select: scores and a budget become units that leave.
+
+Units of all groups are put in one order and the shortest prefix of it that meets the budget leaves. ``global`` orders by
+scores that are comparable across groups after normalisation, ``uniform`` by rank within the group (every group loses the
+same share). Costs are exact, so the prefix is found by bisection: the budget is met to within one unit's worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actprune.core.errors import BudgetError, ConfigError
+from actprune.graph import Graph, Group
+
+_SCOPES = ("global", "uniform")
+_NORMALISERS = ("mean", "max", "standard", "rank", "none")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How units of different groups compete.
+
+    Raises:
+        ConfigError: a setting is outside what it may be.
+    """
+
+    scope: str = "global"
+    """``global``: one ranking over all groups; ``uniform``: every group loses the same share."""
+    normalise: str = "mean"
+    """What makes scores of different groups comparable: divide by the group's ``mean`` or ``max``, ``standard`` score,
+    ``rank`` within the group, or ``none``."""
+    max_ratio: float = 0.9
+    """Largest share of a group's original units that may leave, in [0, 1)."""
+    round_to: int = 1
+    """Widths that are cut are left at a multiple of this many units."""
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        if self.scope not in _SCOPES:
+            raise ConfigError(f"selection scope={self.scope!r} is not known; choose one of {', '.join(_SCOPES)}")
+        if self.normalise not in _NORMALISERS:
+            raise ConfigError(
+                f"selection normalise={self.normalise!r} is not known; choose one of {', '.join(_NORMALISERS)}"
+            )
+        if not 0 <= self.max_ratio < 1:
+            raise ConfigError(f"selection max_ratio={self.max_ratio} must be in [0, 1), the share that may leave")
+        if self.round_to < 1:
+            raise ConfigError(f"selection round_to={self.round_to} must be at least 1")
+
+
+def removable(group: Group, original: int, max_ratio: float) -> int:
+    """How many units of a group may still leave: ``max_ratio`` of the original width holds always, one unit stays."""
+    least = max(1, int(np.ceil(original * (1 - max_ratio) - 1e-9)))
+    return max(0, group.size - least)
+
+
+def select(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    unit: str,
+    target: float,
+    selection: Selection,
+    originals: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Choose the units that leave.
+
+    Args:
+        graph: the channel graph of the model as it is.
+        scores: group name -> (U,) scores, higher = keep, for every unlocked group.
+        unit: ``"params"`` or ``"macs"``.
+        target: how many of them may be left.
+        selection: how groups compete.
+        originals: group name -> width before any pruning.
+
+    Returns:
+        Group name -> sorted indices of the units that leave; empty when the target is met already.
+
+    Raises:
+        BudgetError: the target is below what locked groups and ``max_ratio`` allow.
+    """
+    if graph.cost.evaluate(unit) <= target:
+        return {}
+    groups = [g for g in graph.unlocked if removable(g, originals.get(g.name, g.size), selection.max_ratio) > 0]
+    if not groups:
+        raise BudgetError(
+            f"no unit may leave: {len(graph.groups)} groups, {len(graph.unlocked)} of them unlocked, none wider than what "
+            f"max_ratio={selection.max_ratio} leaves; print(actprune.trace(model, example_inputs)) shows the locks"
+        )
+    caps = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in groups]
+    order = _order(groups, scores, caps, selection)
+
+    def counts(prefix: int) -> NDArray[np.int64]:
+        taken = np.bincount([g for g, _ in order[:prefix]], minlength=len(groups))
+        if selection.round_to > 1:
+            kept = np.array([g.size for g in groups]) - taken
+            kept = -(-kept // selection.round_to) * selection.round_to
+            taken = np.maximum(0, np.array([g.size for g in groups]) - kept)
+        return taken
+
+    ranked = [[u for g, u in order if g == index] for index in range(len(groups))]
+
+    def cost(prefix: int) -> int:
+        removed = np.zeros(graph.n_classes, dtype=bool)
+        for group, units, n in zip(groups, ranked, counts(prefix), strict=True):
+            removed[group.classes[units[:n]]] = True
+        return graph.cost.evaluate(unit, removed)
+
+    least = cost(len(order))
+    if least > target:
+        raise BudgetError(
+            f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.cost.evaluate(unit):,}: "
+            f"max_ratio={selection.max_ratio} and locked groups keep the rest; raise the budget or max_ratio"
+        )
+    low, high = 0, len(order)  # cost(low) > target >= cost(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) <= target else (middle, high)
+    return {g.name: sorted(units[:n]) for g, units, n in zip(groups, ranked, counts(high), strict=True) if n}
+
+
+def _order(
+    groups: Sequence[Group], scores: Mapping[str, Tensor], caps: Sequence[int], selection: Selection
+) -> list[tuple[int, int]]:
+    """(group index, unit) from the first to leave to the last that may."""
+    keys, owners, units = [], [], []
+    for index, (group, cap) in enumerate(zip(groups, caps, strict=True)):
+        raw = scores[group.name].detach().double().cpu()
+        ascending = torch.argsort(raw, stable=True)[:cap]
+        normalised = normalise(raw, "rank" if selection.scope == "uniform" else selection.normalise)
+        keys.append(normalised[ascending].numpy())
+        owners.append(np.full(cap, index))
+        units.append(ascending.numpy())
+    order = np.lexsort((np.concatenate(owners), np.concatenate(keys)))
+    return list(zip(np.concatenate(owners)[order].tolist(), np.concatenate(units)[order].tolist(), strict=True))
+
+
+def normalise(scores: Tensor, how: str) -> Tensor:
+    """Make scores of one group comparable with those of others; the order within the group stays."""
+    if how == "mean":
+        scale = scores.abs().mean()
+        return scores / scale if scale > 0 else scores
+    if how == "max":
+        scale = scores.abs().max()
+        return scores / scale if scale > 0 else scores
+    if how == "standard":
+        deviation = scores.std(correction=0)
+        return (scores - scores.mean()) / deviation if deviation > 0 else torch.zeros_like(scores)
+    if how == "rank":
+        ranks = torch.empty_like(scores)
+        ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), dtype=scores.dtype)
+        return (ranks + 1) / len(scores)
+    return scores
