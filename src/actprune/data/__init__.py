@@ -1,0 +1,1 @@
+"""Datasets as Lightning DataModules: one file and one ``conf/data/*.yaml`` each."""
