@@ -1,0 +1,27 @@
+"""What a run and a sweep leave behind for people: tables, pictures, and the comparison of many runs."""
+
+from actprune.report.aggregate import Row, Section, Spread, aggregate
+from actprune.report.compare import Comparison, compare
+from actprune.report.plots import params_vs_accuracy, widths
+from actprune.report.runs import Problem, Run, read_runs
+from actprune.report.sweep import sweep
+from actprune.report.tables import before_after, comparison, write_csv, write_markdown
+
+__all__ = [
+    "Comparison",
+    "Problem",
+    "Row",
+    "Run",
+    "Section",
+    "Spread",
+    "aggregate",
+    "before_after",
+    "compare",
+    "comparison",
+    "params_vs_accuracy",
+    "read_runs",
+    "sweep",
+    "widths",
+    "write_csv",
+    "write_markdown",
+]

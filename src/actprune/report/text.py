@@ -1,0 +1,36 @@
+"""Numbers as people read them: one spelling for tables and pictures."""
+
+from __future__ import annotations
+
+
+def count(number: float) -> str:
+    """Spell a count in full, e.g. ``19,978``."""
+    return f"{number:,.0f}"
+
+
+def short(number: float, digits: int = 3) -> str:
+    """Spell a count in a few significant digits, e.g. ``20k`` or ``1.25M``."""
+    rounded = float(f"{number:.{digits}g}")
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= limit:
+            return f"{rounded / limit:g}{suffix}"
+    return f"{rounded:g}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Spell a share in [0, 1] as ``40.0 %``."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """Spell a difference of two accuracies in [0, 1] in percentage points with its sign, e.g. ``-0.28``."""
+    return f"{_signed(100 * difference):+.2f}"
+
+
+def change(before: float, after: float) -> str:
+    """Spell a relative change as ``-60.0 %``."""
+    return f"{_signed(100 * (after / before - 1), 1):+.1f} %"
+
+
+def _signed(number: float, digits: int = 2) -> float:
+    return round(number, digits) + 0.0  # adding 0.0 turns a rounded -0.0 into 0.0
