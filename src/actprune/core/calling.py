@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -21,6 +22,11 @@ def call(model: nn.Module, example: Example) -> Any:
     Tensors are moved to the device of the model's first parameter. A list is one argument (detection models take a list of
     images), a tuple is several.
     """
+    # context variables that a model leaves behind when it fails half-way must not meet its next call
+    return contextvars.copy_context().run(_call, model, example)
+
+
+def _call(model: nn.Module, example: Example) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(example, Tensor):
         return model(example.to(device))
@@ -37,14 +43,25 @@ def _to(tree: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no autocast, no fused attention; afterwards everything is as it was.
 
-    Restores the training flag of every module, buffers that were written to, and the random number generators.
+    Restores the attributes and hooks of every module (its training flag among them), buffers that were written to or
+    replaced, and the random number generators.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    registered = {module: {name: dict(getattr(module, name)) for name in ("_buffers", *_HOOKS)} for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -61,8 +78,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
-            for module, training in modes.items():
-                module.training = training
-            for buffer, version, before in buffers.values():
-                if buffer._version != version:
-                    buffer.copy_(before)
+            for module, held in attributes.items():
+                _put_back(vars(module), held)
+                for name, content in registered[module].items():
+                    _put_back(getattr(module, name), content)
+            for buffer, before in buffers:
+                # by value: a batch norm in training mode writes without counting a version
+                if not torch.equal(buffer, before):
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(before)
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make ``now`` hold the very objects of ``before``."""
+    if len(now) != len(before) or any(key not in now or now[key] is not value for key, value in before.items()):
+        now.clear()
+        now.update(before)

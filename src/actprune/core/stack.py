@@ -15,6 +15,8 @@ class Frame:
     """One running call of a module."""
 
     path: str
+    args: tuple[Any, ...] = ()
+    """The call's positional arguments."""
     contractions: int = 0
     """Contractions that the call has run itself, outside its children."""
 
@@ -25,9 +27,9 @@ def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
     paths = {module: path for path, module in model.named_modules()}
     stack = [Frame("")]
 
-    def enter(module: nn.Module, _args: Any) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module in paths:
-            stack.append(Frame(paths[module]))
+            stack.append(Frame(paths[module], args))
 
     def leave(module: nn.Module, _args: Any, _out: Any) -> None:
         if module in paths and stack[-1].path == paths[module]:

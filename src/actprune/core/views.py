@@ -50,6 +50,20 @@ class Statistic(Metric):
 
 
 @dataclass(frozen=True)
+class Reader:
+    """One layer that reads a group, and how what it reads varies."""
+
+    weight: Tensor
+    """(outputs, d) float64, outputs in the units in which the network goes on with them."""
+    covariance: Tensor
+    """(d, d) float64 of what the layer reads together."""
+    columns: Tensor
+    """(U, k) int64: the d positions that belong to each unit."""
+    size: float
+    """Variance of what the outputs become, summed: what an error is compared with."""
+
+
+@dataclass(frozen=True)
 class GroupView:
     """One group as a criterion sees it."""
 
@@ -63,10 +77,17 @@ class GroupView:
     """Everything that leaves with a unit: one tensor of shape (U, n_elements) per parameter dimension concerned."""
     seed: int = 0
     """Seed of this run and step, for criteria that draw."""
+    readers: Callable[[], list[Reader]] = list
+    """The layers that read the group, where compensation observed their second moments."""
+    cost: float = 1.0
+    """Share of the budgeted quantity (MACs or parameters) that one unit frees in the model as it is."""
 
 
 class Criterion(ABC):
     """Scores the units of a group: one number per unit, higher = keep."""
+
+    comparable: bool = False
+    """True: scores of different groups mean the same as they are, and are not normalised unless one asks for it."""
 
     def statistics(self) -> dict[str, Callable[[int], Statistic]]:
         """The statistics to accumulate at every site: key -> constructor taking the number of units (default: none)."""

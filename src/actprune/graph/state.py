@@ -73,6 +73,14 @@ class TraceState:
     bindings: list[Binding] = field(default_factory=list)
     possible: list[Binding] = field(default_factory=list)
     """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""
+    outer: frozenset[str] = frozenset()
+    """Modules in which a split keeps its last factor but one cuttable, where nothing names the head count."""
+    guessed: set[str] = field(default_factory=set)
+    """Modules with a split whose cuttable factor was not named by any attribute."""
+    scored: set[str] = field(default_factory=set)
+    """Modules in which a cuttable dimension is summed over between two activations."""
+    coincidences: dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = field(default_factory=dict)
+    """Module path -> pairs of ids: what a view there produced, and an input of that module of the same extent."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])
@@ -83,6 +91,7 @@ class TraceState:
     _ids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _producers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _computed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property
     def stack(self) -> list[str]:
@@ -120,6 +129,19 @@ class TraceState:
         """Name of the parameter that ``tensor`` is, possibly transposed, cast or viewed whole."""
         self.ids(tensor)
         return self._origins.get(tensor)
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or computed from such alone: a scaled, normalised or masked weight."""
+        return self.origin(tensor) is not None or tensor in self._computed
+
+    def compute(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Remember whether an operator computed its outputs from weights alone."""
+        weights = bool(inputs) and all(self.is_weight(x) for x in inputs)
+        for tensor in outputs:
+            if weights:
+                self._computed[tensor] = True
+            else:
+                self._computed.pop(tensor, None)
 
     def inherit(self, source: Tensor, target: Tensor) -> None:
         """The target is a whole view or copy of the source: parameter origin and producer pass on."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
-from actprune.core.hooks import decomposed
+from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.stack import module_stack
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.state import TraceState
@@ -64,13 +64,21 @@ class ChannelTracer(TorchDispatchMode):
         if function is None and name.endswith("_") and not name.endswith("__"):
             function = RULES.get(name[:-1])
         if function is not None:
-            function(t, bind(func, args, kwargs) if name.startswith("unsqueeze") else _positive(bind(func, args, kwargs)), out)
+            function(
+                t,
+                bind(func, args, kwargs) if name.startswith("unsqueeze") else _positive(bind(func, args, kwargs)),
+                out,
+            )
         elif _is_pointwise(func, name):
             pointwise.pointwise(t, inputs, outputs)
         elif name in _FILLED:
-            t.set(out, [t.space.fresh(n) if n > 1 else None for n in out.shape])
+            # outside the model's forward a constant is an input
+            inside = len(t.frames) > 1
+            t.set(out, [t.space.fresh(n) if n > 1 and inside else None for n in out.shape])
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
+        if name not in CONTRACTIONS:
+            t.compute(inputs, outputs)
         return out
 
     def _refuse(self, func: Any, inputs: list[Tensor]) -> None:
@@ -105,9 +113,17 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
 def run(model: nn.Module, example: Example) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
+    Where a dimension was split for attention and no attribute names the heads, a second run takes the outer factor for them.
+
     Raises:
         TraceError: the model fails on the example.
     """
+    state = _run(model, example, frozenset())
+    attention = frozenset(state.guessed & state.scored)
+    return _run(model, example, attention) if attention else state
+
+
+def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -116,7 +132,7 @@ def run(model: nn.Module, example: Example) -> TraceState:
         names[id(tensor)] = name
         if tensor.numel() and tensor.layout == torch.strided:
             storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
-    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages)
+    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, outer=outer)
     with undisturbed(model), module_stack(model) as state.frames:
         try:
             with ChannelTracer(state):

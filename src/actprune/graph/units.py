@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from torch import nn
 from actprune.graph.cost import CostModel
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
 from actprune.graph.ids import Ids
-from actprune.graph.state import Contraction, TraceState
+from actprune.graph.state import TraceState
 
 _HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -37,6 +39,7 @@ class _Classes:
 
 def build(state: TraceState, model: nn.Module) -> Graph:
     """Turn a trace into a channel graph."""
+    _agree(state)
     classes = _Classes(state)
     n = len(classes.roots)
     tensors = {name: [classes.of(ids) for ids in dims] for name, dims in state.tensor_ids.items()}
@@ -58,7 +61,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         reasons[i] = reasons[i] or "no convolution or matrix product reads it"
 
     sites = _sites(state, reads)
-    groups = _groups(tensors, reasons, consumed[:n] | produced[:n], sites, writes, state)
+    groups = _groups(tensors, reasons, consumed[:n] | produced[:n], sites, reads, state)
     cost = _cost(state, model, classes, tensors)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts)) for b in bindings)
@@ -82,15 +85,45 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         if c.weight is not None and r is not None and site is not None
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
-    return Graph(groups, consumers, followers, possible, cost, n, shapes, _unknown(state, classes, consumed))
+    return Graph(
+        groups,
+        consumers,
+        followers,
+        possible,
+        _may_tie(state),
+        cost,
+        n,
+        shapes,
+        _unknown(state, classes, consumed | produced),
+    )
 
 
-def _unknown(state: TraceState, classes: _Classes, consumed: NDArray[np.bool_]) -> dict[str, int]:
-    """How often an operator without a rule locked something that a contraction reads."""
+def _may_tie(state: TraceState) -> frozenset[str]:
+    find = state.space.find
+    return frozenset(
+        path for path, pairs in state.coincidences.items() if any(not np.array_equal(find(a), find(b)) for a, b in pairs)
+    )
+
+
+def _agree(state: TraceState) -> None:
+    """An attribute has one value: what it counts in several places leaves together."""
+    first: dict[tuple[str, str, int | None], NDArray[np.int64]] = {}
+    for binding in state.bindings:
+        known = first.setdefault((binding.module, binding.attribute, binding.index), binding.counts)
+        why = f"counted by {binding.attribute} of {binding.module or 'the model'}"
+        if len(known) == len(binding.counts):
+            state.space.tie(known, binding.counts, why)
+        else:
+            state.space.lock(known, why)
+            state.space.lock(binding.counts, why)
+
+
+def _unknown(state: TraceState, classes: _Classes, matters: NDArray[np.bool_]) -> dict[str, int]:
+    """How often an operator without a rule locked something that a contraction reads or produces."""
     counts: dict[str, int] = defaultdict(int)
     for name, ids in state.refused:
         found = classes.of(ids)
-        counts[name] += bool(consumed[found[found >= 0]].any())
+        counts[name] += bool(matters[found[found >= 0]].any())
     return {name: count for name, count in counts.items() if count}
 
 
@@ -107,7 +140,7 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
         seen[path] += 1
         module = state.modules[path]
         own = isinstance(module, _HOOKABLE) and contraction.ordinal == 0
-        dim = (-1 if isinstance(module, nn.Linear) else 1) if own else contraction.dim
+        dim = (-1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()) if own else contraction.dim
         positions = np.arange(len(ids))
         sites.append(Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions))
     return sites
@@ -118,85 +151,102 @@ def _groups(
     reasons: list[str | None],
     matters: NDArray[np.bool_],
     sites: list[Site | None],
-    writes: list[NDArray[np.int64] | None],
+    reads: list[NDArray[np.int64] | None],
     state: TraceState,
 ) -> tuple[Group, ...]:
-    members: list[dict[tuple[str, int], NDArray[np.int64]]] = [{} for _ in reasons]
+    columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
     order = np.full(len(reasons), np.iinfo(np.int64).max)
-    for name, dims in tensors.items():
-        for dim, column in enumerate(dims):
-            by_class = np.argsort(column, kind="stable")
-            found, starts = np.unique(column[by_class], return_index=True)
-            for cls, positions in zip(found.tolist(), np.split(by_class, starts[1:]), strict=True):
-                members[cls][(name, dim)] = positions
-                order[cls] = min(order[cls], int(state.tensor_ids[name][dim][positions[0]]))
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for cls in np.argsort(order, kind="stable").tolist():
-        if matters[cls]:
-            signature = tuple((key, len(positions)) for key, positions in members[cls].items())
-            alike[(signature, reasons[cls])].append(cls)
-    read_at = _read_at(state, sites, len(reasons))
-    producers = {id(w): c.weight for c, w in zip(state.contractions, writes, strict=True) if w is not None and c.weight}
-    named: dict[str, int] = defaultdict(int)
+    for (name, dim), column in columns.items():
+        raw = state.tensor_ids[name][dim]
+        known = column >= 0
+        np.minimum.at(order, column[known], raw[known])
+    grouping = _Grouping(_signatures(columns, reasons), order, matters)
+    members: list[dict[tuple[str, int], NDArray[np.int64]]] = [{} for _ in grouping.classes]
+    for key, column in columns.items():
+        for group, positions in grouping.positions(column):
+            members[group][key] = positions
+    read_at: list[list[Site]] = [[] for _ in grouping.classes]
+    for site, column in zip(sites, reads, strict=True):
+        if site is not None and column is not None:
+            for group, positions in grouping.positions(column):
+                read_at[group].append(dataclasses.replace(site, positions=positions))
+    producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
+    used: dict[str, int] = defaultdict(int)
     groups = []
-    for chosen in alike.values():
-        keys = members[chosen[0]]
-        stacked = {key: np.stack([members[cls][key] for cls in chosen]) for key in keys}
-        name = _name(keys, state, set(producers.values()))
-        named[name] += 1
+    for classes, keys, group_sites in zip(grouping.classes, members, read_at, strict=True):
+        name = _name(keys, state, producing)
+        used[name] += 1
         groups.append(
             Group(
-                name=name if named[name] == 1 else f"{name}#{named[name]}",
-                size=len(chosen),
-                locked=reasons[chosen[0]],
-                members=stacked,
-                classes=np.array(chosen),
-                sites=_group_sites(chosen, read_at, sites),
+                name=name if used[name] == 1 else f"{name}#{used[name]}",
+                size=len(classes),
+                locked=reasons[classes[0]],
+                members=keys,
+                classes=classes,
+                sites=tuple(group_sites),
             )
         )
     return tuple(groups)
 
 
-def _name(keys: dict[tuple[str, int], NDArray[np.int64]], state: TraceState, weights: set[str | None]) -> str:
+def _signatures(columns: dict[tuple[str, int], NDArray[np.int64]], reasons: list[str | None]) -> NDArray[np.uint64]:
+    """One number per class, equal for classes that cut the same dimensions by the same amounts and share a lock reason."""
+    generator = np.random.default_rng(0)
+    n = len(reasons)
+    signature = np.zeros(n, dtype=np.uint64)
+    for column in columns.values():
+        counts = np.bincount(column[column >= 0], minlength=n).astype(np.uint64)
+        # a random odd factor per dimension: sums of different multisets collide with probability 2^-64
+        signature += counts * (generator.integers(1 << 63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+    known = {reason: number for number, reason in enumerate(dict.fromkeys(reasons))}
+    factors = generator.integers(1 << 63, size=len(known), dtype=np.uint64)
+    return signature + factors[[known[reason] for reason in reasons]] if n else signature
+
+
+class _Grouping:
+    """Classes of equal signature, in order of first use; finds every group's positions in a column at once."""
+
+    def __init__(self, signatures: NDArray[np.uint64], order: NDArray[np.int64], matters: NDArray[np.bool_]) -> None:
+        chosen = np.flatnonzero(matters)
+        chosen = chosen[np.argsort(order[chosen], kind="stable")]
+        _, first, inverse = np.unique(signatures[chosen], return_index=True, return_inverse=True)
+        # number groups by their first class
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+        group = rank[inverse]
+        by_group = np.argsort(group, kind="stable")
+        bounds = np.searchsorted(group[by_group], np.arange(len(first) + 1))
+        self.classes = [chosen[by_group[a:b]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self._bounds = bounds
+        # place of every class in the list of all groups, -1 where it is in none; index -1 stands for "no class"
+        self._place = np.full(len(signatures) + 1, -1)
+        self._place[chosen[by_group]] = np.arange(len(chosen))
+
+    def positions(self, column: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield (group, (n_units, k) positions) for every group of which each unit has k positions in the column."""
+        place = self._place[column]
+        by_place = np.argsort(place, kind="stable")
+        by_place = by_place[np.searchsorted(place[by_place], 0) :]
+        starts = np.searchsorted(place[by_place], self._bounds)
+        for group in np.flatnonzero(np.diff(starts)).tolist():
+            found = by_place[starts[group] : starts[group + 1]]
+            size = len(self.classes[group])
+            width = len(found) // size
+            # alike by construction in parameters; what a site reads need not be
+            if width * size == len(found) and np.array_equal(
+                place[found], np.repeat(np.arange(self._bounds[group], self._bounds[group + 1]), width)
+            ):
+                yield group, found.reshape(size, width)
+
+
+def _name(keys: dict[tuple[str, int], NDArray[np.int64]], state: TraceState, producing: dict[str, int]) -> str:
     """Path of the first module whose weight produces the units, else of the first tensor they cut."""
     order = {name: i for i, name in enumerate(state.tensor_ids)}
-    producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
     first = min(keys, key=lambda key: (producing.get(key[0]) != key[1], order[key[0]]))
     return first[0].rpartition(".")[0] or first[0]
 
 
-def _read_at(state: TraceState, sites: list[Site | None], n: int) -> list[dict[int, NDArray[np.int64]]]:
-    """For every class: contraction index -> positions it reads of that class."""
-    classes = _Classes(state)
-    found: list[dict[int, NDArray[np.int64]]] = [{} for _ in range(n)]
-    for index, (contraction, site) in enumerate(zip(state.contractions, sites, strict=True)):
-        if site is None:
-            continue
-        column = classes.of(contraction.reads)  # type: ignore[arg-type]
-        by_class = np.argsort(column, kind="stable")
-        present, starts = np.unique(column[by_class], return_index=True)
-        for cls, positions in zip(present.tolist(), np.split(by_class, starts[1:]), strict=True):
-            if cls >= 0:
-                found[cls][index] = positions
-    return found
-
-
-def _group_sites(
-    chosen: list[int], read_at: list[dict[int, NDArray[np.int64]]], sites: list[Site | None]
-) -> tuple[Site, ...]:
-    result = []
-    for index in sorted(read_at[chosen[0]]):
-        site = sites[index]
-        rows = [read_at[cls].get(index) for cls in chosen]
-        if site is None or any(row is None or len(row) != len(rows[0]) for row in rows):  # type: ignore[arg-type]
-            continue
-        result.append(Site(site.name, site.module, site.ordinal, site.operand, site.dim, np.stack(rows)))  # type: ignore[arg-type]
-    return tuple(result)
-
-
-def _cost(
-    state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[str, list[NDArray[np.int64]]]
-) -> CostModel:
+def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[str, list[NDArray[np.int64]]]) -> CostModel:
     cost = CostModel(len(classes.roots))
     for name, parameter in model.named_parameters():
         if name in tensors:
@@ -211,6 +261,3 @@ def _cost(
 def _width(classes: _Classes, ids: Ids) -> NDArray[np.int64]:
     assert ids is not None
     return classes.of(ids)
-
-
-__all__ = ["Contraction", "build"]

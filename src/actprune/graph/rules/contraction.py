@@ -91,6 +91,10 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = first_known(left[-1], right[-2])
+    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None and (reads >= 0).any():
+        # the width of a head sets the scale of its softmax, so it stays
+        t.scored.add(t.frames[-1].path)
+        t.lock(reads, "summed over between two activations")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
         t.contract(out, (1, b.dim() - 2, reads), left[-2], sizes, 1, a, left[-1], None)

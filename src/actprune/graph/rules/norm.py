@@ -36,7 +36,10 @@ def batch_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
                 t.bindings.append(Binding(t.stack[-1], name, None, x[1][:width]))
     producer = t.producer(a.input)
     mean = getattr(a, "running_mean", None)
-    if producer is not None and isinstance(mean, Tensor) and (name := t.origin(mean)) is not None:
+    if producer is None or not isinstance(mean, Tensor) or x[1] is None or producer.writes is None:
+        return
+    # it normalises what was produced: not another dimension of the same tensor, tokens for one
+    if np.array_equal(x[1], producer.writes) and (name := t.origin(mean)) is not None:
         producer.batch_norm = name.rpartition(".")[0]
 
 

@@ -44,6 +44,8 @@ def unsqueeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids = list(t.ids(a.input))
     ids.insert(a.dim if a.dim >= 0 else a.dim + out.dim(), None)
     t.set(out, ids)
+    t.inherit(a.input, out)
+    t.inherit(a.input, out)
 
 
 @rule("squeeze", "squeeze_")
@@ -53,6 +55,7 @@ def squeeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     chosen = range(a.input.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % a.input.dim() for d in chosen if a.input.shape[d] == 1} if a.input.dim() else set()
     t.set(out, [ids for d, ids in enumerate(t.ids(a.input)) if d not in gone])
+    t.inherit(a.input, out)
 
 
 @rule("expand")
@@ -67,6 +70,7 @@ def expand(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         else:
             result.append(free(out.shape[dim]))
     t.set(out, result)
+    t.inherit(a.input, out)
 
 
 @rule("select")
@@ -146,13 +150,12 @@ def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out:
 
 
 def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
-    """An attribute of the innermost module that names this split size follows the cut."""
+    """An integer of the innermost module may be what the split was called with."""
     for path, name, value in t.attributes():
         if path != t.stack[-1]:
             return
-        named = any(word in name for word in ("width", "split", "chunk", "dim", "channel"))
-        if named and type(value) is int and value == size:
-            t.bindings.append(Binding(path, name, None, counts))
+        if type(value) is int and value == size:
+            t.possible.append(Binding(path, name, None, counts))
 
 
 def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
@@ -180,9 +183,7 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         elif all(ids is None for ids in columns):
             result.append(None)
         else:
-            filled = [
-                np.full(x.shape[d], FIXED) if ids is None else ids for x, ids in zip(tensors, columns, strict=True)
-            ]
+            filled = [np.full(x.shape[d], FIXED) if ids is None else ids for x, ids in zip(tensors, columns, strict=True)]
             result.append(np.concatenate(filled))
     t.set(out, result)
 
@@ -319,3 +320,13 @@ def gather(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
             t.lock(column, "indexed by position")
             ids[d] = None
     t.set(out, ids)
+
+
+@rule("unfold")
+def unfold(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Sliding windows over a dimension fix it; the others pass."""
+    ids = list(t.ids(a.input))
+    if ids:
+        t.lock(ids[a.dimension], "windows over this dimension")
+        ids[a.dimension] = None
+    t.set(out, [*ids, None])

@@ -54,5 +54,3 @@ def _resample(spatial: int) -> Rule:
 
 for _n, _operators in _SPATIAL.items():
     rule(*_operators)(_resample(_n))
-
-

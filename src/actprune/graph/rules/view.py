@@ -18,7 +18,6 @@ from actprune.graph.ids import FREE, Ids, free
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
-
 _HEAD_WORDS = ("head", "d_kv", "key_value_proj_dim")
 _WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv")
 
@@ -59,6 +58,9 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
         if np.array_equal(grid, np.broadcast_to(_line(grid, axis), grid.shape)):
             return _only(grid, axis)
     heads = _head_axis(t, grid, axes)
+    if heads is None and len(axes) > 1:
+        t.guessed.add(t.frames[-1].path)
+        heads = axes[-2] if t.frames[-1].path in t.outer else axes[-1]
     chosen = axes[-1] if heads is None else heads
     line = np.broadcast_to(_merged_line(grid, chosen), grid.shape)
     t.tie(line.ravel(), grid.ravel(), "split of a dimension that is partly fixed")
@@ -165,10 +167,16 @@ def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 
 def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
-    """Integers of the running modules that equal a cuttable extent may be what the view was called with."""
+    """What a view was called with may be an integer of a running module, or an extent of the module's input."""
+    frame = t.frames[-1]
     for n, column in zip(shape, ids, strict=True):
         if column is None or n == 1:
             continue
+        for tensor in frame.args:
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == n:
+                other = t.ids(tensor)[-1]
+                if other is not None and other is not column:
+                    t.coincidences.setdefault(frame.path, []).append((column, other))
         for path, name, value in t.attributes():
             if type(value) is int and value == n and not type(t.modules[path]).__module__.startswith("torch.nn"):
                 t.possible.append(Binding(path, name, None, column))
@@ -189,3 +197,20 @@ def pixel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     else:
         kept = None if x[-3] is None else np.repeat(x[-3], narrow // wide)
     t.set(out, [*x[:-3], kept, None, None])
+
+
+@rule("im2col")
+def im2col(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``(C, H, W) -> (C kh kw, L)``: all taps of a channel leave together."""
+    x = t.ids(a.input)
+    taps = math.prod(a.kernel_size)
+    t.set(out, [*x[:-3], None if x[-3] is None else np.repeat(x[-3], taps), None])
+
+
+@rule("col2im")
+def col2im(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``(C kh kw, L) -> (C, H, W)``: all taps of a channel leave together."""
+    x = t.ids(a.input)
+    channels = split(t, x[-2], [out.shape[-3], math.prod(a.kernel_size)])
+    t.lock(channels[1], "taps of a fold")
+    t.set(out, [*x[:-2], channels[0], None, None])
