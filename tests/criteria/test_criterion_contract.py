@@ -17,7 +17,7 @@ import torch
 
 import actprune.criteria
 from actprune.core.errors import ObservationError
-from actprune.core.views import Criterion, GroupView
+from actprune.core.views import Criterion, GroupView, Reader
 from actprune.criteria import (
     FPGM,
     RMS,
@@ -27,6 +27,7 @@ from actprune.criteria import (
     MeanActivation,
     Rademacher,
     Random,
+    Reconstruction,
     StateEntropy,
     Variance,
     ZeroRate,
@@ -107,6 +108,31 @@ def map_rank(x, w):
     return np.array([[np.linalg.matrix_rank(m) for m in row] for row in maps]).mean(0)
 
 
+def greedy_reconstruction(x, w, ridge=0.01):
+    """Every set of leavers is judged anew by the Schur complement of what stays."""
+    rows = np.moveaxis(x, 1, 2).reshape(-1, x.shape[1])
+    gram = np.cov(rows.T, bias=True)
+    gram += ridge * gram.diagonal().mean() * np.eye(len(gram))
+
+    def error(gone):
+        kept = [u for u in range(len(gram)) if u not in gone]
+        inner = gram[np.ix_(gone, gone)]
+        if kept and gone:
+            between = gram[np.ix_(kept, gone)]
+            inner = inner - between.T @ np.linalg.solve(gram[np.ix_(kept, kept)], between)
+        return np.trace(w[gone].T @ inner @ w[gone])
+
+    gone, scores, highest = [], np.zeros(len(gram)), 0.0
+    while len(gone) < len(gram) - 1:
+        rises = {u: error([*gone, u]) - error(gone) for u in range(len(gram)) if u not in gone}
+        worst = min(rises, key=rises.get)
+        highest = max(highest, rises[worst])
+        scores[worst] = highest
+        gone.append(worst)
+    scores[[u for u in range(len(gram)) if u not in gone]] = 2 * highest + 1e-12
+    return scores
+
+
 class Case(NamedTuple):
     criterion: Criterion
     reference: Callable
@@ -147,6 +173,7 @@ CASES = [
     Case(Magnitude(), lambda x, w: np.linalg.norm(w, axis=1)),
     Case(Magnitude(p=1), lambda x, w: np.abs(w).sum(1)),
     Case(FPGM(), lambda x, w: scipy.spatial.distance_matrix(w, w).sum(1)),
+    Case(Reconstruction(ridge=0.01), greedy_reconstruction),
     Case(Random(), None),  # draws by position: its own reference is in test_weight_criteria
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -165,7 +192,15 @@ def observe(criterion, *sites):
 
 def view_of(criterion, *sites, weights=None, name="layer1.conv1", seed=0):
     weights = weights or slices()
-    return GroupView(name, sites[0].shape[1], observe(criterion, *sites), lambda: weights, seed)
+    readers = [reader_of(x, weights) for x in sites]
+    return GroupView(name, sites[0].shape[1], observe(criterion, *sites), lambda: weights, seed, lambda: readers)
+
+
+def reader_of(x, weights):
+    """A layer that reads each unit once, with all its slices as weights, and errors as they are."""
+    rows = x.transpose(1, 2).reshape(-1, x.shape[1]).double()
+    weight = torch.cat([w.double() for w in weights], dim=1).T
+    return Reader(weight, torch.cov(rows.T, correction=0).reshape(x.shape[1], -1), torch.arange(x.shape[1])[:, None], 1.0)
 
 
 def needs_data(case):

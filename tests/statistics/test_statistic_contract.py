@@ -15,7 +15,7 @@ import torch
 import actprune.statistics
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Statistic
-from actprune.statistics import Activity, Histogram, LinearRademacher, MapRank, Moments, merge_shards
+from actprune.statistics import Activity, Gram, Histogram, LinearRademacher, MapRank, Moments, merge_shards
 from actprune.statistics.reduce import pack, pack_scales
 
 torch.set_num_threads(1)
@@ -85,6 +85,11 @@ def moments_reference(x):
     return np.stack([x.mean((0, 2)), x.var((0, 2))], axis=1)
 
 
+def gram_reference(x):
+    rows = np.moveaxis(x, 1, 2).reshape(-1, x.shape[1])
+    return np.column_stack([rows.mean(0), np.cov(rows.T, bias=True).reshape(x.shape[1], -1)])
+
+
 def activity_reference(x):
     return np.stack([(x == 0).mean((0, 2)), (x > 0).mean((0, 2))], axis=1)
 
@@ -118,6 +123,7 @@ CASES = [
     Case(LinearRademacher, {}, rademacher_reference, False),
     Case(LinearRademacher, {"pool": "positions", "replicates": 70, "seed": 9}, rademacher_reference, False),
     Case(Moments, {}, moments_reference, False),
+    Case(Gram, {}, gram_reference, False),
     Case(Activity, {}, activity_reference, True),
     Case(MapRank, {}, rank_reference, True),
     Case(MapRank, {"shape": (2, 8)}, rank_reference, True),

@@ -8,6 +8,7 @@ from actprune.criteria.magnitude import Magnitude
 from actprune.criteria.moments import RMS, MeanActivation, Variance
 from actprune.criteria.rademacher import Rademacher
 from actprune.criteria.random import Random
+from actprune.criteria.reconstruction import Reconstruction
 from actprune.criteria.zero_rate import ZeroRate
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MeanActivation",
     "Rademacher",
     "Random",
+    "Reconstruction",
     "StateEntropy",
     "Variance",
     "ZeroRate",

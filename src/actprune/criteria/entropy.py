@@ -61,9 +61,7 @@ class Entropy(Criterion):
     def __post_init__(self) -> None:
         """Check the options before any work is done."""
         if self.bias_correction not in ("none", "miller_madow"):
-            raise ConfigError(
-                f"bias_correction={self.bias_correction!r} is not known; choose one of none, miller_madow"
-            )
+            raise ConfigError(f"bias_correction={self.bias_correction!r} is not known; choose one of none, miller_madow")
         self._histogram(1)
 
     def _histogram(self, n_units: int) -> Histogram:

@@ -5,6 +5,7 @@
 
 from actprune.statistics.activity import Activity
 from actprune.statistics.base import Accumulator
+from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
 from actprune.statistics.positions import sample_positions
@@ -15,6 +16,7 @@ from actprune.statistics.reduce import all_reduce, merge_shards
 __all__ = [
     "Accumulator",
     "Activity",
+    "Gram",
     "Histogram",
     "LinearRademacher",
     "MapRank",

@@ -22,6 +22,10 @@ class Activity(Accumulator):
         n_units: units of the group at this site (U).
     """
 
+    n_values: Tensor  # ()
+    zeros: Tensor  # (U,)
+    positives: Tensor  # (U,)
+
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
         self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

@@ -32,6 +32,9 @@ class Accumulator(Statistic):
         ConfigError: ``n_units`` is below 1.
     """
 
+    first_nonfinite: Tensor
+    """() number of the first batch, from 0, in which this process saw a NaN or Inf; inf for none."""
+
     def __init__(self, n_units: int) -> None:
         if n_units < 1:
             raise ConfigError(f"a statistic needs n_units >= 1, got {n_units}")

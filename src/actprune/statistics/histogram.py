@@ -45,6 +45,11 @@ class Histogram(Accumulator):
         ConfigError: ``bins`` outside [2, 65536], unknown ``range`` or ``pool``.
     """
 
+    counts: Tensor  # (U, fine bins) int64
+    zeros: Tensor  # (U,) how many of them are exact zeros
+    low: Tensor  # (1,) or (U,) least value seen
+    high: Tensor  # (1,) or (U,) greatest value seen
+
     def __init__(
         self, n_units: int, bins: int = 64, range: str = "layer", pool: str = "positions", zero_bin: bool = True
     ) -> None:

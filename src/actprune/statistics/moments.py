@@ -36,6 +36,11 @@ class Moments(Accumulator):
         n_units: units of the group at this site (U).
     """
 
+    n_values: Tensor  # ()
+    reference: Tensor  # (U,) r
+    shifted: Tensor  # (U,) sum of a - r
+    shifted_squares: Tensor  # (U,) sum of (a - r)^2
+
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
         self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -46,7 +51,7 @@ class Moments(Accumulator):
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch's moments about the reference."""
         mean, squares = sample_moments(x)
-        torch.where(self.reference == -torch.inf, mean.mean(0), self.reference, out=self.reference)
+        torch.where(self.reference.isneginf(), mean.mean(0), self.reference, out=self.reference)
         offset = mean - self.reference
         self.n_values += len(x) * x.shape[2]
         self.shifted += x.shape[2] * offset.sum(0)
@@ -65,7 +70,7 @@ class Moments(Accumulator):
 
     def aligned(self, shared: Mapping[str, Tensor]) -> None:
         """Express the sums about the shards' common reference."""
-        move = torch.where(self.reference == -torch.inf, 0.0, self.reference - shared["reference"])
+        move = torch.where(self.reference.isneginf(), 0.0, self.reference - shared["reference"])
         self.shifted_squares += 2 * move * self.shifted + self.n_values * move.square()
         self.shifted += self.n_values * move
         self.reference.copy_(shared["reference"])

@@ -43,6 +43,10 @@ class LinearRademacher(Accumulator):
         ConfigError: negative ``replicates``, unknown ``pool``.
     """
 
+    signed: Tensor  # (M, U) sum_i sigma_i a_i
+    squares: Tensor  # (U,) sum_i a_i^2
+    n_terms: Tensor  # () n
+
     def __init__(self, n_units: int, replicates: int = 64, pool: str = "gap", seed: int = 0) -> None:
         super().__init__(n_units)
         if replicates < 0:

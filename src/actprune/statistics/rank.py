@@ -32,6 +32,7 @@ class MapRank(Accumulator):
     """
 
     whole_maps = True
+    ranks: Tensor  # (U,)
 
     def __init__(self, n_units: int, shape: Sequence[int] | None = None) -> None:
         super().__init__(n_units)
@@ -44,8 +45,7 @@ class MapRank(Accumulator):
         shape = self.shape or (side, side)
         if math.prod(shape) != x.shape[2]:
             raise ConfigError(
-                f"maps of {x.shape[2]} positions are not {shape[0]} x {shape[1]}; "
-                "give the map's (height, width) as shape"
+                f"maps of {x.shape[2]} positions are not {shape[0]} x {shape[1]}; give the map's (height, width) as shape"
             )
         maps = x.unflatten(2, shape).nan_to_num(0.0, 0.0, 0.0)  # decompositions refuse NaN; the witness reports it
         self.ranks += torch.linalg.matrix_rank(maps).sum(0)
