@@ -23,9 +23,7 @@ from actprune.statistics import all_reduce
 class Observation:
     """Statistics of one validation epoch: per group and site for the criterion, per consumer for compensation."""
 
-    def __init__(
-        self, model: nn.Module, graph: Graph, criterion: Criterion, compensation: Compensation | None
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, criterion: Criterion, compensation: Compensation | None) -> None:
         self._model = model
         self._sample_ids = torch.empty(0, dtype=torch.int64)
         self._next_id = 0
@@ -53,7 +51,7 @@ class Observation:
                 for key, statistic in here:
                     made[key].append(statistic)
                     self._where[id(statistic)] = f"group {group.name!r} as read by {site.name!r}"
-                index = None if _is_identity(site.positions) else torch.from_numpy(site.positions)
+                index = torch.from_numpy(site.positions)
                 self._at(site.module, site.ordinal, site.operand, partial(self._units, site, index, [s for _, s in here]))
             self.scores[group.name] = made
 
@@ -79,39 +77,39 @@ class Observation:
         else:
             self._operands[module][(ordinal, operand)].append(watcher)
 
-    def _units(self, site: Site, index: Tensor | None, statistics: list[Statistic], x: Tensor) -> None:
-        x, ids = self._samples(x, site.dim)
+    def _units(self, site: Site, index: Tensor, statistics: list[Statistic], x: Tensor) -> None:
+        x, ids = self._samples(x, site.dim, site.module)
         x = x.reshape(*x.shape[:2], -1)
-        if index is not None:
-            units, width = index.shape
+        units, width = index.shape
+        if width > 1 or units != x.shape[1] or not _is_identity(site.positions):
             picked = x.index_select(1, index.to(x.device).flatten())
             x = picked.reshape(len(x), units, width * x.shape[2])
         for statistic in statistics:
             statistic.update(x, ids)
 
-    def _channels(
-        self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor
-    ) -> None:
-        x, ids = self._samples(x, consumer.dim)
+    def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
+        x, ids = self._samples(x, consumer.dim, consumer.module)
         compensation.observe(statistic, layer, x, ids)
 
-    def _samples(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """(N, C, *positions) and the ids of the N rows; where rows are parts of samples they are numbered anew."""
-        x = x.detach()
-        dim = dim % x.dim()
-        if dim == 0:
+    def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
+        """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
+        x = x.detach().movedim(dim, -1)
+        if x.dim() == 1:
             x = x.unsqueeze(0)
-            dim = 1
-        x = x.movedim(dim, 1)
-        ids = self._sample_ids
-        if len(ids) != len(x):
-            n = len(ids)
-            if n and len(x) % n == 0:
-                # windows or heads: several rows per sample
-                x = x.unflatten(0, (n, -1)).movedim(1, -1)
-            else:
-                first = int(ids[0]) if n else 0
-                ids = torch.arange(first, first + len(x))
+        ids, rows = self._sample_ids, x.shape[:-1]
+        n = len(ids)
+        if n and rows[0] != n and rows[0] % n == 0:
+            # several rows per sample: windows or frames, the sample first; multi-head attention puts the position first
+            first = type(self._model.get_submodule(module)) is not nn.MultiheadAttention
+            x = x.unflatten(0, (n, -1)).movedim(1, -2) if first else x.unflatten(0, (-1, n)).movedim(0, -2)
+            x = x.movedim(-2, -1).movedim(-2, 1)
+        elif n and rows[0] != n and n in rows:
+            x = x.movedim(rows.index(n), 0).movedim(-1, 1)
+        else:
+            x = x.movedim(-1, 1)
+            if rows[0] != n:
+                start = int(ids[0]) if n else 0
+                ids = torch.arange(start, start + rows[0])
         return x, ids
 
     def begin_batch(self, sample_ids: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +18,14 @@ from actprune.core.calling import Example, call
 from actprune.core.errors import BudgetError, ObservationError, TraceError
 from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
-from actprune.core.views import Criterion, GroupView
-from actprune.graph import Graph, Group, trace
+from actprune.core.views import Criterion, GroupView, Reader
+from actprune.graph import Graph, Group
+from actprune.pruning.finishing import batch_size, finish, has_finish, inputs_of
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
+from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select
-from actprune.pruning.verify import rehearse, with_followers, with_locks
+from actprune.pruning.verify import rehearse, traced, with_locks
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
@@ -63,9 +67,7 @@ class Pruner:
         self.selection = selection or Selection()
         self.compensation = compensation
         self.seed = seed
-        self._locked: dict[str, str] = {}
-        self._following: set[str] = set()
-        self.graph: Graph = self._trace(verify=True)
+        self.graph, self._repairs = rehearse(model, example_inputs)
         record = record_of(model)
         first = record.steps[0] if record.steps else None
         self.params_before = first["params_before"] if first else self.graph.params
@@ -76,23 +78,20 @@ class Pruner:
         self.graph = self._without_strangers(self.graph)
         self.check_budget()
 
-    def _trace(self, *, verify: bool) -> Graph:
-        graph = trace(self.model, self.example_inputs)
-        if verify:
-            known, certain = {g.name for g in graph.unlocked}, len(graph.followers)
-            graph = rehearse(self.model, self.example_inputs, graph)
-            self._locked = {g.name: g.locked for g in graph.groups if g.name in known and g.locked is not None}
-            self._following = {f.module for f in graph.followers[certain:]}
-            return graph
-        return self._without_strangers(with_locks(with_followers(graph, self._following), self._locked))
+    def _traced(self) -> Graph:
+        return self._without_strangers(traced(self.model, self.example_inputs, self._repairs))
+
+    def _now(self) -> dict[str, int]:
+        """Width of every group that may be cut, by the record: a group of one unit may look like another one to a new trace."""
+        widths = self.record.widths
+        return {name: widths.get(name, [before, before])[1] for name, before in self._original_widths.items()}
 
     def _without_strangers(self, graph: Graph) -> Graph:
         """Lock groups that came into being by a cut: a convolution of one group, an attention of one head.
 
         Their units are finer than those that were counted, so ``max_ratio`` of the original width would not hold.
         """
-        widths = self.record.widths
-        expected = {name: widths.get(name, [n, n])[1] for name, n in self._original_widths.items()}
+        expected = self._now()
         why = "its units are parts of the last unit of a group that was cut"
         return with_locks(graph, {g.name: why for g in graph.unlocked if expected.get(g.name) != g.size})
 
@@ -113,8 +112,8 @@ class Pruner:
 
     def widths(self) -> list[tuple[str, int, int]]:
         """(group, width before any pruning, width now) of every group that may be cut."""
-        now = {g.name: g.size for g in self.graph.groups}
-        return [(name, before, now.get(name, before)) for name, before in self._original_widths.items()]
+        now = self._now()
+        return [(name, before, now[name]) for name, before in self._original_widths.items()]
 
     def target(self, due: float) -> float:
         """Parameters or MACs that may be left when ``due`` in [0, 1] of the whole reduction is due."""
@@ -158,13 +157,17 @@ class Pruner:
         elif self.criterion.statistics():
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
+        whole = self.graph.cost.evaluate(self.budget.unit)
         for group in self.graph.unlocked:
+            one = self.graph.cost.evaluate(self.budget.unit, self.graph.removed({group.name: [0]}))
             view = GroupView(
                 name=group.name,
                 size=group.size,
                 statistics=observation.scores.get(group.name, {}) if observation is not None else {},
                 slices=lambda group=group: self._slices(group),  # type: ignore[misc]
                 seed=self.seed + len(self.record.steps),
+                readers=lambda group=group: self._readers(observation, group),  # type: ignore[misc]
+                cost=max(whole - one, 1) / whole,
             )
             score = self.criterion.score(view).detach().double().cpu()
             if score.shape != (group.size,) or not torch.isfinite(score).all():
@@ -174,6 +177,9 @@ class Pruner:
                 )
             found[group.name] = score
         return found
+
+    def _readers(self, observation: Observation | None, group: Group) -> list[Reader]:
+        return readers_of(self.model, self.graph, observation, group) if observation is not None else []
 
     def _slices(self, group: Group) -> list[Tensor]:
         """Everything that leaves with a unit: (U, n_elements) per parameter dimension."""
@@ -206,9 +212,10 @@ class Pruner:
                 "or pass compensation=None"
             )
         scores = self.scores(observation)
-        units = select(
-            self.graph, scores, self.budget.unit, self.target(due), self.selection, self._original_widths
-        )
+        selection = self.selection
+        if selection.normalise is None and self.criterion.comparable:
+            selection = dataclasses.replace(selection, normalise="none")
+        units = select(self.graph, scores, self.budget.unit, self.target(due), selection, self._original_widths)
         if not units:
             return None
         plan = draft(self.model, self.graph, units)
@@ -228,11 +235,11 @@ class Pruner:
         record = SurgeryRecord.from_dict(self.record.to_dict())
         record.extend(plan, shapes, sizes)
         setattr(self.model, ATTRIBUTE, record)
-        self.graph = self._trace(verify=False)
+        self.graph = self._traced()
 
     def refresh(self) -> None:
         """Trace anew after the model was changed from outside, e.g. by a checkpoint."""
-        self.graph = self._trace(verify=False)
+        self.graph = self._traced()
 
 
 def prune(
@@ -270,31 +277,43 @@ def prune(
         ObservationError: data are missing, or activations are NaN or infinite.
         SurgeryError: the cut model does not run; it was put back as it was.
     """
+    if data is None and has_finish(compensation):
+        raise ObservationError(
+            f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
+        )
     if data is None and criterion.statistics():
         raise ObservationError(f"{type(criterion).__name__} scores activations: pass data=, an iterable of input batches")
     pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
     observation = None
     if data is not None:
-        observation = _observe(pruner, data, takes_pair=isinstance(example_inputs, tuple) and len(example_inputs) > 1)
+        batches: Iterable[Example] = inputs_of(data, example_inputs)
+        finishes = has_finish(compensation)
+        batches = list(batches) if finishes else batches
+        observation = observe_batches(pruner, batches)
     plan = pruner.plan(observation, due=1.0)
     if plan is not None:
+        original = copy.deepcopy(model) if data is not None and finishes else None
         pruner.execute(plan, optimizers)
+        if original is not None:
+            finish(model, original, pruner.graph, plan, batches, compensation)  # type: ignore[arg-type]
     return pruner.record
 
 
-def _observe(pruner: Pruner, data: Iterable[Any], *, takes_pair: bool) -> Observation:
+def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
+    """Run the model on batches of inputs, in evaluation mode, and observe.
+
+    Raises:
+        TraceError: the model fails on a batch.
+        ObservationError: there are no batches.
+    """
     model = pruner.model
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with pruner.observe() as observation, torch.no_grad():
-            for batch in data:
-                is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor)
-                inputs = batch[0] if is_pair and not takes_pair else batch
-                inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-                n = _batch_size(inputs)
+            for inputs in batches:
                 start = observation.n_samples
-                observation.begin_batch(torch.arange(start, start + n))
+                observation.begin_batch(torch.arange(start, start + batch_size(inputs)))
                 try:
                     call(model, inputs)
                 except (RuntimeError, TypeError, ValueError) as error:
@@ -308,9 +327,3 @@ def _observe(pruner: Pruner, data: Iterable[Any], *, takes_pair: bool) -> Observ
     if observation.n_samples == 0:
         raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
     return observation
-
-
-def _batch_size(inputs: Any) -> int:
-    from torch.utils._pytree import tree_leaves
-
-    return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 1)

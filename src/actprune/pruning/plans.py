@@ -61,7 +61,12 @@ def _attributes(model: nn.Module, graph: Graph, gone: np.ndarray) -> dict[str, d
 
 
 def compensated(
-    plan: Plan, model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]], observation: Observation, how: Compensation
+    plan: Plan,
+    model: nn.Module,
+    graph: Graph,
+    units: Mapping[str, Iterable[int]],
+    observation: Observation,
+    how: Compensation,
 ) -> Plan:
     """Add to a plan what compensation folds into the layers that stay."""
     gone = graph.removed(units)

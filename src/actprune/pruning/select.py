@@ -32,9 +32,9 @@ class Selection:
 
     scope: str = "global"
     """``global``: one ranking over all groups; ``uniform``: every group loses the same share."""
-    normalise: str = "mean"
+    normalise: str | None = None
     """What makes scores of different groups comparable: divide by the group's ``mean`` or ``max``, ``standard`` score,
-    ``rank`` within the group, or ``none``."""
+    ``rank`` within the group, or ``none``. None: ``none`` for criteria whose scores are comparable, else ``mean``."""
     max_ratio: float = 0.9
     """Largest share of a group's original units that may leave, in [0, 1)."""
     round_to: int = 1
@@ -44,10 +44,8 @@ class Selection:
         """Check every setting."""
         if self.scope not in _SCOPES:
             raise ConfigError(f"selection scope={self.scope!r} is not known; choose one of {', '.join(_SCOPES)}")
-        if self.normalise not in _NORMALISERS:
-            raise ConfigError(
-                f"selection normalise={self.normalise!r} is not known; choose one of {', '.join(_NORMALISERS)}"
-            )
+        if self.normalise is not None and self.normalise not in _NORMALISERS:
+            raise ConfigError(f"selection normalise={self.normalise!r} is not known; choose one of {', '.join(_NORMALISERS)}")
         if not 0 <= self.max_ratio < 1:
             raise ConfigError(f"selection max_ratio={self.max_ratio} must be in [0, 1), the share that may leave")
         if self.round_to < 1:
@@ -132,7 +130,7 @@ def _order(
     for index, (group, cap) in enumerate(zip(groups, caps, strict=True)):
         raw = scores[group.name].detach().double().cpu()
         ascending = torch.argsort(raw, stable=True)[:cap]
-        normalised = normalise(raw, "rank" if selection.scope == "uniform" else selection.normalise)
+        normalised = normalise(raw, "rank" if selection.scope == "uniform" else selection.normalise or "mean")
         keys.append(normalised[ascending].numpy())
         owners.append(np.full(cap, index))
         units.append(ascending.numpy())

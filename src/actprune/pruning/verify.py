@@ -1,22 +1,44 @@
 """Prove before any training that the groups can leave: rehearse a cut, repair what can be repaired, lock the rest.
 
-Every second unit of all groups is cut, the model runs once, everything is put back. Where a module fails, integers it keeps
-that equal a cut extent are made to follow; if that does not help, the groups are bisected until the culprits are known, and
-those are locked with the error as the reason.
+Shares of all groups are cut, the model runs once, everything is put back. What still fails after the repairs is searched for
+its culprits, and those are locked with the error as the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.stack import module_stack
-from actprune.graph import Graph, Group
+from actprune.graph import Follower, Graph, Group, trace
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
+
+Choice = tuple[str, str, frozenset[str]]
+"""Module path, attribute, names of the groups whose width the attribute follows."""
+
+# Uneven shares, and two of them: widths that must stay equal must not do so by chance.
+_PATTERNS = (
+    lambda i, n: range(1, n, 2 + i % 3),
+    lambda i, n: range(max(1, n * (1 + i % 5) // 7)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repairs:
+    """What a rehearsal found out, so that later traces of the same model need none."""
+
+    following: frozenset[Choice] = frozenset()
+    """Integers of modules that follow the width of some groups."""
+    tied: frozenset[str] = frozenset()
+    """Modules whose inner width has to stay equal to the width of their input."""
+    locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Group -> why it cannot be cut after all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,48 +46,126 @@ class _Failure:
     path: str
     """Path of the module that was running."""
     error: str
+    progress: tuple[int, int]
+    """Which pattern failed, and how many operators had run."""
 
 
-def rehearse(model: nn.Module, example: Example, graph: Graph) -> Graph:
-    """Return the graph with attributes that must follow, and with every group locked that breaks the model when it is cut."""
-    candidates = [group for group in graph.unlocked if group.size > 1]
-    graph = repair(model, example, graph, candidates)
-    return with_locks(graph, _culprits(model, example, graph, candidates))
+class _Counter(TorchDispatchMode):
+    """Counts operators: how far a model got."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        out = func(*args, **(kwargs or {}))
+        self.n += 1
+        return out
 
 
-def repair(model: nn.Module, example: Example, graph: Graph, groups: Sequence[Group]) -> Graph:
-    """Let attributes follow in the modules where the cut model fails, as long as that carries it further."""
-    repaired: set[str] = set()
-    while (failure := _failure(model, example, graph, groups)) is not None:
-        # the innermost module that keeps a suspicious integer and was not tried yet
-        parts = failure.path.split(".") if failure.path else []
-        paths = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-        holding = {follower.module for follower in graph.possible}
-        path = next((p for p in paths if p in holding and p not in repaired), None)
-        if path is None:
+def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
+    """The channel graph, with what a rehearsal found out."""
+    graph = trace(model, example, tied=repairs.tied)
+    return with_locks(with_followers(graph, repairs.following), repairs.locked)
+
+
+def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
+    """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that."""
+    repairs = _repaired(model, example)
+    graph = traced(model, example, repairs)
+    locked = _culprits(model, example, graph, _candidates(graph))
+    return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
+
+
+def _candidates(graph: Graph) -> list[Group]:
+    return [group for group in graph.unlocked if group.size > 1]
+
+
+def _repaired(model: nn.Module, example: Example) -> Repairs:
+    """Repair where the cut model fails, as long as that carries it further.
+
+    First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
+    module takes for equal are tied.
+    """
+    repairs = Repairs()
+    tried: set[tuple[str, object]] = set()
+    graph = traced(model, example, repairs)
+    failure = _failure(model, example, graph, _candidates(graph))
+    while failure is not None:
+        attempt = _proposal(model, graph, failure.path, repairs, tried)
+        if attempt is None:
             break
-        repaired.add(path)
-        tried = with_followers(graph, {path})
-        after = _failure(model, example, tried, groups)
-        if after is None or after != failure:
-            graph = tried
-    return graph
+        after = traced(model, example, attempt)
+        outcome = _failure(model, example, after, _candidates(after))
+        if outcome is None or outcome.progress > failure.progress:
+            repairs, graph, failure = attempt, after, outcome
+            tried.clear()
+    return repairs
 
 
-def with_followers(graph: Graph, paths: set[str]) -> Graph:
-    """Move the possible followers of some modules to those that do follow."""
-    chosen = tuple(f for f in graph.possible if f.module in paths)
-    rest = tuple(f for f in graph.possible if f.module not in paths)
-    return dataclasses.replace(graph, followers=graph.followers + chosen, possible=rest)
+def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:
+    """What to try next for a failure in a module, for all modules of the same class and place in their block at once."""
+    parts = path.split(".") if path else []
+    enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    roles = {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
+    options = _options(graph)
+    followed = {(module, attribute) for module, attribute, _ in repairs.following}
+    for here in enclosing:
+        for (module, attribute), choices in options.items():
+            if module != here or (module, attribute) in followed:
+                continue
+            for k, choice in enumerate(choices):
+                if (here, choice) in tried:
+                    continue
+                alike = {
+                    others[k]
+                    for (other, name), others in options.items()
+                    if name == attribute and len(others) > k and roles[other] == roles[here]
+                }
+                tried |= {(c[0], c) for c in alike}
+                return dataclasses.replace(repairs, following=repairs.following | alike)
+    for here in enclosing:
+        if here in graph.may_tie and (here, "tied") not in tried:
+            same = {p for p in graph.may_tie if roles[p] == roles[here]}
+            tried |= {(p, "tied") for p in same}
+            return dataclasses.replace(repairs, tied=repairs.tied | same)
+    return None
 
 
-def with_locks(graph: Graph, reasons: dict[str, str]) -> Graph:
+def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:
+    """(module, attribute) -> the different widths that the attribute may follow."""
+    owner = _owners(graph)
+    found: dict[tuple[str, str], list[Choice]] = {}
+    for follower in graph.possible:
+        choices = found.setdefault((follower.module, follower.attribute), [])
+        choice = _choice(follower, owner)
+        if choice[2] and choice not in choices:
+            choices.append(choice)
+    return found
+
+
+def _owners(graph: Graph) -> dict[int, str]:
+    return {cls: group.name for group in graph.groups for cls in group.classes.tolist()}
+
+
+def _choice(follower: Follower, owner: Mapping[int, str]) -> Choice:
+    names = {owner[cls] for cls in set(follower.counts.tolist()) if cls in owner}
+    return follower.module, follower.attribute, frozenset(names)
+
+
+def with_followers(graph: Graph, chosen: Collection[Choice]) -> Graph:
+    """Move the chosen of the possible followers to those that do follow."""
+    if not chosen:
+        return graph
+    owner = _owners(graph)
+    following = tuple(f for f in graph.possible if _choice(f, owner) in chosen)
+    return dataclasses.replace(graph, followers=graph.followers + following)
+
+
+def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
     """Lock groups by name."""
     if not reasons:
         return graph
     groups = tuple(
-        dataclasses.replace(g, locked=reasons[g.name]) if g.locked is None and g.name in reasons else g
-        for g in graph.groups
+        dataclasses.replace(g, locked=reasons[g.name]) if g.locked is None and g.name in reasons else g for g in graph.groups
     )
     return dataclasses.replace(graph, groups=groups)
 
@@ -99,12 +199,13 @@ def _meets(group: Group, path: str) -> bool:
 
 
 def _failure(model: nn.Module, example: Example, graph: Graph, groups: Sequence[Group]) -> _Failure | None:
-    plan = draft(model, graph, {g.name: range(1, g.size, 2) for g in groups})
-    with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan):
-        try:
-            call(model, example)
-        except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            path = stack[-1].path
-            return _Failure(path, f"{type(error).__name__} in {path or 'the model'}: {text}")
+    for number, pattern in enumerate(_PATTERNS):
+        plan = draft(model, graph, {g.name: pattern(i, g.size) for i, g in enumerate(groups)})
+        with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan), _Counter() as counter:
+            try:
+                call(model, example)
+            except Exception as error:
+                path = stack[-1].path
+                text = str(error).strip().partition("\n")[0]
+                return _Failure(path, f"{type(error).__name__} in {path or 'the model'}: {text}", (number, counter.n))
     return None

@@ -18,6 +18,9 @@ from actprune.surgery.transaction import Transaction
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention whose stream width and number of heads are independent of each other."""
 
+    scale: float
+    """Of the scores: 1 / sqrt(width of a head before any cut), so that softmax keeps its temperature."""
+
     def forward(  # type: ignore[override]
         self,
         query: Tensor,  # (B, T, E) if batch_first, else (T, B, E); or (T, E)
@@ -47,12 +50,12 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         if need_weights:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            scores = q @ k.transpose(-2, -1) * self.scale
             weights = torch.softmax(scores if mask is None else scores + mask, -1)
             heads = F.dropout(weights, dropout) @ v
         else:
             weights = None
-            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -93,6 +96,8 @@ def adopt(module: nn.MultiheadAttention, changes: Transaction) -> None:
         return
     if type(module) is not nn.MultiheadAttention:
         return
+    module.scale = 1 / math.sqrt(module.head_dim)
+    changes.did(lambda: delattr(module, "scale"))
     module.__class__ = PrunedMultiheadAttention
     changes.did(lambda: setattr(module, "__class__", nn.MultiheadAttention))
     # encoder layers ask this before they call a fused kernel that knows one width only

@@ -39,9 +39,7 @@ def check(optimizer: Optimizer, old: Tensor) -> None:
             )
 
 
-def follow(
-    optimizer: Optimizer, old: Tensor, new: Tensor, dims: Mapping[int, Tensor], changes: Transaction
-) -> None:
+def follow(optimizer: Optimizer, old: Tensor, new: Tensor, dims: Mapping[int, Tensor], changes: Transaction) -> None:
     """Swap one parameter in an optimizer, with its state.
 
     Args:
@@ -55,12 +53,11 @@ def follow(
         for i, parameter in enumerate(group["params"]):
             if parameter is old:
                 _swap(group["params"], i, new, changes)
+                _forget(optimizer, changes)
     if old not in optimizer.state:
         return
     state = optimizer.state.pop(old)
     changes.did(lambda: optimizer.state.__setitem__(old, state))
-    if isinstance(optimizer, LBFGS):
-        return
     optimizer.state[new] = {key: _slice(value, old, dims) for key, value in state.items()}
     changes.did(lambda: optimizer.state.pop(new))
 
@@ -71,7 +68,19 @@ def add(optimizer: Optimizer, beside: Tensor, new: Tensor, changes: Transaction)
         if any(parameter is beside for parameter in group["params"]):
             group["params"].append(new)
             changes.did(lambda group=group: group["params"].pop())  # type: ignore[misc]
+            _forget(optimizer, changes)
             return
+
+
+def _forget(optimizer: Optimizer, changes: Transaction) -> None:
+    """Start LBFGS again: its history is kept at the first parameter, whichever one changes."""
+    if not isinstance(optimizer, LBFGS):
+        return
+    state, numel = dict(optimizer.state), optimizer._numel_cache
+    optimizer.state.clear()
+    optimizer._numel_cache = None
+    changes.did(lambda: setattr(optimizer, "_numel_cache", numel))
+    changes.did(lambda: optimizer.state.update(state))
 
 
 def _swap(params: list[Tensor], i: int, new: Tensor, changes: Transaction) -> None:

@@ -13,7 +13,7 @@ from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.files import atomic_path
 from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
-from actprune.surgery.cut import cut
+from actprune.surgery.cut import cut, rehearsed
 from actprune.surgery.tensors import lookup
 
 _FORMAT = "actprune.pruned.v1"
@@ -32,6 +32,13 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
     Raises:
         SurgeryError: the model does not have the tensors or the original shapes that the record names.
     """
+    cut(model, _plan(model, record))
+    setattr(model, ATTRIBUTE, SurgeryRecord.from_dict(record.to_dict()))
+    return model
+
+
+def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
+    """Everything that a record says, as one plan for a fresh model."""
     if record_of(model):
         raise SurgeryError("the model is pruned already; apply a record to a fresh model of the original shape")
     for name, shape in record.shapes.items():
@@ -47,7 +54,7 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
         weight = lookup(model, f"{path}.weight" if path else "weight")
         width = module.out_channels if hasattr(module, "out_channels") else weight.shape[0]
         biases[path] = torch.zeros(width)
-    plan = Plan(
+    return Plan(
         removed=record.removed,
         groups={},
         attributes=record.attributes,
@@ -57,9 +64,6 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
         macs_after=0,
         new_biases=biases,
     )
-    cut(model, plan)
-    setattr(model, ATTRIBUTE, SurgeryRecord.from_dict(record.to_dict()))
-    return model
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -79,12 +83,27 @@ def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
 
     Raises:
         ConfigError: the file is not one that ``save_pruned`` wrote.
-        SurgeryError: the model is not of the original architecture.
+        SurgeryError: the model is not of the original architecture; it is as it was.
     """
     device = next((p.device for p in fresh_model.parameters()), torch.device("cpu"))
     content: Any = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ConfigError(f"{path} was not written by save_pruned; pass its state dict to load_state_dict instead")
-    apply_record(fresh_model, SurgeryRecord.from_dict(content["surgery_record"]))
+    record = SurgeryRecord.from_dict(content["surgery_record"])
+    with rehearsed(fresh_model, _plan(fresh_model, record)):
+        ours, theirs = _shapes(fresh_model.state_dict()), _shapes(content["state_dict"])
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        name = differing[0]
+        raise SurgeryError(
+            f"{path} holds another architecture than {type(fresh_model).__name__}: {len(differing)} tensors differ, {name} is "
+            f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; build the model with the settings it was "
+            "pruned with"
+        )
+    apply_record(fresh_model, record)
     fresh_model.load_state_dict(content["state_dict"])
     return fresh_model
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}

@@ -1,0 +1,153 @@
+"""Post-training pruning: observe, cut, compensate and measure a trained model, with no gradient step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actprune.compensation import Compensation, LeastSquares
+from actprune.core.budget import Budget
+from actprune.core.calling import Example, undisturbed
+from actprune.core.record import SurgeryRecord
+from actprune.core.views import Criterion
+from actprune.pruning.finishing import finish, has_finish, inputs_of
+from actprune.pruning.pipeline import Pruner, observe_batches
+from actprune.pruning.select import Selection
+from actprune.surgery import cut
+
+LATENCY_BATCHES = (1, 64)
+_REPEATS = 9
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """What post-training pruning did."""
+
+    record: SurgeryRecord
+    """What was removed; the model carries it too."""
+    score_before: float
+    """What ``evaluate`` said of the trained model."""
+    score_cut: float
+    """The same with the same units gone and nothing folded."""
+    score_after: float
+    """The same of the finished model."""
+    seconds: float
+    """Observing, scoring, cutting and compensating; without evaluations and latencies."""
+    params: tuple[int, int]
+    """Before, after."""
+    macs: tuple[int, int]
+    """Multiply-adds of one call on the example, before and after."""
+    latency: dict[int, tuple[float, float]]
+    """Samples per batch -> milliseconds per batch before and after; empty where the example is no single tensor."""
+
+
+def prune_trained(
+    model: nn.Module,
+    example_inputs: Example,
+    data: Iterable[Any],
+    *,
+    criterion: Criterion,
+    budget: Budget,
+    evaluate: Callable[[nn.Module], float],
+    selection: Selection | None = None,
+    compensation: Compensation | None = None,
+    seed: int = 0,
+) -> PostTraining:
+    """Prune a trained model in place, without training, and measure what it did.
+
+    Args:
+        model: a trained module.
+        example_inputs: what it takes, see ``trace``.
+        data: calibration batches, as ``prune`` takes them.
+        criterion: scores units.
+        budget: what is left.
+        evaluate: the model's quality, e.g. its accuracy; called three times, on the model in evaluation mode.
+        selection: how units of different groups compete.
+        compensation: what is folded into the layers that stay; by default ``LeastSquares()``.
+        seed: seed of criteria that draw.
+
+    Returns:
+        Scores, seconds and sizes.
+
+    Raises:
+        ActPruneError: as ``prune``.
+    """
+    how = compensation if compensation is not None else LeastSquares()
+    batches = list(inputs_of(data, example_inputs))
+    original = copy.deepcopy(model)
+    before = _evaluated(original, evaluate)
+    began = time.monotonic()
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, how, seed)
+    plan = pruner.plan(observe_batches(pruner, batches))
+    seconds = time.monotonic() - began
+    sizes = (pruner.params, pruner.macs)
+    plain = before
+    if plan is not None:
+        uncompensated = copy.deepcopy(model)
+        cut(uncompensated, dataclasses.replace(plan, shifts={}, new_biases={}), example_inputs)
+        plain = _evaluated(uncompensated, evaluate)
+        began = time.monotonic()
+        pruner.execute(plan)
+        if has_finish(how):
+            finish(model, original, pruner.graph, plan, batches, how)  # type: ignore[arg-type]
+        seconds += time.monotonic() - began
+    return PostTraining(
+        record=pruner.record,
+        score_before=before,
+        score_cut=plain,
+        score_after=_evaluated(model, evaluate),
+        seconds=seconds,
+        params=(sizes[0], pruner.params),
+        macs=(sizes[1], pruner.macs),
+        latency=_latency(original, model, example_inputs),
+    )
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            return float(evaluate(model))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _latency(before: nn.Module, after: nn.Module, example: Example) -> dict[int, tuple[float, float]]:
+    """Medians of interleaved calls, so that what else the machine does weighs on both alike."""
+    if not isinstance(example, Tensor):
+        return {}
+    found = {}
+    for size in LATENCY_BATCHES:
+        batch = example[:1].expand(size, *example.shape[1:]).contiguous()
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_REPEATS):
+            for model, taken in zip((before, after), times, strict=True):
+                taken.append(_milliseconds(model, batch))
+        found[size] = (statistics.median(times[0]), statistics.median(times[1]))
+    return found
+
+
+def _milliseconds(model: nn.Module, batch: Tensor) -> float:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = batch.to(device)
+    with undisturbed(model):
+        _wait(device)
+        began = time.perf_counter()
+        model(batch)
+        _wait(device)
+        return 1e3 * (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
