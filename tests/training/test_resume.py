@@ -1,0 +1,164 @@
+"""Checkpoints: a pruned module comes back, and a resumed run is the uninterrupted run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from actprune.core.errors import ConfigError
+from actprune.core.record import record_of
+from actprune.schedule import Schedule
+from actprune.training.resume import CheckpointHooks, Shapes
+from foreign import OneNetwork, OwnForward, SeveralParts, loader
+
+# the run that goes on writes no checkpoints of its own
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+KINDS = [(OwnForward, loader), (OneNetwork, loader), (SeveralParts, SeveralParts.loader)]
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return lambda **options: ModelCheckpoint(tmp_path / "all", "{epoch}", save_top_k=-1, **options)
+
+
+def assert_same_weights(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("at_train_end", [True, False])
+@pytest.mark.parametrize(("kind", "load"), KINDS)
+def test_resume_is_exact_from_every_epoch(kind, load, at_train_end, pruning, trainer, checkpoints, tmp_path):
+    """Before the first step, with a plan pending, between steps, after the last: the same weights, bit by bit."""
+    schedule = Schedule("linear", start=1, interval=2, steps=2)
+    whole, saved = kind(), checkpoints(save_on_train_epoch_end=at_train_end)
+    start = copy.deepcopy(whole)
+    full = pruning(schedule=schedule)
+    trainer(full, saved, enable_checkpointing=True).fit(whole, load(), load(32, 1))
+    for epoch in range(5):
+        resumed, callback = copy.deepcopy(start), pruning(schedule=schedule)
+        trainer(callback).fit(resumed, load(), load(32, 1), ckpt_path=tmp_path / "all" / f"epoch={epoch}.ckpt")
+        assert_same_weights(resumed, whole)
+        assert callback.history == full.history
+        assert record_of(callback.pruner.model).to_dict() == record_of(full.pruner.model).to_dict()
+
+
+def test_checkpoint_reloads_into_a_fresh_module(pruning, trainer, checkpoints, tmp_path):
+    module = OwnForward()
+    first = trainer(pruning(), checkpoints(), enable_checkpointing=True)
+    first.fit(module, loader(), loader(32, 1))
+    (expected,) = first.test(module, loader(32, 1), verbose=False)
+    fresh = OwnForward()
+    (found,) = trainer(pruning()).test(fresh, loader(32, 1), ckpt_path=tmp_path / "all" / "epoch=5.ckpt", verbose=False)
+    assert found == expected
+    assert fresh.conv2.in_channels == fresh.conv1.out_channels < 12
+
+
+def test_earlier_checkpoint_loads_into_the_pruned_module(pruning, trainer, checkpoints, tmp_path):
+    module = OneNetwork()
+    schedule = Schedule("linear", start=1, interval=2, steps=2)
+    fitted = trainer(pruning(schedule=schedule), checkpoints(), enable_checkpointing=True)
+    fitted.fit(module, loader(), loader(32, 1))
+    narrow = module.model[0].out_channels
+    for epoch in (0, 3, 5, 2):
+        path = tmp_path / "all" / f"epoch={epoch}.ckpt"
+        fitted.validate(module, loader(32, 1), ckpt_path=path, verbose=False)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert_same_weights(module, type("Saved", (), {"state_dict": lambda self, state=state: state})())
+        assert module.model[0].out_channels == len(state["model.0.weight"]) == module.model[1].num_features
+    assert narrow < module.model[0].out_channels < 12
+    assert module.model[0](torch.ones(1, 3, 8, 8)).shape[1] == module.model[0].out_channels
+
+
+def test_weights_only_checkpoints_carry_the_record(pruning, trainer, tmp_path):
+    module = OneNetwork()
+    fitted = trainer(pruning())
+    fitted.fit(module, loader(), loader(32, 1))
+    fitted.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    fresh = OneNetwork()
+    trainer(pruning()).validate(fresh, loader(32, 1), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
+    assert_same_weights(fresh, module)
+
+
+def test_hooks_of_the_class_still_run(pruning, trainer, tmp_path):
+    class Hooked(OneNetwork):
+        loaded = None
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 7
+
+        def on_load_checkpoint(self, checkpoint):
+            self.loaded = checkpoint["mine"], self.model[0].out_channels
+
+    module = Hooked()
+    fitted = trainer(pruning())
+    fitted.fit(module, loader(), loader(32, 1))
+    fitted.save_checkpoint(tmp_path / "one.ckpt")
+    fresh = Hooked()
+    trainer(pruning()).validate(fresh, loader(32, 1), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    assert fresh.loaded == (7, module.model[0].out_channels)
+
+
+def test_copies_and_pickles_have_hooks_of_their_own(pruning, trainer):
+    module = OneNetwork()
+    trainer(pruning()).fit(module, loader(), loader(32, 1))
+    module.trainer = None
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin.on_load_checkpoint.__self__.task is twin
+
+
+def test_without_the_original_shapes_the_error_is_clear():
+    module = OneNetwork()
+    hooks = CheckpointHooks(module)
+    hooks.path = "model"
+    record = record_of(module.model)
+    record.removed = {"0.weight": {0: [1]}}
+    module.model._surgery_record = record
+    with pytest.raises(ConfigError, match="pruned already and the checkpoint holds another shape"):
+        hooks.load({})
+
+
+def test_shapes_restore_a_bias_that_was_given_and_leave_counters():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            self.conv = nn.Conv2d(3, 8, 1, bias=False)
+
+    network = Counter()
+    shapes = Shapes.of(network)
+    network.calls = 5
+    network.conv.out_channels = 4
+    network.conv.weight = nn.Parameter(network.conv.weight[:4].detach())
+    network.conv.bias = nn.Parameter(torch.ones(4))
+    shapes.restore(network, record_of(network))
+    assert network.calls == 5
+    assert network.conv.out_channels == 8
+    assert network.conv.bias is None
+    assert network.conv(torch.ones(1, 3, 2, 2)).shape[1] == 8
+
+
+def test_best_values_restart_at_a_step(pruning, trainer, tmp_path):
+    stop = EarlyStopping("val_loss", patience=100)
+    best = ModelCheckpoint(tmp_path / "best", "{epoch}", monitor="val_loss", save_top_k=1)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen[trainer.current_epoch] = (float(stop.best_score), best.best_model_path)
+
+    schedule = Schedule("one_shot", start=2)
+    trainer(pruning(schedule=schedule), stop, best, Look(), enable_checkpointing=True).fit(
+        OwnForward(), loader(), loader(32, 1)
+    )
+    assert seen[2][0] < float("inf")
+    assert seen[3] == (float("inf"), "")
+    assert best.best_model_path
+    assert int(best.best_model_path.rpartition("epoch=")[2].split(".")[0]) >= 3
