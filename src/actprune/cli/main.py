@@ -1,0 +1,45 @@
+"""The Hydra entry: one job, or a sweep of them, with one clear message for everything that goes wrong on purpose."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from actprune.cli import schema
+from actprune.cli.job import run_job
+from actprune.core.errors import ActPruneError
+
+_log = logging.getLogger(__name__)
+
+
+class JobError(CompactHydraException):
+    """A job failed for a reason that its message tells in full; Hydra prints the message alone and exits with 1."""
+
+
+def main(config_dir: str | os.PathLike[str]) -> None:
+    """Run what the command line asks for, with the configuration in ``config_dir``."""
+    schema.register()
+    hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
+
+
+def _job(config: DictConfig) -> Any:
+    sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    try:
+        return run_job(config)
+    except ActPruneError as error:
+        if sweep:  # Hydra tells of the first failed job only, and only when the last one is done
+            print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
+        raise JobError(f"{type(error).__name__}: {error}") from error
+    except Exception:
+        if sweep:
+            _log.exception("job %s failed", HydraConfig.get().job.num)
+        raise

@@ -1,0 +1,154 @@
+"""The output folder of a job: everything that a later comparison, or a later use of the network, needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from actprune.cli.names import choice
+from actprune.cli.recorder import RECORD, write_json
+from actprune.core.files import atomic_path
+from actprune.graph import trace
+from actprune.pruning import Pruner
+from actprune.report import before_after, params_vs_accuracy
+from actprune.report import widths as draw_widths
+from actprune.surgery import save_pruned
+
+CONFIG, SUMMARY, CHECKPOINT = "config.yaml", "summary.json", "pruned.pt"
+PICTURES = ("params_vs_accuracy.png", "widths.png")
+
+NUMBERS = ("val_accuracy", "test_accuracy", "params_after", "macs_after", "params_left", "macs_left", "seconds")
+"""Keys of the summary that a job may be judged by."""
+
+_PACKAGES = ("actprune", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "wandb")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What training and testing gave."""
+
+    test_accuracy: float
+    """Share of test samples that the last epoch's network gets right."""
+    history: Sequence[dict[str, Any]]
+    """One row per validation epoch: epoch, step, params, val_accuracy."""
+    seconds: float
+    """Wall time from the first line of the job to the end of the test."""
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Write the resolved configuration, before anything is built from it."""
+    with atomic_path(folder / CONFIG) as temporary:
+        OmegaConf.save(config, temporary)
+
+
+def write(
+    config: DictConfig,
+    data: LightningDataModule,
+    module: LightningModule,
+    pruner: Pruner | None,
+    results: Results,
+    loggers: Sequence[Logger],
+) -> dict[str, Any]:
+    """Write network, record, pictures and, last, the summary.
+
+    Returns:
+        The summary, as it is in ``summary.json``.
+    """
+    folder = Path(config.paths.output_dir)
+    summary = {
+        **_sizes(data, module, pruner),
+        "test_accuracy": results.test_accuracy,
+        "val_accuracy": results.history[-1]["val_accuracy"] if results.history else None,
+        "seed": config.seed,
+        "criterion": _criterion(pruner),
+        "data": choice("data") or type(data).__name__,
+        "model": choice("model") or type(module.net).__name__,
+        "budget": None if pruner is None else {pruner.budget.unit: pruner.budget.share},
+        "epochs": len(results.history),
+        "seconds": round(results.seconds, 2),
+        "versions": versions(),
+        "commit": commit(),
+        "history": list(results.history),
+    }
+    if pruner is not None:
+        save_pruned(pruner.model, folder / CHECKPOINT)
+        write_json(pruner.record.to_dict(), folder / RECORD)
+        summary["widths"] = [list(row) for row in pruner.widths()]
+    pictures = _draw(folder, summary)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({key: summary[key] for key in (*NUMBERS, "params_before", "macs_before")})
+            for picture in pictures:
+                logger.log_image(picture.stem, [str(picture)])
+    write_json(summary, folder / SUMMARY)
+    return summary
+
+
+def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print the before/after table and where everything is."""
+    console.print(before_after(summary, [tuple(row) for row in summary.get("widths", ())]))
+    console.print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s; everything is in", soft_wrap=True)
+    console.print(str(folder), soft_wrap=True, highlight=False)
+
+
+def _sizes(data: LightningDataModule, module: LightningModule, pruner: Pruner | None) -> dict[str, Any]:
+    if pruner is None:
+        images, _ = next(iter(data.val_dataloader()))
+        graph = trace(module.get_submodule("net"), images[:1])
+        before = after = {"params": graph.params, "macs": graph.macs}
+    else:
+        before = {"params": pruner.params_before, "macs": pruner.macs_before}
+        after = {"params": pruner.params, "macs": pruner.macs}
+    return {
+        "params_before": before["params"],
+        "params_after": after["params"],
+        "params_left": after["params"] / before["params"],
+        "macs_before": before["macs"],
+        "macs_after": after["macs"],
+        "macs_left": after["macs"] / before["macs"],
+    }
+
+
+def _criterion(pruner: Pruner | None) -> str:
+    if pruner is None:
+        return "none"
+    return choice("pruner") or type(pruner.criterion).__name__.lower()
+
+
+def _draw(folder: Path, summary: dict[str, Any]) -> list[Path]:
+    pictures = [folder / name for name in PICTURES]
+    params_vs_accuracy(summary["history"], pictures[0], summary["test_accuracy"])
+    if "widths" not in summary:
+        return pictures[:1]
+    draw_widths([tuple(row) for row in summary["widths"]], pictures[1])
+    return pictures
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the numbers depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with ``+`` where it has uncommitted changes; None outside a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,62 @@
+"""``task=plan``: what would leave, and when, without training anything."""
+
+from __future__ import annotations
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from rich import box
+from rich.table import Table
+
+from actprune.cli.console import console
+from actprune.core.errors import ConfigError
+from actprune.pruning import Pruner
+from actprune.report import before_after
+from actprune.training import PruningCallback
+
+
+def print_plan(data: LightningDataModule, module: LightningModule, pruning: PruningCallback | None, trainer: Trainer) -> None:
+    """Observe the untrained network once and print graph, schedule and the plan for the whole budget.
+
+    Raises:
+        ActPruneError: the network cannot be pruned as asked.
+    """
+    if pruning is None:
+        raise ConfigError("task=plan has nothing to plan with pruner=none; choose a criterion, e.g. pruner=entropy")
+    data.prepare_data()
+    data.setup("fit")
+    batches = data.val_dataloader()
+    example = next(iter(batches))[0][:1]
+    net = module.get_submodule("net")
+    pruner = Pruner(net, example, pruning.criterion, pruning.budget, pruning.selection, pruning.compensation, seed=0)
+    out = console()
+    out.print(str(pruner.graph), highlight=False)
+    out.print(_timetable(pruning, pruner, trainer.max_epochs or 0))
+    net.eval()
+    first = 0
+    with torch.no_grad(), pruner.observe() as observation:
+        for images, _ in batches:
+            observation.begin_batch(torch.arange(first, first + len(images)))
+            net(images)
+            first += len(images)
+    plan = pruner.plan(observation, 1.0)
+    gone = {} if plan is None else plan.groups
+    sizes = {
+        "params_before": pruner.params,
+        "params_after": pruner.params if plan is None else plan.params_after,
+        "macs_before": pruner.macs,
+        "macs_after": pruner.macs if plan is None else plan.macs_after,
+    }
+    out.print(before_after(sizes, [(g, before, before - gone.get(g, 0)) for g, before, _ in pruner.widths()]))
+    out.print("Scores are those of the untrained network: sizes are what the budget gives, widths will differ.")
+
+
+def _timetable(pruning: PruningCallback, pruner: Pruner, max_epochs: int) -> Table:
+    budget, schedule = pruning.budget, pruning.schedule
+    total = pruner.params_before if budget.unit == "params" else pruner.macs_before
+    table = Table("after epoch", "reduction due", f"{budget.unit} left", box=box.SIMPLE_HEAD, title="schedule")
+    for epoch in schedule.epochs(max_epochs):
+        due = schedule.due(epoch, max_epochs)
+        assert due is not None
+        left = budget.due(due)
+        table.add_row(str(epoch), f"{due:.1%}", f"{left * total:,.0f} ({left:.1%})")
+    return table

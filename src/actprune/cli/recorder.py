@@ -1,0 +1,68 @@
+"""What must be on disk while training goes on: the surgery record; and the history that the pictures are drawn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from actprune.core.files import atomic_path
+from actprune.training import PruningCallback
+
+RECORD = "surgery_record.json"
+
+
+class Recorder(Callback):
+    """Keeps one row per validation epoch, and writes the surgery record whenever it has grown.
+
+    Args:
+        pruning: the job's pruning callback; None for a baseline.
+        folder: where the record is written.
+    """
+
+    def __init__(self, pruning: PruningCallback | None, folder: Path) -> None:
+        super().__init__()
+        self._pruning = pruning
+        self._folder = folder
+        self._written = 0
+        self.history: list[dict[str, Any]] = []
+        """Rows with epoch, step (pruning steps so far), params, val_accuracy and val_loss."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the row of this epoch."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        metrics = {name.replace("/", "_"): float(value) for name, value in trainer.callback_metrics.items()}
+        pruner = None if self._pruning is None else self._pruning.pruner
+        self.history.append(
+            {
+                "epoch": trainer.current_epoch,
+                "step": 0 if pruner is None else len(pruner.record.steps),
+                "params": sum(p.numel() for p in pl_module.parameters()) if pruner is None else pruner.params,
+                "val_accuracy": metrics.get("val_accuracy"),
+                "val_loss": metrics.get("val_loss"),
+            }
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the surgery record if a step was executed since the last time."""
+        pruner = None if self._pruning is None else self._pruning.pruner
+        if trainer.is_global_zero and pruner is not None and len(pruner.record.steps) != self._written:
+            self._written = len(pruner.record.steps)
+            write_json(pruner.record.to_dict(), self._folder / RECORD)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of the checkpoint."""
+        self.history = [dict(row) for row in state_dict["history"]]
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON; the file is whole or absent."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

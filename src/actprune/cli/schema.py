@@ -1,0 +1,60 @@
+"""Types of the top-level configuration keys: Hydra checks overrides against them before anything runs.
+
+What is inside a group is checked against the signature of its ``_target_`` (``build.py``): there is no second list of
+the arguments of every class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Task(Enum):
+    """What the job does."""
+
+    train = "train"
+    """Train, prune, test, report."""
+    plan = "plan"
+    """Trace and observe the untrained network, and print what would leave; train nothing."""
+    prune = "prune"
+    """Load weights, prune without training, test, report."""
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    task: Task = Task.train
+    seed: int = 1
+    """Seeds initialisation, the order of samples, augmentation and drawn criteria; at least 0."""
+    ckpt_path: str | None = None
+    """Checkpoint to go on with."""
+    weights: str | None = None
+    """File of trained weights for ``task=prune``; null: what the model's own ``weights`` says."""
+    calibration: int = 2000
+    """Training images that ``task=prune`` observes, at least 1."""
+    optimize: str = "val_accuracy"
+    """Key of the summary that the job returns."""
+    budget: Any = MISSING
+    paths: Any = MISSING
+    data: Any = MISSING
+    model: Any = MISSING
+    module: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    schedule: Any = MISSING
+    compensation: Any = None
+    pruner: Any = None
+    callbacks: Any = None
+    logger: Any = None
+    trainer: Any = MISSING
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name ``schema``."""
+    ConfigStore.instance().store(name="schema", node=Config)

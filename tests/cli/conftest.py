@@ -1,0 +1,60 @@
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from actprune.cli import schema
+from paths import CONF, ROOT
+
+SMALL = ("debug=fast", "data.batch_size=16", "trainer.num_sanity_val_steps=1")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Compose the configuration as the command line would; the output folder is the test's own."""
+    schema.register()
+
+    def make(*overrides):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", [f"paths.output_dir={tmp_path / 'out'}", *overrides])
+
+    yield make
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def fast(config):
+    """The same with a few batches and one pruning step."""
+    return lambda *overrides: config(*SMALL, *overrides)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run run.py in a process of its own, in an empty folder."""
+
+    def run(*overrides):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *overrides],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_settings():
+    level = logging.getLogger("lightning.pytorch").level
+    with warnings.catch_warnings():
+        yield
+    logging.getLogger("lightning.pytorch").setLevel(level)

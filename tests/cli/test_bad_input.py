@@ -1,0 +1,104 @@
+"""Bad input: one clear message, before any work is done."""
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import OmegaConfBaseException
+
+from actprune.cli.build import build, check, resolved
+from actprune.cli.job import run_job
+from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError
+from actprune.training import ClassificationTask
+
+COMPOSITION = {
+    "unknown choice": (["pruner=entropi"], "Could not find 'pruner/entropi'(.|\n)*entropy"),
+    "unknown group": (["prunner=entropy"], "Could not override 'prunner'"),
+    "unknown key": (["trainer.max_epoch=3"], "Could not override 'trainer.max_epoch'"),
+    "unknown key in a criterion": (["pruner.criterion.bin=3"], "Could not override 'pruner.criterion.bin'"),
+    "type of seed": (["seed=abc"], "seed"),
+    "unknown task": (["task=prun"], "Error merging override task=prun"),
+}
+
+JOBS = {
+    "budget above 1": (["budget.params=1.5"], ConfigError, r"pruner.budget: .*params=1.5 must be a share left"),
+    "budget 0": (["budget.params=0"], ConfigError, "must be a share left"),
+    "budget twice": (["budget.macs=0.5"], ConfigError, "exactly one of params and macs"),
+    "budget as text": (["budget.params=half"], ConfigError, "pruner.budget.params='half' must be float or null"),
+    "budget out of reach": (["budget.params=0.001"], BudgetError, "budget"),
+    "epochs as text": (["trainer.max_epochs=few"], ConfigError, "trainer.max_epochs='few' must be int or null"),
+    "too few epochs": (["trainer.max_epochs=1"], ConfigError, "max_epochs=1"),
+    "added key": (["+pruner.criterion.bin=3"], ConfigError, "pruner.criterion.bin: .* did you mean bins"),
+    "key of nobody": (["+data.colour=red"], ConfigError, "data.colour: .* has no such argument"),
+    "curve": (["schedule.curve=square"], ConfigError, "curve='square' is not known; choose one of one_shot"),
+    "no target": (["model._target_=actprune.models.nothing.Here"], ConfigError, "cannot be imported"),
+    "missing data": (
+        ["data=cifar10", "data.download=false", "paths.data_dir=nowhere"], DataError, "nowhere"),
+    "missing root": (["data=imagefolder"], ConfigError, "data.root has no value"),
+    "dangling": (["model.widths=${nowhere}"], ConfigError, "nowhere"),
+    "no validation": (["trainer.limit_val_batches=0"], ConfigError, "observes activations in validation"),
+    "seed": (["seed=-1"], ConfigError, "seed=-1 must be at least 0"),
+    "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
+    "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),
+    "online without login": (
+        ["logger=wandb", "logger.wandb.offline=false"], ConfigError, "logger.wandb: offline=false needs a login"),
+    "max_ratio": (["pruner.selection.max_ratio=1.0"], ConfigError, "pruner.selection: .*max_ratio=1.0"),
+    "checkpoint": (["ckpt_path=nowhere.ckpt"], ConfigError, "ckpt_path=nowhere.ckpt does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPOSITION)
+def test_hydra_refuses(case, config):
+    overrides, match = COMPOSITION[case]
+    with pytest.raises((ConfigCompositionException, OmegaConfBaseException, Exception), match=match):
+        config(*overrides)
+
+
+@pytest.mark.parametrize("case", JOBS)
+def test_job_refuses(case, fast, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides, error, match = JOBS[case]
+    with pytest.raises(error, match=match) as caught:
+        run_job(fast(*overrides))
+    assert isinstance(caught.value, ActPruneError)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_failure_in_training_leaves_checkpoint_and_record(fast, tmp_path, monkeypatch):
+    """Training breaks in the third epoch: what was good before is still on disk, and nothing claims success."""
+    step = ClassificationTask.training_step
+
+    def breaks(self, batch, batch_idx):
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", breaks)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_job(fast())
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
+    assert '"steps"' in (tmp_path / "out" / "surgery_record.json").read_text()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_types_are_taken_from_signatures(config):
+    cases = {
+        "trainer.log_every_n_steps=1.5": "log_every_n_steps=1.5 must be int",
+        "model.blocks=true": "model.blocks=True must be int",
+        "data.augment=3": "data.augment=3 must be bool",
+        "optimizer.lr=fast": None,  # torch's own annotation allows a tensor
+    }
+    for override, match in cases.items():
+        node = resolved(config(override))
+        key = override.split(".")[0]
+        if match is None:
+            check(node[key], key)
+            continue
+        with pytest.raises(ConfigError, match=match):
+            check(node[key], key)
+
+
+def test_errors_of_other_libraries_name_the_key(config):
+    node = resolved(config("trainer.accelerator=abacus")).trainer
+    with pytest.raises(ConfigError, match=r"trainer \(lightning.Trainer\): .*abacus"):
+        build(node, "trainer")

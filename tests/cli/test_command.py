@@ -1,0 +1,35 @@
+"""run.py in a process of its own: exit codes, sweeps, messages."""
+
+import json
+
+
+def test_sweep_goes_on_after_a_failed_job_and_exits_with_an_error(command, tmp_path):
+    """Two good jobs around a bad one: both write their summary, the message is told, the exit code is not 0."""
+    done = command("-m", "debug=fast", "budget.params=0.3,0.001,0.5", "pruner=magnitude", "data.batch_size=16")
+    assert done.returncode == 1
+    (sweep,) = (tmp_path / "runs" / "multirun").iterdir()
+    summaries = {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
+    assert {name: summary["budget"] for name, summary in summaries.items()} == {
+        "0": {"params": 0.3},
+        "2": {"params": 0.5},
+    }
+    assert all(summary["criterion"] == "magnitude" for summary in summaries.values())
+    assert all((sweep / str(job) / ".hydra" / "overrides.yaml").exists() for job in range(3))
+    assert "job 1 failed: " in done.stderr
+    assert "BudgetError" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_message_and_no_traceback(command, tmp_path):
+    done = command("debug=fast", "budget.params=1.5")
+    assert done.returncode == 1
+    assert "params=1.5 must be a share left in (0, 1]" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 6
+
+
+def test_configuration_can_be_seen_without_running(command, tmp_path):
+    done = command("--cfg", "job", "--resolve", "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert "seed: 5" in done.stdout
+    assert "T_max: 25" in done.stdout

@@ -1,0 +1,56 @@
+"""``task=prune``: a trained network is pruned without training, measured, and written."""
+
+import json
+
+import pytest
+import torch
+
+from actprune.cli.build import build, resolved
+from actprune.cli.job import run_job
+from actprune.core.errors import ConfigError
+from actprune.surgery import load_pruned
+
+TASK = ("task=prune", "pruner=reconstruction", "compensation=least_squares", "budget.params=0.5", "logger=none", "calibration=100")
+
+
+@pytest.fixture
+def weights(config, tmp_path):
+    """Random weights will do: what is asked is that they are the ones that are pruned."""
+    torch.manual_seed(7)
+    net = build(resolved(config()).model, "model")
+    path = tmp_path / "weights.pt"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):
+    settings = config(*TASK, f"weights={weights}", "seed=3", "optimize=test_accuracy")
+    score = run_job(settings)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "summary.json", "pruned.pt", "surgery_record.json"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["test_accuracy"] == score
+    assert summary["params_after"] <= 0.5 * summary["params_before"]
+    assert summary["budget"] == {"params": 0.5}
+    assert summary["calibration"] == 100
+    assert set(summary["latency_ms"]) == {"1", "64"}
+    assert {"test_accuracy_before", "test_accuracy_cut", "val_accuracy", "seconds", "commit"} <= summary.keys()
+    printed = capsys.readouterr().out
+    assert "as cut" in printed
+    assert "batch of 64" in printed
+    fresh = build(resolved(settings).model, "model")
+    load_pruned(fresh, out / "pruned.pt")
+    assert sum(p.numel() for p in fresh.parameters()) == summary["params_after"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pruner=none", "nothing to prune with pruner=none"),
+        ("calibration=0", "calibration=0 must be at least 1 image"),
+        ("weights=absent.pt", "absent.pt does not exist"),
+    ],
+)
+def test_what_cannot_work_says_so(config, override, message):
+    with pytest.raises(ConfigError, match=message):
+        run_job(config(*TASK, override))
