@@ -1,0 +1,145 @@
+"""The reference of every cut: the full-size model with the removed units' slices zeroed.
+
+Nothing here looks at the channel graph; only the plan's positions are used. Norms that mix channels are replaced by the
+norm over the channels that stay, everything else is the user's own forward on tensors of the original size.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from actprune.core.calling import call
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class KeptNorm(nn.Module):
+    """A norm over the channels that stay; the others come out as zero."""
+
+    def __init__(self, norm, gone):
+        super().__init__()
+        self.norm, self.gone = norm, gone
+        self.weight, self.bias, self.eps = norm.weight, getattr(norm, "bias", None), norm.eps
+
+    def forward(self, x):
+        norm = self.norm
+        first = 1 if isinstance(norm, nn.GroupNorm) else x.dim() - len(norm.normalized_shape)
+        dims = [first] if isinstance(norm, nn.GroupNorm) else list(range(first, x.dim()))
+        keeps = []
+        for i, dim in enumerate(dims):
+            gone = self.gone.get(i)
+            if gone is None:  # no weights: what is zero in every sample has left
+                others = tuple(d for d in range(x.dim()) if d != dim)
+                keep = (x != 0).any(dim=others)
+            else:
+                keep = torch.ones(x.shape[dim], dtype=torch.bool)
+                keep[gone] = False
+            keeps.append(keep.nonzero().squeeze(1))
+        index = [torch.arange(n) for n in x.shape]
+        for dim, keep in zip(dims, keeps, strict=True):
+            index[dim] = keep
+        grid = torch.meshgrid(*index, indexing="ij")
+        kept = x[grid]
+
+        def own(p):
+            for i, keep in enumerate(keeps):
+                p = None if p is None else p.index_select(i, keep)
+            return p
+
+        if isinstance(norm, nn.GroupNorm):
+            y = F.group_norm(kept, norm.num_groups, own(norm.weight), own(norm.bias), norm.eps)
+        elif isinstance(norm, nn.LayerNorm):
+            y = F.layer_norm(kept, kept.shape[first:], own(norm.weight), own(norm.bias), norm.eps)
+        else:
+            y = F.rms_norm(kept, kept.shape[first:], own(norm.weight), norm.eps)
+        return torch.zeros_like(x).index_put(grid, y)
+
+
+def masked(model, plan, *, consumers_only=False):
+    """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone."""
+    twin = copy.deepcopy(model)
+    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    with torch.no_grad():
+        for name, dims in plan.removed.items():
+            for dim, positions in dims.items():
+                if any(_zeroed(*holder, dim, consumers_only) for holder in _holders(twin, tensors[name])):
+                    tensors[name].index_fill_(dim, torch.tensor(positions), 0)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, NORMS):
+            by_dim = plan.removed.get(f"{path}.weight", {})
+            gone = {i: by_dim.get(i, []) for i in range(8)} if module.weight is not None else {}
+            parent, _, leaf = path.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, KeptNorm(module, gone))
+        elif hasattr(module, "keep_only"):  # norms written by hand in the zoo
+            module.keep_only(plan.removed.get(module.follows or f"{path}.weight", {}).get(0, []))
+    return twin
+
+
+def _holders(model, tensor):
+    for module in model.modules():
+        for leaf, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is tensor:
+                yield module, leaf
+
+
+def _zeroed(owner, leaf, dim, consumers_only):
+    if isinstance(owner, nn.utils.parametrize.ParametrizationList):
+        return dim == 1  # weight norm: a zero row of v would be 0 / 0
+    if not consumers_only:
+        return True
+    if isinstance(owner, TRANSPOSED):
+        return leaf == "weight" and dim == 0
+    if isinstance(owner, (*CONVS, nn.Linear)):
+        return leaf == "weight" and dim == 1
+    return not isinstance(owner, (nn.modules.batchnorm._NormBase, *NORMS, nn.Embedding, nn.PReLU))
+
+
+def outputs(model, example):
+    """Every tensor of the output, in evaluation mode, without gradients."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would read the weights of a norm past its forward
+    try:
+        with torch.no_grad():
+            return [x for x in tree_leaves(call(model, example)) if isinstance(x, torch.Tensor)]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def difference(ours, reference):
+    """Largest difference relative to the largest value, over all outputs."""
+    assert len(ours) == len(reference) > 0
+    worst = 0.0
+    for a, b in zip(ours, reference, strict=True):
+        assert a.shape == b.shape
+        assert torch.isfinite(b).all()
+        worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)))
+    return worst
+
+
+def counted(model, example):
+    """(parameters, multiply-adds) counted by PyTorch, not by us."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        outputs(model, example)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def random_units(graph, seed, most=None):
+    """Units of every unlocked group, drawn: none, a few, or all but one."""
+    generator = torch.Generator().manual_seed(seed)
+    units = {}
+    for group in graph.unlocked:
+        limit = group.size - 1 if most is None else min(group.size - 1, most)
+        n = int(torch.randint(0, limit + 1, (), generator=generator))
+        units[group.name] = sorted(torch.randperm(group.size, generator=generator)[:n].tolist())
+    return units
