@@ -7,20 +7,11 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision import datasets
 
 TRAIN, TEST = 40, 12
 """Images per class in the two halves."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pixels(n: int, shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from paths import CONF
 
 from actprune.core.errors import ConfigError
 from actprune.data.base import ImageDataModule
+from paths import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 SPLITS = ("train", "val", "test")

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from paths import needs_cifar10_jpeg, unpack_cifar10_jpeg
 from PIL import Image
 
 from actprune.core.errors import ConfigError, DataError
 from actprune.data.imagefolder import ImageFolder, count_classes
+from paths import needs_cifar10_jpeg, unpack_cifar10_jpeg
 
 CLASSES = {"bee": 10, "ant": 20, "cat": 30}
 

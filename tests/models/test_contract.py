@@ -4,6 +4,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+
 from paths import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from paths import PUBLIC_WEIGHTS, needs_cifar10_jpeg, needs_public_weights, unpack_cifar10_jpeg
 
 from actprune.data.imagefolder import ImageFolder
 from actprune.models.resnet import CifarResNet
+from paths import PUBLIC_WEIGHTS, needs_cifar10_jpeg, needs_public_weights, unpack_cifar10_jpeg
 
 pytestmark = [needs_cifar10_jpeg, needs_public_weights]
 
@@ -35,6 +35,12 @@ def test_other_depths_load(depth, file):
     CifarResNet(depth, weights=str(PUBLIC_WEIGHTS / file))
 
 
+@pytest.fixture(scope="module")
+def whole_test_set(tmp_path_factory):
+    folder = unpack_cifar10_jpeg(tmp_path_factory.mktemp("cifar10-jpeg"), train=2, test=1000)
+    return ImageFolder(root=folder, batch_size=500)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "file", "expected"),
@@ -45,8 +51,7 @@ def test_other_depths_load(depth, file):
         (56, "resnet56-jpeg.th", 89.23),
     ],
 )
-def test_whole_test_set(tmp_path, depth, file, expected):
-    data = ImageFolder(root=unpack_cifar10_jpeg(tmp_path, train=2, test=1000), batch_size=500)
-    percent, total = accuracy(depth, file, data)
+def test_accuracy_on_the_whole_test_set(whole_test_set, depth, file, expected):
+    percent, total = accuracy(depth, file, whole_test_set)
     assert total == 10_000
     assert percent == pytest.approx(expected, abs=0.06)

@@ -22,7 +22,8 @@ def test_mlp_is_matrices_and_relu():
 
 
 @pytest.mark.parametrize(
-    ("hidden", "match"), [([], r"hidden=\[\] must name at least one"), ([8, 0], r"hidden\[1\]=0 must be a whole number")]
+    ("hidden", "match"),
+    [([], r"hidden=\[\] must name at least one"), ([8, 0], r"hidden\[1\]=0 must be a whole number")],
 )
 def test_mlp_refuses_bad_widths(hidden, match):
     with pytest.raises(ConfigError, match=match):

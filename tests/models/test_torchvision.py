@@ -10,7 +10,13 @@ from actprune.models.torchvision import torchvision_model
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("mobilenet_v3_small", 32), ("squeezenet1_1", 32), ("shufflenet_v2_x0_5", 32), ("googlenet", 32), ("vit_b_32", 32)],
+    [
+        ("mobilenet_v3_small", 32),
+        ("squeezenet1_1", 32),
+        ("shufflenet_v2_x0_5", 32),
+        ("googlenet", 32),
+        ("vit_b_32", 32),
+    ],
 )
 def test_models_return_logits_in_both_modes(name, size):
     model = torchvision_model(name, num_classes=7, image_size=size)

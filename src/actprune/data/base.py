@@ -151,8 +151,7 @@ class ImageDataModule(LightningDataModule):
     def _classes(self, stated: int | None) -> int:
         if stated is not None and stated != self.classes:
             raise ConfigError(
-                f"num_classes={stated} but {type(self).__name__} has {self.classes} classes; "
-                f"set num_classes={self.classes}"
+                f"num_classes={stated} but {type(self).__name__} has {self.classes} classes; set num_classes={self.classes}"
             )
         return self.classes
 
@@ -163,9 +162,7 @@ class ImageDataModule(LightningDataModule):
         if native and len(numbers) != channels:
             numbers = (sum(numbers) / len(numbers),) * channels
         if len(numbers) != channels:
-            raise ConfigError(
-                f"{name}={list(numbers)} has {len(numbers)} values, in_channels={channels} needs {channels}"
-            )
+            raise ConfigError(f"{name}={list(numbers)} has {len(numbers)} values, in_channels={channels} needs {channels}")
         return numbers
 
 

@@ -81,8 +81,7 @@ class ImageFolder(ImageDataModule):
         found = count_classes(self.root)
         if stated is not None and stated != found:
             raise ConfigError(
-                f"num_classes={stated} but {self.root} has {found} class folders; "
-                f"set num_classes={found} or leave it out"
+                f"num_classes={stated} but {self.root} has {found} class folders; set num_classes={found} or leave it out"
             )
         return found
 
@@ -99,9 +98,7 @@ def count_classes(root: str | os.PathLike[str]) -> int:
         raise DataError(f"there is no folder {folder.resolve()}; set data.root to a folder of class folders")
     classes = _subfolders(folder)
     if not classes:
-        raise DataError(
-            f"{folder.resolve()} has no class folders; expected {folder}/CLASS/IMAGE or {folder}/train/CLASS/IMAGE"
-        )
+        raise DataError(f"{folder.resolve()} has no class folders; expected {folder}/CLASS/IMAGE or {folder}/train/CLASS/IMAGE")
     return len(classes)
 
 
@@ -113,9 +110,7 @@ class _Images(datasets.ImageFolder):
         try:
             return super().__getitem__(index)
         except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(
-                f"cannot decode image {Path(path).resolve()} ({error}); replace or remove the file"
-            ) from error
+            raise DataError(f"cannot decode image {Path(path).resolve()} ({error}); replace or remove the file") from error
 
 
 def _read(folder: Path) -> _Images:

@@ -66,9 +66,7 @@ def torchvision_model(
 def _weights(name: str, weights: str, num_classes: int) -> Any:
     known = models.get_model_weights(name).__members__
     if weights not in known:
-        raise ConfigError(
-            f"torchvision's {name} has no weights {weights!r}; it has {', '.join(known)}, or weights=null"
-        )
+        raise ConfigError(f"torchvision's {name} has no weights {weights!r}; it has {', '.join(known)}, or weights=null")
     chosen = known[weights]
     classes = len(chosen.meta["categories"])
     if classes != num_classes:

@@ -30,9 +30,7 @@ class VGG16BN(nn.Module):
         ConfigError: a value is outside what it may be, or the weights do not fit.
     """
 
-    def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, weights: str | None = None
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, weights: str | None = None) -> None:
         super().__init__()
         check_positive(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         smallest = 2 ** len(STAGES)

@@ -158,11 +158,7 @@ def _with_difference(row: Row, rows: Sequence[Row]) -> Row:
     if row.is_baseline or baseline is None:
         return row
     reference = dict(zip(baseline.seeds, (accuracy for _, accuracy in baseline.points), strict=True))
-    pairs = [
-        accuracy - reference[seed]
-        for seed, (_, accuracy) in zip(row.seeds, row.points, strict=True)
-        if seed in reference
-    ]
+    pairs = [accuracy - reference[seed] for seed, (_, accuracy) in zip(row.seeds, row.points, strict=True) if seed in reference]
     return replace(row, difference=Spread.of(pairs) if pairs else None)
 
 

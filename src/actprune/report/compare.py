@@ -82,8 +82,7 @@ def compare(directory: str | os.PathLike[str], out: str | os.PathLike[str] | Non
 def _nothing(directory: Path, problems: Sequence[Problem]) -> str:
     if not problems:
         return (
-            f"no {SUMMARY} under {directory}, at least 1 is needed; "
-            "name the directory of a sweep or of a run that has finished"
+            f"no {SUMMARY} under {directory}, at least 1 is needed; name the directory of a sweep or of a run that has finished"
         )
     listed = "".join(f"\n  {problem.path}: {problem.reason}" for problem in problems)
     return f"0 of {len(problems)} runs under {directory} can be compared, at least 1 is needed:{listed}"

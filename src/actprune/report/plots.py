@@ -171,9 +171,7 @@ def _bars(axes: Axes, rows: Sequence[tuple[str, int, int]], slots: int, widest: 
     axes.barh(positions, [after for _, _, after in rows], height=0.72, color=COLOURS[0], label="after")
     for position, (_, before, after) in zip(positions, rows, strict=True):
         text = f"{after} / {before}"
-        axes.annotate(
-            text, (before, position), (4, 0), textcoords="offset points", va="center_baseline", fontsize=7, color=INK
-        )
+        axes.annotate(text, (before, position), (4, 0), textcoords="offset points", va="center_baseline", fontsize=7, color=INK)
     axes.set_yticks(positions, [plain(name) for name, _, _ in rows], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(slots - 0.4, -0.6)
