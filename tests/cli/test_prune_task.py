@@ -10,7 +10,14 @@ from actprune.cli.job import run_job
 from actprune.core.errors import ConfigError
 from actprune.surgery import load_pruned
 
-TASK = ("task=prune", "pruner=reconstruction", "compensation=least_squares", "budget.params=0.5", "logger=none", "calibration=100")
+TASK = (
+    "task=prune",
+    "pruner=reconstruction",
+    "compensation=least_squares",
+    "budget.params=0.5",
+    "logger=none",
+    "calibration=100",
+)
 
 
 @pytest.fixture

@@ -196,6 +196,13 @@ def test_channels_alone_replace_a_combination_of_others_exactly(module):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_that_is_used_twice_gets_the_mean_and_it_is_said(caplog):
+    module = nn.Linear(C, 4)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(LeastSquares().statistic(Layer("fc", module, module.weight, 1, runs=2), C), Moments)
+    assert "fc: its weight is used 2 times: the mean is folded instead" in caplog.text
+
+
 # --- through surgery ---
 
 

@@ -10,7 +10,9 @@ from actprune.core.errors import ObservationError
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+    )
 
 
 def batches(n=3):

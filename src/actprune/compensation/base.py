@@ -21,6 +21,8 @@ class Layer:
     """(out, in, ...) or, where ``reads_dim`` is 0, (in, out, ...)."""
     reads_dim: int
     """The weight's dimension that is summed over."""
+    runs: int = 1
+    """How often one forward uses the weight."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ the minimum of E |W x - W' x_K - b'|^2 + lambda |W' - W_K|^2: a ridge that pulls
 Source: DESIGN section 5; He et al., arXiv:1707.06168, and ThiNet, arXiv:1707.06342, refit without the ridge's centre.
 Deviation: positions are sampled, `positions` per sample. Where the covariance of patches would need more than `memory`
 bytes, or the convolution is transposed, x are the channels alone and every tap gets the same B; where that does not fit
-either, the mean is folded. Both are logged.
+either, or one weight is used several times, the mean is folded. All of it is logged.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ class LeastSquares(Compensation):
     def statistic(self, layer: Layer, n_channels: int) -> Statistic:
         """Covariance of patches, else of channels, else the mean of every channel."""
         taps = layer.weight[0, 0].numel() if layer.weight.dim() > 2 else 1
+        if layer.runs > 1:
+            _LOG.warning("%s: its weight is used %d times: the mean is folded instead", layer.name, layer.runs)
+            return self._mean.statistic(layer, n_channels)
         if reads_patches(layer.module, layer.weight):
             if self._fits(n_channels * taps):
                 return Gram(n_channels * taps)

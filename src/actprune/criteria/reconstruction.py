@@ -7,8 +7,8 @@ unit and refitting the others optimally costs, per output position,
 
 the block form of the optimal brain surgeon's w^2 / [G^-1]. Units leave greedily, W and P follow every removal; a unit's
 score is the rise of the error when its turn came, divided by what the layer's readers see in all (the variance of what
-is read next) and by the budget the unit frees: error per multiply-add or parameter saved. Scores never fall in the order of removal, and are
-comparable across groups as they are, so that one ranking spreads the cut over the network.
+is read next) and by the budget the unit frees: error per multiply-add or parameter saved. Scores never fall in the order
+of removal, and are comparable across groups as they are, so that one ranking spreads the cut over the network.
 Source: Hassibi & Stork 1993; OSSCAR, arXiv:2403.12983. Deviation: 1/16 of the units left leave at a time once there are
 more than 16, and share their joint error in proportion to their own.
 Reads the second moments that ``LeastSquares`` compensation observes; ``Mean`` observes variances alone, and the error is then

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,10 +59,11 @@ class Observation:
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)
         for group in graph.unlocked:
             cuttable[group.classes] = True
+        runs = Counter(consumer.weight for consumer in graph.consumers)
         for number, consumer in enumerate(graph.consumers):
             if not cuttable[consumer.reads].any():
                 continue
-            layer = layer_of(self._model, consumer)
+            layer = layer_of(self._model, consumer, runs[consumer.weight])
             statistic = compensation.statistic(layer, len(consumer.reads))
             if statistic is None:
                 continue
@@ -156,11 +157,11 @@ class Observation:
                 raise ObservationError(f"at {self._where[id(statistic)]}: {error}") from None
 
 
-def layer_of(model: nn.Module, consumer: Consumer) -> Layer:
-    """A consumer with its tensors as they are now."""
+def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
+    """A consumer with its tensors as they are now; ``runs``: how many contractions use its weight."""
     path, _, leaf = consumer.weight.rpartition(".")
     weight = getattr(model.get_submodule(path), leaf)
-    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim)
+    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs)
 
 
 def _is_identity(positions: np.ndarray) -> bool:
