@@ -90,14 +90,14 @@ class IdSpace:
 
 
 def first(candidates: Sequence[Ids]) -> Ids:
-    """Merge id arrays that describe the same positions: a real id wins over ``FREE``, and ``FREE`` over ``FIXED``."""
-    present = [ids for ids in candidates if ids is not None]
-    if not present:
+    """Merge id arrays that describe the same positions: ``FIXED`` wins, for what met it is locked; an id wins over ``FREE``."""
+    if any(ids is None for ids in candidates) or not candidates:
         return None
-    merged = present[0]
-    for ids in present[1:]:
-        if (merged < 0).any():
-            merged = np.where(merged >= 0, merged, np.where(ids >= 0, ids, np.minimum(merged, ids)))
+    merged = candidates[0]
+    for ids in candidates[1:]:
+        if (merged < 0).any() or (ids < 0).any():
+            known = np.where(merged >= 0, merged, ids)
+            merged = np.where((merged == FIXED) | (ids == FIXED), FIXED, known)
     return merged
 
 

@@ -314,11 +314,12 @@ def _size(pruner: Pruner) -> dict[str, int]:
 
 def _line(trainer: Trainer, pruner: Pruner, plan: Plan, before: dict[str, int], seconds: float) -> str:
     after = _size(pruner)
+    groups = f"{len(plan.groups)} group{'s' if len(plan.groups) > 1 else ''}"
     return (
         f"pruning step {after['step']}, before epoch {trainer.current_epoch + 1}: "
         f"params {before['params']:,} -> {after['params']:,} ({after['params'] / pruner.params_before:.1%}), "
         f"MACs {metric_prefix(before['macs'])} -> {metric_prefix(after['macs'])} "
-        f"({after['macs'] / pruner.macs_before:.1%}), {len(plan.groups)} groups, {seconds:.1f} s"
+        f"({after['macs'] / pruner.macs_before:.1%}), {groups}, {seconds:.1f} s"
     )
 
 

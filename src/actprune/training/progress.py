@@ -32,7 +32,7 @@ class EpochLines(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print epoch and metrics."""
         if self._enabled and trainer.is_global_zero:
-            metrics = {name: value for name, value in trainer.callback_metrics.items() if name != "prune/step"}
+            metrics = {n: v for n, v in trainer.callback_metrics.items() if not n.startswith(("prune/", "lr-"))}
             shown = ", ".join(f"{name} {float(value):.4f}" for name, value in sorted(metrics.items()))
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {shown}", flush=True)
 

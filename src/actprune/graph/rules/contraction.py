@@ -91,7 +91,7 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = first_known(left[-1], right[-2])
-    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None and (reads >= 0).any():
+    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None and (reads >= 0).all():
         # the width of a head sets the scale of its softmax, so it stays
         t.scored.add(t.frames[-1].path)
         t.lock(reads, "summed over between two activations")
