@@ -99,9 +99,7 @@ def test_a_seed_that_ran_twice_counts_once():
     assert notes == ["none: seed 1 was run more than once; its runs are averaged and count as one"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"data": "mnist"}, {"model": "vgg"}, {"params_before": 2000}, {"macs_before": 6000}]
-)
+@pytest.mark.parametrize("change", [{"data": "mnist"}, {"model": "vgg"}, {"params_before": 2000}, {"macs_before": 6000}])
 def test_different_data_and_models_are_kept_apart(change):
     there = [replace(r, **change) for r in three_seeds() if r.criterion == "entropy"]
     rows, notes = aggregate(three_seeds() + there)
@@ -144,9 +142,7 @@ def test_the_baseline_must_be_trained_alike():
 
 
 def test_best_first_after_the_baseline():
-    rows, _ = aggregate(
-        [run(c, 1, a) for c, a in (("random", 0.8), ("none", 0.7), ("entropy", 0.9), ("magnitude", 0.85))]
-    )
+    rows, _ = aggregate([run(c, 1, a) for c, a in (("random", 0.8), ("none", 0.7), ("entropy", 0.9), ("magnitude", 0.85))])
     assert [row.criterion for row in rows] == ["none", "entropy", "magnitude", "random"]
 
 

@@ -57,9 +57,7 @@ def test_criteria_of_one_size_stand_side_by_side(tmp_path):
         line, bars = drawn[criterion]
         values = 100 * np.array(ACCURACY[criterion])
         np.testing.assert_allclose(line.get_data(orig=False), [[place], [values.mean()]])
-        np.testing.assert_allclose(
-            bars[0][:, 1], [values.mean() - values.std(ddof=1), values.mean() + values.std(ddof=1)]
-        )
+        np.testing.assert_allclose(bars[0][:, 1], [values.mean() - values.std(ddof=1), values.mean() + values.std(ddof=1)])
     names = [tick.get_text() for tick in axes.get_xticklabels()]
     assert names == ["entropy\n40,000 (40.0 %)", "random\n40,000 (40.0 %)"]
     assert axes.get_xlabel() == "parameters left"
@@ -87,10 +85,7 @@ def test_budgets_are_joined_by_a_line(tmp_path, shares, scale):
         x, y = line.get_data(orig=False)
         true = np.array([100_000 * share for share in shares])
         np.testing.assert_allclose(np.diff(y), 0, atol=1e-9)
-        moved = (
-            axes.transData.transform([(v, 90) for v in x])[:, 0]
-            - axes.transData.transform([(v, 90) for v in true])[:, 0]
-        )
+        moved = axes.transData.transform([(v, 90) for v in x])[:, 0] - axes.transData.transform([(v, 90) for v in true])[:, 0]
         assert np.all(np.abs(moved) < 0.02 * width)  # beside each other, yet where they belong
         assert np.all(np.abs(moved) > 0)
         assert len(bars) == 3

@@ -80,9 +80,7 @@ def test_many_groups_are_elided_and_still_counted(number):
     else:
         left_out = [row for row in widths if row[0] not in shown]
         before, after = sum(row[1] for row in left_out), sum(row[2] for row in left_out)
-        assert [line[:6] for line in elided] == [
-            ["…", str(number - MAX_GROUPS), "more", "groups", f"{before:,}", f"{after:,}"]
-        ]
+        assert [line[:6] for line in elided] == [["…", str(number - MAX_GROUPS), "more", "groups", f"{before:,}", f"{after:,}"]]
 
 
 def test_long_names_still_fit():

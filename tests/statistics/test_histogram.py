@@ -46,9 +46,7 @@ def test_a_range_per_unit_is_blind_to_scale_and_offset():
     counts = filled(x, bins=32, range="unit", zero_bin=False).compute()
     for unit in (1, 2, 3):
         assert torch.equal(counts[unit], counts[0])
-    assert torch.allclose(
-        torch.special.entr(counts / 500).sum(1), torch.special.entr(counts[:1] / 500).sum(1), atol=0.02
-    )
+    assert torch.allclose(torch.special.entr(counts / 500).sum(1), torch.special.entr(counts[:1] / 500).sum(1), atol=0.02)
 
 
 def test_a_common_range_keeps_the_scale():

@@ -20,9 +20,7 @@ class AllSigns(LinearRademacher):
         return self.every[sample_ids]
 
 
-@pytest.mark.parametrize(
-    ("a", "expected"), [((1, 1), 0.5), ((1, 2, 3, 4), 1.125), ((0, 0, 0, 5), 1.25), ((1, 1, 1, 1), 0.375)]
-)
+@pytest.mark.parametrize(("a", "expected"), [((1, 1), 0.5), ((1, 2, 3, 4), 1.125), ((0, 0, 0, 5), 1.25), ((1, 1, 1, 1), 0.375)])
 def test_exact_values(a, expected):
     statistic = AllSigns(1, len(a))
     for i, value in enumerate(a):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from actprune.core.calling import Example, call
+from actprune.core.calling import Example, call, evaluating
 from actprune.core.errors import ObservationError
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -26,20 +26,17 @@ def recalibrating(model: nn.Module) -> Iterator[list[nn.Module]]:
         The batch norms that keep running statistics.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None]
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        yield list(norms)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            yield list(norms)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:

@@ -43,6 +43,18 @@ def _to(tree: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module's own training flag is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

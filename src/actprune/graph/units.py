@@ -12,7 +12,6 @@ from torch import nn
 
 from actprune.graph.cost import CostModel
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
-from actprune.graph.ids import Ids
 from actprune.graph.state import TraceState
 
 _HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
@@ -171,10 +170,11 @@ def _groups(
             for group, positions in grouping.positions(column):
                 read_at[group].append(dataclasses.replace(site, positions=positions))
     producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
+    first_use = {name: i for i, name in enumerate(state.tensor_ids)}
     used: dict[str, int] = defaultdict(int)
     groups = []
     for classes, keys, group_sites in zip(grouping.classes, members, read_at, strict=True):
-        name = _name(keys, state, producing)
+        name = _name(keys, first_use, producing)
         used[name] += 1
         groups.append(
             Group(
@@ -239,10 +239,9 @@ class _Grouping:
                 yield group, found.reshape(size, width)
 
 
-def _name(keys: dict[tuple[str, int], NDArray[np.int64]], state: TraceState, producing: dict[str, int]) -> str:
+def _name(keys: dict[tuple[str, int], NDArray[np.int64]], first_use: dict[str, int], producing: dict[str, int]) -> str:
     """Path of the first module whose weight produces the units, else of the first tensor they cut."""
-    order = {name: i for i, name in enumerate(state.tensor_ids)}
-    first = min(keys, key=lambda key: (producing.get(key[0]) != key[1], order[key[0]]))
+    first = min(keys, key=lambda key: (producing.get(key[0]) != key[1], first_use[key[0]]))
     return first[0].rpartition(".")[0] or first[0]
 
 
@@ -254,10 +253,5 @@ def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[
         else:
             cost.add("params", parameter.numel(), [])
     for contraction in state.contractions:
-        cost.add("macs", contraction.macs, [_width(classes, ids) for ids in contraction.widths])
+        cost.add("macs", contraction.macs, [classes.of(ids) for ids in contraction.widths])
     return cost
-
-
-def _width(classes: _Classes, ids: Ids) -> NDArray[np.int64]:
-    assert ids is not None
-    return classes.of(ids)

@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 and shortcut == "A":
             self.shortcut = PadShortcut(in_channels, out_channels)
-        elif stride != 1:
+        elif stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 

@@ -14,34 +14,8 @@ from torch.nn import functional as F
 from actprune.core.errors import ConfigError
 from actprune.models.checks import check_positive
 from actprune.models.init import kaiming_
+from actprune.models.resnet import BasicBlock
 from actprune.models.weights import load_weights
-
-
-class ResidualBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)).
-
-    Args:
-        in_channels: channels of x.
-        out_channels: channels of the result.
-        stride: stride of the first convolution.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
 
 
 class SmallCNN(nn.Module):
@@ -78,7 +52,7 @@ class SmallCNN(nn.Module):
         for index, next_width in enumerate(widths):
             stage = []
             for block in range(blocks):
-                stage.append(ResidualBlock(width, next_width, stride=2 if index > 0 and block == 0 else 1))
+                stage.append(BasicBlock(width, next_width, stride=2 if index > 0 and block == 0 else 1, shortcut="B"))
                 width = next_width
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)

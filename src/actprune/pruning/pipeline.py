@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
-from actprune.core.calling import Example, call
+from actprune.core.calling import Example, call, evaluating
 from actprune.core.errors import BudgetError, ObservationError, TraceError
 from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
@@ -237,10 +237,6 @@ class Pruner:
         setattr(self.model, ATTRIBUTE, record)
         self.graph = self._traced()
 
-    def refresh(self) -> None:
-        """Trace anew after the model was changed from outside, e.g. by a checkpoint."""
-        self.graph = self._traced()
-
 
 def prune(
     model: nn.Module,
@@ -307,23 +303,17 @@ def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
         ObservationError: there are no batches.
     """
     model = pruner.model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with pruner.observe() as observation, torch.no_grad():
-            for inputs in batches:
-                start = observation.n_samples
-                observation.begin_batch(torch.arange(start, start + batch_size(inputs)))
-                try:
-                    call(model, inputs)
-                except (RuntimeError, TypeError, ValueError) as error:
-                    raise TraceError(
-                        f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
-                        "model takes, or (inputs, targets)"
-                    ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), pruner.observe() as observation, torch.no_grad():
+        for inputs in batches:
+            start = observation.n_samples
+            observation.begin_batch(torch.arange(start, start + batch_size(inputs)))
+            try:
+                call(model, inputs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TraceError(
+                    f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
+                    "model takes, or (inputs, targets)"
+                ) from error
     if observation.n_samples == 0:
         raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
     return observation

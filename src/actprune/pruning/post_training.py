@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actprune.compensation import Compensation, LeastSquares
 from actprune.core.budget import Budget
-from actprune.core.calling import Example, undisturbed
+from actprune.core.calling import Example, evaluating, undisturbed
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
 from actprune.pruning.finishing import finish, has_finish, inputs_of
@@ -112,14 +112,8 @@ def prune_trained(
 
 
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            return float(evaluate(model))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        return float(evaluate(model))
 
 
 def _latency(before: nn.Module, after: nn.Module, example: Example) -> dict[int, tuple[float, float]]:

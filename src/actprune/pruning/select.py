@@ -101,7 +101,9 @@ def select(
             taken = np.maximum(0, np.array([g.size for g in groups]) - kept)
         return taken
 
-    ranked = [[u for g, u in order if g == index] for index in range(len(groups))]
+    ranked: list[list[int]] = [[] for _ in groups]
+    for index, chosen in order:
+        ranked[index].append(chosen)
 
     def cost(prefix: int) -> int:
         removed = np.zeros(graph.n_classes, dtype=bool)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +30,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from actprune.compensation import LeastSquares
 from actprune.compensation.patches import Conv, n_positions, patches_at, reads_patches
 from actprune.compensation.residual import correction
-from actprune.core.calling import Example, call
+from actprune.core.calling import Example, call, evaluating
 from actprune.core.plan import Plan
 from actprune.graph import Consumer, Graph
 from actprune.statistics import sample_positions
+from actprune.surgery.tensors import keep_indices
 
 _LOG = logging.getLogger(__name__)
 _ROWS_PER_INPUT = 8
@@ -89,9 +90,9 @@ def refit(model: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batch
     """
     layers = {layer.path: layer for layer in _layers(model, graph, plan)}
     targets = _Targets()
-    with _evaluating(original), torch.no_grad(), _Reference(original, layers, how, targets):
+    with evaluating(original), torch.no_grad(), _Reference(original, layers, how, targets):
         call(original, batch)
-    with _evaluating(model), torch.no_grad(), _Refitting(model, layers, how, targets) as walk:
+    with evaluating(model), torch.no_grad(), _Refitting(model, layers, how, targets) as walk:
         call(model, batch)
     return Refit(walk.n_samples, walk.errors)
 
@@ -122,20 +123,7 @@ def _kept(weight: Tensor, consumer: Consumer, plan: Plan) -> Tensor | None:
     gone = plan.removed.get(consumer.weight, {}).get(0, [])
     if not gone:
         return None
-    mask = torch.ones(len(weight) + len(gone), dtype=torch.bool)
-    mask[gone] = False
-    return mask.nonzero().squeeze(1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return keep_indices(len(weight) + len(gone), gone)
 
 
 class _Walk(TorchDispatchMode):

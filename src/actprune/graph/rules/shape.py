@@ -115,12 +115,7 @@ def split_evenly(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> No
     ids = whole[dim]
     sizes = [tensor.shape[dim] for tensor in out]
     if ids is not None and len(sizes) > 1:
-        if len(set(sizes)) == 1:
-            parts = ids.reshape(len(sizes), -1)
-            t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
-            _bind_sizes(t, sizes[0], parts[0])
-        else:
-            t.lock(ids, "split into unequal parts")
+        _leave_evenly(t, ids, sizes, "split into unequal parts")
     _set_parts(t, whole, dim, sizes, out)
 
 
@@ -131,13 +126,18 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
     ids = whole[dim]
     sizes = [tensor.shape[dim] for tensor in out]
     if ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
-        if len(set(sizes)) == 1:
-            parts = ids.reshape(len(sizes), -1)
-            t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
-            _bind_sizes(t, sizes[0], parts[0])
-        else:
-            t.lock(ids, "split into unequal parts that no module attribute keeps")
+        _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
     _set_parts(t, whole, dim, sizes, out)
+
+
+def _leave_evenly(t: TraceState, ids: np.ndarray, sizes: list[int], why: str) -> None:
+    """Position ``i`` of every part leaves together; unequal parts are locked."""
+    if len(set(sizes)) > 1:
+        t.lock(ids, why)
+        return
+    parts = ids.reshape(len(sizes), -1)
+    t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
+    _bind_sizes(t, sizes[0], parts[0])
 
 
 def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out: Sequence[Tensor]) -> None:
