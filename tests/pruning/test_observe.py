@@ -1,5 +1,7 @@
 """Observation: statistics receive what the consumer reads, hooks live inside the block only."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -339,3 +341,28 @@ def test_an_image_without_a_batch_dimension():
         model(x)
     same(observation.scores["0"]["all"][0].seen[0].sort(2).values, model[:2](x).flatten(1)[None].sort(2).values)
     pruner.execute(pruner.plan(observation))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["wrapped", "in place"])
+def test_compiled_modules_are_observed_and_pruned(whole):
+    """Hooks inside compiled code do not fire, so observation runs eagerly; scores equal those of the plain model."""
+    x = torch.randn(8, 5)
+    plain = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3))
+    twin = copy.deepcopy(plain)
+    if whole:
+        model = nn.Sequential(torch.compile(twin, backend="eager"))
+    else:
+        twin.compile(backend="eager")
+        model = nn.Sequential(twin)
+    model(x)
+    found = []
+    for network in (model, plain):
+        pruner = Pruner(network, x, criteria.Entropy(), Budget(params=0.6))
+        with pruner.observe() as observation, torch.no_grad():
+            observation.begin_batch(torch.arange(len(x)))
+            network(x)
+        found.append(next(iter(pruner.scores(observation).values())))
+        pruner.execute(pruner.plan(observation))
+        assert network(x).shape == (8, 3)
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(model(x), plain(x), atol=1e-6)

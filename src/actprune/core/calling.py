@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from actprune.core.hooks import uncompiled
+
 Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]"
 """A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``lambda model: ...``."""
 
@@ -83,6 +85,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {p.device.type for p in model.parameters()} | {"cpu"}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(uncompiled(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,23 +25,17 @@ class Frame:
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
     """Yield the running calls, outermost first; after an exception the list stays as it was then."""
-    paths = {module: path for path, module in model.named_modules()}
     stack = [Frame("")]
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module in paths:
-            stack.append(Frame(paths[module], args))
+    def enter(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        stack.append(Frame(path, args))
 
-    def leave(module: nn.Module, _args: Any, _out: Any) -> None:
-        if module in paths and stack[-1].path == paths[module]:
+    def leave(path: str, _module: nn.Module, _args: Any, _out: Any) -> None:
+        if stack[-1].path == path:
             stack.pop()
 
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
+            hooks.callback(module.register_forward_hook(partial(leave, path)).remove)
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from actprune.compensation import Compensation, Layer
 from actprune.core.errors import ObservationError
-from actprune.core.hooks import Watcher, watch_inputs, watch_operands
+from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
 from actprune.statistics import all_reduce
@@ -131,6 +131,7 @@ class Observation:
     def recording(self) -> Iterator[None]:
         """Hooks are on inside the block only."""
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(self._model))
             stack.enter_context(watch_inputs(self._model, {k: _all(v) for k, v in self._inputs.items()}))
             stack.enter_context(watch_operands(self._model, self._operands))
             yield
