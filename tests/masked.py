@@ -62,6 +62,37 @@ class KeptNorm(nn.Module):
         return torch.zeros_like(x).index_put(grid, y)
 
 
+class KeptOther(nn.Module):
+    """A norm that somebody else wrote, run on the channels that stay; the others come out as zero."""
+
+    def __init__(self, norm, gone):
+        super().__init__()
+        size = len(next(norm.parameters(recurse=False)))
+        self.keep = torch.tensor(sorted(set(range(size)) - set(gone)))
+        self.norm = copy.deepcopy(norm)
+        for name, value in norm.named_parameters(recurse=False):
+            setattr(self.norm, name, nn.Parameter(value.index_select(0, self.keep)))
+        if hasattr(norm, "normalized_shape"):
+            self.norm.normalized_shape = (len(self.keep),)
+        if hasattr(norm, "num_channels"):
+            self.norm.num_channels = len(self.keep)
+        first = isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__
+        self.dim = getattr(norm, "channel_dim", 1 if first else -1)
+
+    def forward(self, x):
+        y = self.norm(x.index_select(self.dim, self.keep))
+        shape = list(y.shape)
+        shape[self.dim] = x.shape[self.dim]
+        return y.new_zeros(shape).index_copy(self.dim, self.keep, y)
+
+
+def _written_elsewhere(module):
+    """A norm over channels that is no module of PyTorch's own."""
+    own = list(module.parameters(recurse=False))
+    named = "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn")
+    return named and bool(own) and all(p.dim() == 1 for p in own) and not isinstance(module, nn.modules.batchnorm._NormBase)
+
+
 def masked(model, plan, *, consumers_only=False):
     """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone."""
     twin = copy.deepcopy(model)
@@ -72,13 +103,16 @@ def masked(model, plan, *, consumers_only=False):
                 if any(_zeroed(*holder, dim, consumers_only) for holder in _holders(twin, tensors[name])):
                     tensors[name].index_fill_(dim, torch.tensor(positions), 0)
     for path, module in list(twin.named_modules()):
-        if isinstance(module, NORMS):
+        parent, _, leaf = path.rpartition(".")
+        if hasattr(module, "keep_only"):  # norms written by hand in the zoo
+            module.keep_only(plan.removed.get(module.follows or f"{path}.weight", {}).get(0, []))
+        elif _written_elsewhere(module):
+            gone = plan.removed.get(f"{path}.weight", {}).get(0, [])
+            setattr(twin.get_submodule(parent), leaf, KeptOther(module, gone))
+        elif isinstance(module, NORMS):
             by_dim = plan.removed.get(f"{path}.weight", {})
             gone = {i: by_dim.get(i, []) for i in range(8)} if module.weight is not None else {}
-            parent, _, leaf = path.rpartition(".")
             setattr(twin.get_submodule(parent), leaf, KeptNorm(module, gone))
-        elif hasattr(module, "keep_only"):  # norms written by hand in the zoo
-            module.keep_only(plan.removed.get(module.follows or f"{path}.weight", {}).get(0, []))
     return twin
 
 

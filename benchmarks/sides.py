@@ -1,0 +1,153 @@
+"""The two sides of the prunability table: one model pruned with actprune and checked, the same one with Torch-Pruning."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import actprune
+from actprune.core.calling import call
+from actprune.pruning.plans import draft
+from actprune.surgery import rehearsed
+from masked import counted, difference, masked, outputs, random_units
+
+_OF_DETECTORS = ("backbone", "rpn.head", "head")
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """Floating-point tensors of an output that a loss could be made of."""
+    leaves = tree_leaves(output if isinstance(output, (Tensor, tuple, list, dict)) else vars(output))
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad]
+
+
+def _targets(images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """One object per image, with everything that some detector trains on."""
+    size = images[0].shape[-2:]
+    one = {
+        "boxes": torch.tensor([[8.0, 8.0, 72.0, 72.0]]),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "masks": torch.ones(1, *size, dtype=torch.uint8),
+        "keypoints": torch.full((1, 17, 3), 40.0),
+    }
+    return [one for _ in images]
+
+
+def _training_example(example: Any) -> Any:
+    """Two samples, for batch norms; targets for detectors."""
+    if isinstance(example, list):
+        images = [x.clone() for x in example * 2]
+        return images, _targets(images)
+    return tree_map_only(Tensor, lambda x: torch.cat([x, x]), example)
+
+
+def works(model: nn.Module, example: Any) -> None:
+    """Forward and backward, in evaluation and in training mode."""
+    for training in (False, True):
+        model.train(training)
+        found = _floats(call(model, _training_example(example) if training else example))
+        if found:
+            sum(x.sum() for x in found).backward()
+            model.zero_grad()
+
+
+def _compared(model: nn.Module, example: Any) -> list[Tensor]:
+    """Outputs to compare: of a detector what comes before boxes are chosen, for near-equal scores change places freely."""
+    if not isinstance(example, list):
+        return outputs(model, example)
+    seen: list[Tensor] = []
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(
+            lambda _m, _a, out: seen.extend(x for x in tree_leaves(out) if isinstance(x, Tensor))
+        )
+        for name in _OF_DETECTORS
+        if name in modules
+    ]
+    try:
+        outputs(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
+    """Prune with actprune; cut, run, count, store and compare with the masked full-size network."""
+    torch.manual_seed(0)
+    model = build().eval()
+    size = sum(p.numel() for p in model.parameters())
+    fresh, full = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        call(model, example)
+        start = time.perf_counter()
+        call(model, example)
+        forward = time.perf_counter() - start
+    start = time.perf_counter()
+    actprune.trace(model, example)
+    traced = time.perf_counter() - start
+    start = time.perf_counter()
+    pruner = actprune.Pruner(model, example, actprune.criteria.Random(), actprune.Budget(params=1.0), compensation=None)
+    rehearsal = time.perf_counter() - start
+    graph = pruner.graph
+    cuttable = {tensor for group in graph.unlocked for tensor, _ in group.members}
+    error = off = 0.0
+    for seed in range(plans):
+        plan = draft(model, graph, random_units(graph, seed))
+        with rehearsed(model, plan):
+            error = max(error, difference(_compared(model, example), _compared(masked(full, plan), example)))
+            if not isinstance(example, list):
+                params, macs = counted(model, example)
+                off = max(off, abs(params - plan.params_after), abs(macs - plan.macs_after))
+    half = {g.name: torch.randperm(g.size)[: g.size // 2].tolist() for g in graph.unlocked}
+    plan = draft(model, graph, half)
+    start = time.perf_counter()
+    pruner.execute(plan)
+    cut = time.perf_counter() - start
+    error = max(error, difference(_compared(model, example), _compared(masked(full, plan), example)))
+    with tempfile.TemporaryDirectory() as folder:
+        actprune.save_pruned(model, Path(folder) / "pruned.pt")
+        actprune.load_pruned(fresh, Path(folder) / "pruned.pt")
+    same = difference(_compared(fresh, example), _compared(model, example)) == 0.0
+    works(model, example)
+    locks = Counter(g.locked for g in graph.groups if g.locked is not None and g.size > 1)
+    return {
+        "prunes": same,
+        "covered": sum(p.numel() for name, p in full.named_parameters() if name in cuttable) / size,
+        "error": error,
+        "count_off": off,
+        "left": pruner.params / size,
+        "forward_seconds": forward,
+        "trace_seconds": traced,
+        "rehearsal_seconds": rehearsal,
+        "cut_seconds": cut,
+        "locks": dict(locks),
+    }
+
+
+def peer(build: Any, example: Any, _plans: int) -> dict[str, Any]:
+    """Prune with Torch-Pruning as it comes: half of every layer it finds, the last layer named to it."""
+    import torch_pruning as tp
+
+    torch.manual_seed(0)
+    model = build().eval()
+    size = sum(p.numel() for p in model.parameters())
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
+    pruner = tp.pruner.MetaPruner(
+        model,
+        (example,) if isinstance(example, list) else example,
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=last,
+    )
+    pruner.step()
+    works(model, example)
+    left = sum(p.numel() for p in model.parameters()) / size
+    return {"prunes": left < 1, "left": left}
