@@ -5,7 +5,8 @@
 Half of every group that may be cut leaves, drawn at random; before that, random plans with uneven shares are tried and taken
 back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, and a fresh
 copy takes its shape and values from the file. ``covered``: share of parameters of which some dimension may be cut. ``error``:
-largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output.
+largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output;
+``effect``: the same between that network and the whole one, so that a cut without consequences does not pass for an exact one.
 ``trace``: seconds to trace, and of one plain forward. The peer removes half of every layer that it finds; the last layer is
 named to it, and its cuts are checked for running, not for being exact. Every attempt runs in a process of its own and is given
 ``--timeout`` seconds. Models that are in ``--out`` already are not run again.
@@ -69,7 +70,7 @@ def attempt(side: str, build: Any, example: Any, args: argparse.Namespace) -> di
 
 def table(collection: str, rows: dict[str, Any]) -> Table:
     """One line per model."""
-    shown = Table("model", "pruned", "covered", "error", "trace s", "forward s", "peer", "cause", title=collection)
+    shown = Table("model", "pruned", "covered", "error", "effect", "trace s", "forward s", "peer", "cause", title=collection)
     for name, row in rows.items():
         mine, theirs = row["ours"], row.get("peer", {})
         shown.add_row(
@@ -77,6 +78,7 @@ def table(collection: str, rows: dict[str, Any]) -> Table:
             "yes" if mine["prunes"] else "no",
             f"{mine['covered']:.3f}" if "covered" in mine else "-",
             f"{mine['error']:.0e}" if "error" in mine else "-",
+            f"{mine['effect']:.0e}" if "effect" in mine else "-",
             f"{mine['trace_seconds']:.2f}" if "trace_seconds" in mine else "-",
             f"{mine['forward_seconds']:.2f}" if "forward_seconds" in mine else "-",
             {True: "yes", False: "no", None: "-"}[theirs.get("prunes")],
@@ -96,10 +98,12 @@ def summary(collection: str, rows: dict[str, Any]) -> str:
         return text
     covered, exact = [r["covered"] for r in full], sum(r["error"] <= 1e-5 for r in full)
     slow = sum(r["trace_seconds"] > max(2.0, 2 * r["forward_seconds"]) for r in full)
+    idle = sum(r["effect"] < 1e-3 for r in full)
     off = sum(r["count_off"] > 0 for r in full)
     return (
         f"{text}; covered {min(covered):.3f} at least, {sum(covered) / len(covered):.3f} on average; error within "
-        f"1e-5 for {exact} of {len(full)}; counts off: {off}; traces slower than two forwards and 2 s: {slow}"
+        f"1e-5 for {exact} of {len(full)}; without effect: {idle}; counts off: {off}; "
+        f"traces slower than two forwards and 2 s: {slow}"
     )
 
 

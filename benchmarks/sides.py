@@ -79,11 +79,25 @@ def _compared(model: nn.Module, example: Any) -> list[Tensor]:
     return seen
 
 
+def _lively(model: nn.Module, example: Any) -> None:
+    """Running statistics of one batch: with those of a fresh network, what a deep one says hardly depends on its input."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        call(model.train(), _training_example(example))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
 def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     """Prune with actprune; cut, run, count, store and compare with the masked full-size network."""
     torch.manual_seed(0)
     model = build().eval()
     size = sum(p.numel() for p in model.parameters())
+    _lively(model, example)
     fresh, full = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         call(model, example)
@@ -98,6 +112,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     rehearsal = time.perf_counter() - start
     graph = pruner.graph
     cuttable = {tensor for group in graph.unlocked for tensor, _ in group.members}
+    whole = _compared(full, example)
     error = off = 0.0
     for seed in range(plans):
         plan = draft(model, graph, random_units(graph, seed))
@@ -111,7 +126,9 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     start = time.perf_counter()
     pruner.execute(plan)
     cut = time.perf_counter() - start
-    error = max(error, difference(_compared(model, example), _compared(masked(full, plan), example)))
+    reference = _compared(masked(full, plan), example)
+    error = max(error, difference(_compared(model, example), reference))
+    effect = difference(reference, whole)
     with tempfile.TemporaryDirectory() as folder:
         actprune.save_pruned(model, Path(folder) / "pruned.pt")
         actprune.load_pruned(fresh, Path(folder) / "pruned.pt")
@@ -122,6 +139,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
         "prunes": same,
         "covered": sum(p.numel() for name, p in full.named_parameters() if name in cuttable) / size,
         "error": error,
+        "effect": effect,
         "count_off": off,
         "left": pruner.params / size,
         "forward_seconds": forward,

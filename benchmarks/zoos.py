@@ -22,7 +22,8 @@ def torchvision_classification() -> Iterator[Entry]:
 
     for name in models.list_models(models):
         extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        yield name, lambda name=name, extra=extra: models.get_model(name, weights=None, **extra), torch.rand(1, 3, 224, 224)
+        size = 299 if name == "inception_v3" else 224
+        yield name, lambda name=name, extra=extra: models.get_model(name, weights=None, **extra), torch.rand(1, 3, size, size)
 
 
 def torchvision_other() -> Iterator[Entry]:

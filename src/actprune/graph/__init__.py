@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 from torch import nn
@@ -11,10 +12,39 @@ from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
 from actprune.graph.tracer import run
 from actprune.graph.units import build
 
-__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "trace"]
+__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "trace"]
 
 
-def trace(model: nn.Module, example_inputs: Example, *, tied: Collection[str] = ()) -> Graph:
+class Trace:
+    """One run of a model, from which graphs with different ties are made.
+
+    Args:
+        model: any module.
+        example_inputs: what it takes, see ``trace``.
+
+    Raises:
+        TraceError: the model fails on the example inputs.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Example) -> None:
+        self._model = model
+        self._state = run(model, example_inputs)
+
+    def graph(self, tied: Collection[str] = ()) -> Graph:
+        """The channel graph.
+
+        Args:
+            tied: paths of modules that reshape to an extent of their own input: inside and outside leave together there.
+        """
+        state = copy.copy(self._state)
+        state.space = self._state.space.copy()
+        for path in tied:
+            for inside, outside in state.coincidences.get(path, ()):
+                state.space.tie(inside, outside, f"reshaped to the width of its input (view in {path})")
+        return build(state, self._model)
+
+
+def trace(model: nn.Module, example_inputs: Example) -> Graph:
     """Find every group of units of a model by running it once.
 
     The run is in evaluation mode, without gradients; mode, buffers, random number generators and hooks are left as they were.
@@ -23,7 +53,6 @@ def trace(model: nn.Module, example_inputs: Example, *, tied: Collection[str] = 
         model: any module.
         example_inputs: what the model takes: a tensor, a tuple of positional arguments, a dict of keyword arguments, a list
             as the one argument, or a callable that takes the model.
-        tied: paths of modules that reshape to an extent of their own input: inside and outside leave together there.
 
     Returns:
         The channel graph; ``str()`` of it is a table.
@@ -31,8 +60,4 @@ def trace(model: nn.Module, example_inputs: Example, *, tied: Collection[str] = 
     Raises:
         TraceError: the model fails on the example inputs.
     """
-    state = run(model, example_inputs)
-    for path in tied:
-        for inside, outside in state.coincidences.get(path, ()):
-            state.space.tie(inside, outside, f"reshaped to the width of its input (view in {path})")
-    return build(state, model)
+    return Trace(model, example_inputs).graph()

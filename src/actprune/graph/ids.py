@@ -27,6 +27,12 @@ class IdSpace:
         self._size = 0
         self._locks: list[tuple[NDArray[np.int64], str]] = []
 
+    def copy(self) -> IdSpace:
+        """A space of its own with the same ids, ties and locks."""
+        twin = IdSpace()
+        twin._parent, twin._size, twin._locks = self._parent.copy(), self._size, list(self._locks)
+        return twin
+
     def fresh(self, n: int) -> NDArray[np.int64]:
         """Return ``n`` new ids."""
         start, self._size = self._size, self._size + n

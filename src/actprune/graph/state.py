@@ -44,6 +44,8 @@ class Contraction:
     """Path of the batch norm that alone reads the output."""
     readers: int = 0
     """How many operators read the output."""
+    training: bool = False
+    """Runs in training mode only: tied and cut, but neither counted nor observed."""
 
 
 @dataclass
@@ -81,6 +83,8 @@ class TraceState:
     """Modules in which a cuttable dimension is summed over between two activations."""
     coincidences: dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = field(default_factory=dict)
     """Module path -> pairs of ids: what a view there produced, and an input of that module of the same extent."""
+    training: bool = False
+    """What runs now, runs in training mode only."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])
@@ -226,6 +230,7 @@ class TraceState:
             weight=name if reads_dim is not None else None,
             weight_reads=reads_dim if reads_dim is not None else 1,
             bias=self.origin(bias) if bias is not None else None,
+            training=self.training,
         )
         self.frames[-1].contractions += 1
         self.contractions.append(contraction)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
@@ -133,10 +133,9 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
         if tensor.numel() and tensor.layout == torch.strided:
             storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
     state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, outer=outer)
-    with undisturbed(model), module_stack(model) as state.frames:
+    with undisturbed(model):
         try:
-            with ChannelTracer(state):
-                output = call(model, example)
+            _follow(model, example, state)
         except ActPruneError:
             raise
         except Exception as error:
@@ -145,11 +144,38 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
+    if any(name not in state.tensor_ids for name in _learned(model)):
+        _in_training(model, example, state)
+    return state
+
+
+def _learned(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
+    with module_stack(model) as state.frames:
+        with ChannelTracer(state):
+            output = call(model, example)
         state.where = "the model's output"
         for tensor in _tensors(output):
             for ids in state.ids(tensor):
                 state.space.lock(ids, "reaches the model's output")
-    return state
+
+
+def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
+    """Follow the branches that run in training mode only, auxiliary heads for one; of two samples if one does not do."""
+    state.training = True
+    twice = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
+    for inputs in (example, twice):
+        with undisturbed(model):
+            model.train()
+            try:
+                return _follow(model, inputs, state)
+            except Exception:
+                # a model that needs targets to train: what was seen of it holds, the rest stays as it is
+                continue
+    return None
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -131,7 +131,7 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
     sites: list[Site | None] = []
     seen: dict[str, int] = defaultdict(int)
     for contraction, ids in zip(state.contractions, reads, strict=True):
-        if ids is None:
+        if ids is None or contraction.training:
             sites.append(None)
             continue
         path = contraction.module
@@ -252,6 +252,6 @@ def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[
             cost.add("params", 1, tensors[name])
         else:
             cost.add("params", parameter.numel(), [])
-    for contraction in state.contractions:
+    for contraction in (c for c in state.contractions if not c.training):
         cost.add("macs", contraction.macs, [classes.of(ids) for ids in contraction.widths])
     return cost

@@ -74,12 +74,13 @@ class Pruner:
         """Parameters of the model before any pruning."""
         self.macs_before = first["macs_before"] if first else self.graph.macs
         """Multiply-adds of one call on the example before any pruning."""
+        self.graph = self._without_unseen(self.graph)
         self._original_widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
         self.graph = self._without_strangers(self.graph)
         self.check_budget()
 
     def _traced(self) -> Graph:
-        return self._without_strangers(traced(self.model, self.example_inputs, self._repairs))
+        return self._without_strangers(self._without_unseen(traced(self.model, self.example_inputs, self._repairs)))
 
     def _now(self) -> dict[str, int]:
         """Width of every group that may be cut, by the record: a group of one unit may look like another one to a new trace."""
@@ -94,6 +95,13 @@ class Pruner:
         expected = self._now()
         why = "its units are parts of the last unit of a group that was cut"
         return with_locks(graph, {g.name: why for g in graph.unlocked if expected.get(g.name) != g.size})
+
+    def _without_unseen(self, graph: Graph) -> Graph:
+        """Lock what a criterion of activations cannot score: branches that run in training mode only, for one."""
+        if not self.criterion.statistics():
+            return graph
+        why = f"no layer reads it in evaluation mode, so {type(self.criterion).__name__} has nothing to score it by"
+        return with_locks(graph, {g.name: why for g in graph.unlocked if not g.sites})
 
     @property
     def record(self) -> SurgeryRecord:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.stack import module_stack
-from actprune.graph import Follower, Graph, Group, trace
+from actprune.graph import Follower, Graph, Group, Trace
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
 
@@ -63,15 +63,17 @@ class _Counter(TorchDispatchMode):
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
     """The channel graph, with what a rehearsal found out."""
-    graph = trace(model, example, tied=repairs.tied)
-    return with_locks(with_followers(graph, repairs.following), repairs.locked)
+    return _repaired_graph(Trace(model, example), repairs)
+
+
+def _repaired_graph(trace: Trace, repairs: Repairs) -> Graph:
+    return with_locks(with_followers(trace.graph(repairs.tied), repairs.following), repairs.locked)
 
 
 def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
     """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that."""
-    repairs = _repaired(model, example)
-    graph = traced(model, example, repairs)
-    locked = _culprits(model, example, graph, _candidates(graph))
+    repairs, graph, sound = _repaired(model, example)
+    locked = {} if sound else _culprits(model, example, graph, _candidates(graph))
     return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
 
 
@@ -79,26 +81,27 @@ def _candidates(graph: Graph) -> list[Group]:
     return [group for group in graph.unlocked if group.size > 1]
 
 
-def _repaired(model: nn.Module, example: Example) -> Repairs:
-    """Repair where the cut model fails, as long as that carries it further.
+def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]:
+    """Repair where the cut model fails, as long as that carries it further; whether nothing fails any more.
 
     First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
-    module takes for equal are tied.
+    module takes for equal are tied; then the same for the modules around it.
     """
     repairs = Repairs()
     tried: set[tuple[str, object]] = set()
-    graph = traced(model, example, repairs)
+    trace = Trace(model, example)
+    graph = _repaired_graph(trace, repairs)
     failure = _failure(model, example, graph, _candidates(graph))
     while failure is not None:
         attempt = _proposal(model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
-        after = traced(model, example, attempt)
+        after = _repaired_graph(trace, attempt)
         outcome = _failure(model, example, after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
-    return repairs
+    return repairs, graph, failure is None
 
 
 def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:
@@ -122,7 +125,6 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
                 }
                 tried |= {(c[0], c) for c in alike}
                 return dataclasses.replace(repairs, following=repairs.following | alike)
-    for here in enclosing:
         if here in graph.may_tie and (here, "tied") not in tried:
             same = {p for p in graph.may_tie if roles[p] == roles[here]}
             tried |= {(p, "tied") for p in same}

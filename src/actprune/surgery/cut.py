@@ -19,7 +19,7 @@ from actprune.core.plan import Plan
 from actprune.surgery import optimizer as optimizers_
 from actprune.surgery.attention import adopt
 from actprune.surgery.attributes import assign, derived
-from actprune.surgery.tensors import keep_indices, lookup, replace, sliced, smaller
+from actprune.surgery.tensors import Holders, keep_indices, lookup, sliced, smaller
 from actprune.surgery.transaction import Transaction, transaction
 
 
@@ -70,16 +70,17 @@ def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: T
     widths = {path: lookup(model, f"{path}.weight" if path else "weight") for path in plan.new_biases}
     for path, values in plan.new_biases.items():
         _new_bias(model, path, values, plan, widths[path], optimizers, changes)
+    holders = Holders(model)
     for name in names:
-        path, _, leaf = name.rpartition(".")
+        leaf = name.rpartition(".")[2]
         old = lookup(model, name)
         new = smaller(old, keeps[name], plan.shifts.get(name))
-        replace(model, name, new, changes)
+        paths = holders.replace(old, new, changes)
         for optimizer in optimizers:
             optimizers_.follow(optimizer, old, new, keeps[name], changes)
         if name in plan.removed:
-            for holder in _holders(model, new):
-                touched.setdefault(holder, {})[leaf] = tuple(old.shape)
+            for path in paths:
+                touched.setdefault(path, {})[leaf] = tuple(old.shape)
     for path, shapes in touched.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
@@ -89,14 +90,6 @@ def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: T
     for path, values in plan.attributes.items():
         for attribute, value in values.items():
             assign(model.get_submodule(path), attribute, value, changes)
-
-
-def _holders(model: nn.Module, tensor: Tensor) -> list[str]:
-    return [
-        path
-        for path, module in model.named_modules()
-        if any(value is tensor for value in [*module._parameters.values(), *module._buffers.values()])
-    ]
 
 
 def _keep(name: str, tensor: Tensor, dims: Mapping[int, list[int]]) -> dict[int, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +26,30 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return tensor.contiguous()
 
 
-def replace(model: nn.Module, name: str, new: Tensor, changes: Transaction) -> None:
-    """Put ``new`` wherever the model holds the tensor called ``name`` (tied weights stay tied)."""
-    old = lookup(model, name)
-    for module in model.modules():
-        for holder in (module._parameters, module._buffers):
-            for key, value in holder.items():
-                if value is old:
-                    _assign(holder, key, new, changes)
+class Holders:
+    """Where a model holds each of its tensors; one walk over the modules for any number of replacements."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._at: dict[Tensor, list[tuple[str, dict[str, Any], str]]] = {}
+        for path, module in model.named_modules():
+            for holder in (module._parameters, module._buffers):
+                for key, value in holder.items():
+                    if value is not None:
+                        self._at.setdefault(value, []).append((path, holder, key))
 
-def _assign(holder: dict, key: str, new: Tensor | None, changes: Transaction) -> None:  # type: ignore[type-arg]
-    old = holder[key]
-    holder[key] = new
-    changes.did(lambda: holder.__setitem__(key, old))
+    def replace(self, old: Tensor, new: Tensor, changes: Transaction) -> list[str]:
+        """Put ``new`` wherever ``old`` is held (tied weights stay tied); return the paths of the modules that hold it."""
+        found = self._at[old]
+
+        def back() -> None:
+            for _, holder, key in found:
+                holder[key] = old
+
+        changes.did(back)
+        for _, holder, key in found:
+            holder[key] = new
+        self._at[new] = found
+        return [path for path, _, _ in found]
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
