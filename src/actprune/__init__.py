@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from actprune import criteria, statistics
 from actprune.core.budget import Budget
 from actprune.core.record import SurgeryRecord
+from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.graph import trace
-from actprune.pruning import Pruner, Selection, prune
+from actprune.pruning import Pruner, Selection, analyze, prune
 from actprune.schedule import Schedule
 from actprune.surgery import apply_record, load_pruned, save_pruned
 
@@ -22,11 +23,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Criterion",
+    "GroupView",
     "Pruner",
     "PruningCallback",
     "Schedule",
     "Selection",
+    "Statistic",
     "SurgeryRecord",
+    "analyze",
     "apply_record",
     "criteria",
     "load_pruned",

@@ -33,3 +33,12 @@ def test_configuration_can_be_seen_without_running(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "seed: 5" in done.stdout
     assert "T_max: 25" in done.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(command, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    done = command("debug=fast", "paths.output_dir=taken/here", "logger=none")
+    assert done.returncode == 1
+    assert "what was written before is intact" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "taken").read_text() == "a file"

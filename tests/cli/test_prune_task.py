@@ -61,3 +61,19 @@ def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):
 def test_what_cannot_work_says_so(config, override, message):
     with pytest.raises(ConfigError, match=message):
         run_job(config(*TASK, override))
+
+
+@pytest.mark.parametrize("pruner", ["taylor", "sensitivity", "label_information", "flap", "wanda", "batch_norm_scale"])
+def test_criteria_of_labels_gradients_and_weights(config, weights, pruner, tmp_path):
+    """The data module's labels, and cross entropy."""
+    settings = config(
+        "task=prune", f"pruner={pruner}", "budget.params=0.6", "logger=none", "calibration=70", f"weights={weights}"
+    )
+    run_job(settings)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["params_after"] <= 0.6 * summary["params_before"]
+
+
+def test_task_plan_takes_a_criterion_of_the_loss(config, capsys):
+    run_job(config("task=plan", "pruner=taylor", "logger=none"))
+    assert "Scores are those of the untrained network" in " ".join(capsys.readouterr().out.split())

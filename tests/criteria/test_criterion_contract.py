@@ -14,28 +14,36 @@ import pytest
 import scipy.spatial
 import scipy.stats
 import torch
+from sklearn.metrics import mutual_info_score
 
 import actprune.criteria
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.criteria import (
+    FLAP,
     FPGM,
     RMS,
+    BatchNormScale,
     Entropy,
     HRank,
+    LabelInformation,
     Magnitude,
     MeanActivation,
     Rademacher,
     Random,
     Reconstruction,
+    Sensitivity,
     StateEntropy,
+    Taylor,
     Variance,
+    Wanda,
     ZeroRate,
 )
 
 torch.set_num_threads(1)
 N, U, SIDE = 8, 6, 3
 LEVELS = 8
+LABELS = torch.tensor([0, 2, 1, 0, 1, 1, 2, 0])
 PERMUTATION = torch.tensor([4, 2, 5, 0, 3, 1])
 
 
@@ -103,6 +111,19 @@ def threshold(x, w, symmetric=True):
     return np.array(result)
 
 
+def label_information(x, w, pool="gap", bias=False):
+    if pool == "gap":
+        x = x.mean(2, keepdims=True)
+    labels = np.repeat(LABELS.numpy(), x.shape[2])
+    result = []
+    for unit in np.moveaxis(x, 1, 0).reshape(x.shape[1], -1):
+        _, levels = np.unique(unit, return_inverse=True)
+        filled = [len(np.unique(v, axis=0)) for v in (levels, labels, np.stack([levels, labels], axis=1))]
+        correction = (filled[0] + filled[1] - filled[2] - 1) / (2 * len(unit))
+        result.append(max(0, mutual_info_score(labels, levels) + bias * correction))
+    return np.array(result)
+
+
 def map_rank(x, w):
     maps = x.reshape(N, -1, SIDE, SIDE)
     return np.array([[np.linalg.matrix_rank(m) for m in row] for row in maps]).mean(0)
@@ -154,16 +175,31 @@ CASES = [
     Case(Entropy(bins=4096, pool="gap"), lambda x, w: level_entropy(x, w, pool="gap")),
     Case(Entropy(bins=16, range="unit", pool="gap", zero_bin=False), binned_entropy),
     Case(StateEntropy(), state_entropy),
-    Case(Rademacher(replicates=DRAWS), linear, DRAWN),
+    Case(Rademacher(estimate="monte_carlo", replicates=DRAWS), linear, DRAWN),
     Case(Rademacher(estimate="closed_form"), lambda x, w: np.linalg.norm(x.mean(2), axis=0) / N),
     Case(
         Rademacher(estimate="closed_form", pool="positions"),
         lambda x, w: np.linalg.norm(np.moveaxis(x, 1, 2).reshape(-1, x.shape[1]), axis=0) / (N * x.shape[2]),
     ),
-    Case(Rademacher("layer", replicates=DRAWS), layer, DRAWN),
+    Case(Rademacher("layer", "monte_carlo", replicates=DRAWS), layer, DRAWN),
     Case(Rademacher("layer", "closed_form"), layer_closed),
     Case(Rademacher("threshold", replicates=DRAWS // 4), threshold, DRAWN),
     Case(Rademacher("threshold", replicates=DRAWS // 4, symmetric=False), lambda x, w: threshold(x, w, False), DRAWN),
+    Case(LabelInformation(classes=3, bins=4096), label_information),
+    Case(LabelInformation(3, 4096, "layer"), label_information),
+    Case(LabelInformation(3, 1024, pool="positions"), lambda x, w: label_information(x, w, "positions")),
+    Case(LabelInformation(3, 1024, pool="positions", zero_bin=False), lambda x, w: label_information(x, w, "positions")),
+    Case(
+        LabelInformation(3, 1024, pool="positions", bias_correction="miller_madow"),
+        lambda x, w: label_information(x, w, "positions", bias=True),
+    ),
+    Case(FLAP(), lambda x, w: x.var((0, 2)) * (w**2).sum(1)),
+    Case(Wanda(), lambda x, w: np.sqrt((x**2).mean((0, 2))) * np.abs(w).sum(1)),
+    Case(BatchNormScale(), lambda x, w: (np.abs(w[:, :27]).mean(1) + np.abs(w[:, 27])) / 2),
+    # statistics of gradients are given what the observation makes of them: here, x itself
+    Case(Taylor(), lambda x, w: (x.sum(2) ** 2).mean(0)),
+    Case(Sensitivity(), lambda x, w: np.abs(x).mean((0, 2))),
+    Case(Sensitivity("lower_bound"), lambda x, w: np.abs(x).mean((0, 2))),
     Case(MeanActivation(), lambda x, w: np.abs(x.mean((0, 2)))),
     Case(RMS(), lambda x, w: np.sqrt((x**2).mean((0, 2)))),
     Case(Variance(), lambda x, w: x.var((0, 2))),
@@ -186,14 +222,24 @@ def observe(criterion, *sites):
         statistics[key] = [build(x.shape[1]) for x in sites]
         for statistic, x in zip(statistics[key], sites, strict=True):
             for part, ids in zip(x.split([5, 1, 2]), torch.arange(N).split([5, 1, 2]), strict=True):
-                statistic.update(part, ids)
+                statistic.update(part, ids, LABELS[ids]) if statistic.needs_labels else statistic.update(part, ids)
     return statistics
 
 
 def view_of(criterion, *sites, weights=None, name="layer1.conv1", seed=0):
     weights = weights or slices()
     readers = [reader_of(x, weights) for x in sites]
-    return GroupView(name, sites[0].shape[1], observe(criterion, *sites), lambda: weights, seed, lambda: readers)
+    columns = [torch.cat([w.double() for w in weights], dim=1)] * len(sites)
+    return GroupView(
+        name,
+        sites[0].shape[1],
+        observe(criterion, *sites),
+        lambda: weights,
+        seed,
+        lambda: readers,
+        columns=lambda: columns,
+        norms=lambda: weights,
+    )
 
 
 def reader_of(x, weights):
@@ -283,7 +329,7 @@ def test_without_its_statistic_it_says_so(case):
 def test_without_samples_it_says_so(case):
     empty = {key: [build(U)] for key, build in case.criterion.statistics().items()}
     with pytest.raises(ObservationError, match=r"group fc1: \w+ saw 0 samples"):
-        case.criterion.score(GroupView("fc1", U, empty))
+        case.criterion.score(GroupView("fc1", U, empty, columns=lambda: [torch.ones(U, 2)]))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if needs_data(c)], ids=lambda case: case.name)

@@ -77,17 +77,34 @@ def test_linear_class_over_positions_ranks_as_the_root_mean_square():
     rms = score(RMS(), x)
     closed = score(Rademacher(estimate="closed_form", pool="positions"), x)
     torch.testing.assert_close(closed, rms / math.sqrt(600), rtol=1e-6, atol=0)
-    drawn = score(Rademacher(pool="positions"), x)
+    drawn = score(Rademacher(pool="positions", estimate="monte_carlo"), x)
     assert scipy.stats.spearmanr(drawn, rms).statistic > 0.95
 
 
 def test_signs_follow_the_sample_and_the_seed():
     x = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(2))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(3))
-    plain = score(Rademacher(), x)
-    torch.testing.assert_close(score(Rademacher(), x[order], order), plain, rtol=1e-12, atol=0)
-    assert not torch.allclose(score(Rademacher(), x, torch.arange(50) + 1000), plain, rtol=1e-3)
-    assert not torch.allclose(score(Rademacher(seed=1), x), plain, rtol=1e-3)
+    drawn = Rademacher(estimate="monte_carlo")
+    plain = score(drawn, x)
+    torch.testing.assert_close(score(drawn, x[order], order), plain, rtol=1e-12, atol=0)
+    assert not torch.allclose(score(drawn, x, torch.arange(50) + 1000), plain, rtol=1e-3)
+    assert not torch.allclose(score(Rademacher(estimate="monte_carlo", seed=1), x), plain, rtol=1e-3)
+
+
+def test_the_closed_form_is_the_default_where_there_is_one():
+    x = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(2))
+    for name in ("linear", "layer"):
+        assert torch.equal(score(Rademacher(name), x), score(Rademacher(name, "closed_form"), x))
+        assert not torch.equal(score(Rademacher(name), x), score(Rademacher(name, "monte_carlo"), x))
+    assert torch.equal(score(Rademacher("threshold"), x), score(Rademacher("threshold", "monte_carlo"), x))
+
+
+@pytest.mark.parametrize("replicates", [16, 64, 256])
+def test_the_relative_error_of_replicates_is_what_messages_say(replicates):
+    """100 draws of one unit over many alike samples."""
+    x = torch.randn(400, 1, 1, generator=torch.Generator().manual_seed(4))
+    drawn = torch.cat([score(Rademacher("linear", "monte_carlo", "gap", replicates, seed), x) for seed in range(100)])
+    assert (drawn.std() / drawn.mean()).item() == pytest.approx(0.76 / math.sqrt(replicates), rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +113,7 @@ def test_signs_follow_the_sample_and_the_seed():
         ({"function_class": "deep"}, "function_class='deep' is not known; choose one of linear, threshold, layer"),
         ({"estimate": "exact"}, "estimate='exact' is not known; choose one of monte_carlo, closed_form"),
         ({"function_class": "threshold", "estimate": "closed_form"}, "'threshold' has no closed form; set estimate"),
-        ({"replicates": 0}, "replicates=0 must be 1 or more"),
+        ({"replicates": 0}, r"replicates=0 must be 1 or more; the relative error is 0.76 / sqrt\(replicates\)"),
         ({"pool": "max"}, "pool='max' is not known"),
     ],
 )

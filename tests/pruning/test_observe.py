@@ -10,11 +10,16 @@ from torch.nn import functional as F
 from actprune import Budget, Pruner, criteria
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
+from actprune.statistics import sample_positions
 from zoo import Attention, build
 
 
 class Recorder:
     """A statistic that keeps what it is given."""
+
+    needs_labels, differentiates = False, None
+
+    whole_maps = True
 
     def __init__(self, n_units):
         self.n_units, self.seen, self.ids = n_units, [], []
@@ -231,6 +236,80 @@ def test_what_was_not_observed_inside_is_not_counted():
     assert observation.scores["0"]["all"][0].seen == []
 
 
+class Sampling(Recorder):
+    """The same, content with a few positions."""
+
+    whole_maps = False
+
+
+class Both(Recording):
+    def statistics(self):
+        return {"few": Sampling, "all": Recorder, "more": Sampling}
+
+
+def record_both(model, x, positions, ids):
+    pruner = Pruner(model.eval(), x, Both(), Budget(params=0.999), compensation=None, positions=positions)
+    with pruner.observe() as observation:
+        for part, numbers in zip(x.split(3), ids.split(3), strict=True):
+            observation.begin_batch(numbers)
+            model(part)
+    return observation.scores
+
+
+def test_statistics_see_the_drawn_positions_of_every_sample():
+    model, _ = build("ConvBn")
+    torch.manual_seed(0)
+    x, ids = torch.randn(5, 3, 8, 8), torch.tensor([4, 17, 2, 300, 9])
+    seen = record_both(model, x, 5, ids)["0"]
+    maps = model[:3](x).flatten(2)
+    drawn = sample_positions(ids, 64, 5, seed=0)
+    expected = torch.stack([maps[n][:, drawn[n]] for n in range(5)])
+    same(only(seen["few"]), expected)
+    same(only(seen["more"]), expected)
+    same(only(seen["all"]), maps)
+
+
+def test_units_of_several_channels_and_units_that_are_some_of_the_channels():
+    model, x = build("Flatten")
+    seen = record_both(model, x, 3, torch.arange(len(x)))
+    flat = model[:4](x).flatten(2)
+    drawn = sample_positions(torch.arange(len(x)), flat.shape[2], 3, seed=0)
+    same(only(seen["2"]["few"]), torch.stack([flat[n][:, drawn[n]] for n in range(len(x))]))
+    model, x = build("Dense")
+    normed = F.relu(model.eval().bn(torch.cat([model.a(x), model.b(F.relu(model.a(x)))], 1)))
+    second = record_both(model, x, 4, torch.arange(len(x)))["a"]["few"][1]
+    maps = normed[:, :4].flatten(2)
+    drawn = sample_positions(torch.arange(len(x)), maps.shape[2], 4, seed=0)
+    same(torch.cat(second.seen), torch.stack([maps[n][:, drawn[n]] for n in range(len(x))]))
+
+
+@pytest.mark.parametrize("positions", [None, 64, 1000])
+def test_small_maps_are_seen_whole_and_sampling_can_be_off(positions):
+    model, _ = build("ConvBn")
+    x = torch.randn(4, 3, 8, 8)
+    seen = record_both(model, x, positions, torch.arange(4))
+    for key in ("few", "all"):
+        same(only(seen["0"][key]), model[:3](x).flatten(2))
+
+
+@pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "Flatten"])
+def test_sampled_scores_do_not_depend_on_batches_or_order(name):
+    model, example = build(name)
+    model.eval()
+    torch.manual_seed(3)
+    data, ids = torch.randn(12, *example.shape[1:]), torch.randperm(100)[:12]
+    scores = []
+    for order, size in ((torch.arange(12), 12), (torch.randperm(12), 5)):
+        pruner = Pruner(model, example, criteria.Entropy(), Budget(params=0.6), positions=3)
+        with pruner.observe() as observation, torch.no_grad():
+            for part in order.split(size):
+                observation.begin_batch(ids[part])
+                model(data[part])
+        scores.append(pruner.scores(observation))
+    for group, values in scores[0].items():
+        torch.testing.assert_close(scores[1][group], values, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_site_and_batch(bad):
     model, example = build("ConvBn")
@@ -240,7 +319,7 @@ def test_activations_that_are_not_finite_name_site_and_batch(bad):
         for i in range(3):
             x = torch.randn(2, 3, 8, 8)
             if i == 1:
-                x[0, 0, 0, 0] = bad
+                x[0, 0] = bad
             observation.begin_batch(torch.arange(2 * i, 2 * i + 2))
             model(x)
     with pytest.raises(ObservationError, match=r"group '0' as read by '3'.*NaN or Inf.*batch 1"):

@@ -96,11 +96,20 @@ def test_every_net_of_the_zoo_is_pruned_and_refitted(name):
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_a_group_that_no_plain_weight_reads_has_no_reconstruction_error(name):
+def test_groups_that_no_plain_weight_reads_have_no_reconstruction_error_and_stay_whole(name, caplog):
     model, example = build(name)
-    options = {"criterion": criteria.Reconstruction(), "budget": Budget(params=0.9), "compensation": LeastSquares()}
-    with pytest.raises(ObservationError, match="has no second moments of what reads it: pass compensation=LeastSquares"):
-        actprune.prune(model, example, [example], **options)
+    options = {"criterion": criteria.Reconstruction(), "budget": Budget(params=0.97), "compensation": LeastSquares()}
+    groups = {group.name for group in actprune.trace(model, example).unlocked}
+    record = actprune.prune(model, example, [example], **options)
+    (whole,) = groups - {"w1", "w3", "w4"} - set(record.widths)
+    assert f"these stay whole: {whole}" in caplog.text
+    assert "pass compensation=LeastSquares()" in caplog.text
+
+
+def test_reconstruction_without_compensation_says_what_it_needs():
+    options = {"criterion": criteria.Reconstruction(), "budget": Budget(params=0.9), "compensation": None}
+    with pytest.raises(ObservationError, match=r"scores none of 2 groups: .* pass compensation=LeastSquares\(\)"):
+        actprune.prune(network(), torch.randn(1, 8), [torch.randn(9, 8)], **options)
 
 
 def test_without_data_least_squares_says_so():

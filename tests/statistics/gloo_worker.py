@@ -5,7 +5,16 @@ import sys
 import torch
 import torch.distributed as dist
 
-from actprune.statistics import Activity, Histogram, LinearRademacher, Moments, all_reduce
+from actprune.statistics import (
+    Activity,
+    ClassHistogram,
+    GateTaylor,
+    Histogram,
+    LinearRademacher,
+    Moments,
+    Sensitivity,
+    all_reduce,
+)
 
 
 def build():
@@ -16,13 +25,16 @@ def build():
         LinearRademacher(4, replicates=8, pool="positions"),
         Moments(4),
         Activity(4),
+        ClassHistogram(4, classes=3),
+        GateTaylor(4),
+        Sensitivity(4),
     ]
 
 
 def feed(statistics, x, ids, batch):
     for part, part_ids in zip(x.split(batch), ids.split(batch), strict=True):
         for statistic in statistics:
-            statistic.update(part, part_ids)
+            statistic.update(part, part_ids, part_ids % 3)
 
 
 def data():

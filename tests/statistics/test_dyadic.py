@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from actprune.statistics.dyadic import MIN_EXPONENT, RELATIVE_BITS, bin_index, power_of_two, rebin, window
+from actprune.statistics.dyadic import MIN_EXPONENT, RELATIVE_BITS, bin_index, columns, power_of_two, rebin, window
 
 EDGES = [-3e38, -1e4, -257.0, -1.0, -0.3, -1e-20, -1e-40, 0.0, 1e-45, 1e-7, 0.3, 0.999, 1.0, 1.001, 256.0, 1e4, 3e38]
 
@@ -44,6 +44,7 @@ def test_exponent_never_falls_as_the_range_grows(n_bins):
 
 def test_rebinning_equals_binning_at_the_end():
     generator = torch.Generator().manual_seed(0)
+    own = torch.zeros(3, dtype=torch.int64)
     n_bins, low, high = 32, torch.full((3,), torch.inf).double(), torch.full((3,), -torch.inf).double()
     counts, seen = torch.zeros(3, n_bins, dtype=torch.int64), []
     for scale in (1e-3, 1e-3, 0.2, 5.0, 4.0, 900.0):
@@ -54,13 +55,13 @@ def test_rebinning_equals_binning_at_the_end():
         new = window(low, high, n_bins)
         counts = rebin(counts, old, new)
         for unit in range(3):
-            counts[unit] += torch.bincount(bin_index(x, *new, n_bins)[:, unit, 0].long(), minlength=n_bins)
-        everything = bin_index(torch.cat(seen), *new, n_bins)[:, :, 0].long()
+            counts[unit] += torch.bincount(bin_index(x[:, :, 0], *columns(*new, own, 1))[:, unit], minlength=n_bins)
+        everything = bin_index(torch.cat(seen)[:, :, 0], *columns(*new, own, 1))
         assert torch.equal(counts, torch.stack([torch.bincount(column, minlength=n_bins) for column in everything.T]))
 
 
 def test_values_below_zero_are_not_rounded_into_the_bin_above():
     """-1e-10 lies in bin -1; floor after subtracting the origin in float32 would put it into bin 0."""
-    x = torch.tensor([-1e-10, 0.0, 1e-10]).view(3, 1, 1)
+    x = torch.tensor([-1e-10, 0.0, 1e-10]).view(3, 1)
     exponent, origin = window(torch.tensor([-1.0]).double(), torch.tensor([0.9]).double(), 64)
-    assert bin_index(x, exponent, origin, 64).flatten().tolist() == [-origin - 1, -origin, -origin]
+    assert bin_index(x, *columns(exponent, origin, torch.tensor([0]), 1)).flatten().tolist() == [-origin - 1, -origin, -origin]

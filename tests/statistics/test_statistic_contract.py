@@ -15,7 +15,18 @@ import torch
 import actprune.statistics
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Statistic
-from actprune.statistics import Activity, Gram, Histogram, LinearRademacher, MapRank, Moments, merge_shards
+from actprune.statistics import (
+    Activity,
+    ClassHistogram,
+    GateTaylor,
+    Gram,
+    Histogram,
+    LinearRademacher,
+    MapRank,
+    Moments,
+    Sensitivity,
+    merge_shards,
+)
 from actprune.statistics.reduce import pack, pack_scales
 
 torch.set_num_threads(1)
@@ -23,15 +34,21 @@ N, U, SIDE = 23, 5, 4
 IDS = torch.arange(N) * 7 + 3
 
 
+def feed(statistic, x, ids):
+    """The class of a sample is its id modulo 3."""
+    statistic.update(x, ids, ids % 3) if statistic.needs_labels else statistic.update(x, ids)
+
+
 # --- independent references: numpy in float64, loops, Python integers of any size ---
 
 
-def histogram_reference(x, bins=64, range="layer", pool="positions", zero_bin=True):
+def histogram_reference(x, bins=64, range="layer", pool="positions", zero_bin=True, classes=0):
     """The definition in the docstring, with exact fractions and the range known beforehand."""
+    labels = (IDS[: len(x)] % 3).numpy() if classes else np.zeros(len(x), dtype=int)
     if pool == "gap":
         x = torch.as_tensor(x, dtype=torch.float32).mean(2, keepdim=True).double().numpy()  # one rounding, not two
     rows = []
-    for unit in np.moveaxis(x, 1, 0).reshape(x.shape[1], -1):
+    for unit in np.moveaxis(x, 1, 0):
         domain = x if range == "layer" else unit
         low, high = Fraction(float(domain.min())), Fraction(float(domain.max()))
         magnitude = max(abs(low), abs(high))
@@ -45,15 +62,17 @@ def histogram_reference(x, bins=64, range="layer", pool="positions", zero_bin=Tr
         while fine(high, exponent) - fine(low, exponent) >= 16 * bins:
             exponent += 1
         width = Fraction(2) ** exponent
-        row = np.zeros(bins + 1)
-        for value in unit:
-            if zero_bin and value == 0:
-                row[0] += 1
-            else:
-                middle = (fine(Fraction(float(value)), exponent) + Fraction(1, 2)) * width
-                place = (middle - low) * bins // (high - low) if high - low > width else 0
-                row[1 + min(max(place, 0), bins - 1)] += 1
-        rows.append(row if zero_bin else row[1:])
+        row = np.zeros((max(1, classes), bins + 1))
+        for label, values in zip(labels, unit, strict=True):
+            for value in values:
+                if zero_bin and value == 0:
+                    row[label, 0] += 1
+                else:
+                    middle = (fine(Fraction(float(value)), exponent) + Fraction(1, 2)) * width
+                    place = (middle - low) * bins // (high - low) if high - low > width else 0
+                    row[label, 1 + min(max(place, 0), bins - 1)] += 1
+        row = row if zero_bin else row[:, 1:]
+        rows.append(row if classes else row[0])
     return np.stack(rows)
 
 
@@ -94,6 +113,14 @@ def activity_reference(x):
     return np.stack([(x == 0).mean((0, 2)), (x > 0).mean((0, 2))], axis=1)
 
 
+def taylor_reference(x):
+    return (x.sum(2) ** 2).mean(0)
+
+
+def sensitivity_reference(x, mode="full"):
+    return np.abs(x).mean((0, 2))
+
+
 def rank_reference(x, shape=(SIDE, SIDE)):
     maps = x.astype(np.float32).reshape(*x.shape[:2], *shape)
     return np.array([[np.linalg.matrix_rank(m) for m in row] for row in maps]).mean(0)
@@ -120,11 +147,27 @@ CASES = [
             (100, "unit", "gap", True),
         ]
     ),
+    *(
+        Case(
+            ClassHistogram,
+            {"bins": bins, "range": scope, "pool": pool, "zero_bin": zero_bin, "classes": classes},
+            histogram_reference,
+            True,
+        )
+        for bins, scope, pool, zero_bin, classes in [
+            (16, "unit", "gap", True, 3),
+            (8, "layer", "positions", True, 4),
+            (5, "unit", "positions", False, 3),
+        ]
+    ),
     Case(LinearRademacher, {}, rademacher_reference, False),
     Case(LinearRademacher, {"pool": "positions", "replicates": 70, "seed": 9}, rademacher_reference, False),
     Case(Moments, {}, moments_reference, False),
     Case(Gram, {}, gram_reference, False),
     Case(Activity, {}, activity_reference, True),
+    Case(GateTaylor, {}, taylor_reference, False),
+    Case(Sensitivity, {}, sensitivity_reference, False),
+    Case(Sensitivity, {"mode": "lower_bound"}, sensitivity_reference, False),
     Case(MapRank, {}, rank_reference, True),
     Case(MapRank, {"shape": (2, 8)}, rank_reference, True),
 ]
@@ -155,7 +198,7 @@ def run(case, x, sizes=None, order=None, ids=IDS):
     sizes = sizes or [len(x)]
     batches = list(zip(x.split(sizes), ids[: len(x)].split(sizes), strict=True))
     for number in order or range(len(batches)):
-        statistic.update(*batches[number])
+        feed(statistic, *batches[number])
     return statistic
 
 
@@ -241,7 +284,7 @@ def copy_of(case, statistic):
 def test_a_merged_statistic_can_go_on(case, kind):
     x = activations(kind)
     merged = merge_shards([[run(case, x[:10])], [run(case, x[10:20], ids=IDS[10:20])]])[0]
-    merged.update(x[20:], IDS[20:])
+    feed(merged, x[20:], IDS[20:])
     assert_same(merged.compute(), run(case, x).compute(), case.exact)
 
 
@@ -268,14 +311,14 @@ def test_reset_forgets(case):
     statistic.reset()
     with pytest.raises(ObservationError, match="saw 0 samples"):
         statistic.compute()
-    statistic.update(x, IDS)
+    feed(statistic, x, IDS)
     assert_same(statistic.compute(), run(case, x).compute(), exact=True)
 
 
 @each_case
 def test_nothing_seen_raises(case):
     statistic = case.build()
-    statistic.update(torch.zeros(0, U, 16), IDS[:0])
+    feed(statistic, torch.zeros(0, U, 16), IDS[:0])
     with pytest.raises(ObservationError, match=r"saw 0 samples, needs at least 1; observe validation batches"):
         statistic.compute()
 
@@ -289,7 +332,7 @@ def test_nan_and_inf_are_counted_and_raise(case, value):
     broken = x.clone()
     broken[2, 1, 3], broken[4, 1, 0], broken[7, 3, 5] = value, -value, value
     for batch in (x, broken, x, broken):
-        statistic.update(batch, IDS)
+        feed(statistic, batch, IDS)
     assert statistic.nonfinite.tolist() == [0, 2, 0, 2, 0]
     with pytest.raises(ObservationError, match=r"2 of 5 units had NaN or Inf activations, first in batch 5;"):
         statistic.compute()
@@ -307,7 +350,7 @@ def test_wrong_shapes_raise(case):
         (torch.zeros(2, U, 16), IDS[:3]),
     ):
         with pytest.raises(ObservationError, match=rf"takes activations \(N, {U}, P\) and N sample ids, got"):
-            statistic.update(x, ids)
+            feed(statistic, x, ids)
 
 
 @each_case
@@ -324,10 +367,10 @@ def test_modes_of_the_caller_do_not_matter(case):
     x = activations("signed")
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         statistic = case.build()
-        statistic.update(x[:9] * 1, IDS[:9])
+        feed(statistic, x[:9] * 1, IDS[:9] * 1)
         statistic.reset()
-        statistic.update(x[:9] * 1, IDS[:9])
-    statistic.update(x[9:].requires_grad_(), IDS[9:])
+        feed(statistic, x[:9] * 1, IDS[:9] * 1)
+    feed(statistic, x[9:].requires_grad_(), IDS[9:])
     assert not any(state.requires_grad for state in statistic.metric_state.values())
     merged = merge_shards([[statistic], [case.build()]])[0]
     assert_same(merged.compute(), run(case, activations("signed")).compute(), case.exact)
@@ -349,7 +392,7 @@ def test_one_unit_and_one_position(case):
 def test_update_reads_nothing_back_from_the_device(case):
     """Meta tensors have no data: whatever asks for a number raises."""
     statistic = case.build().to("meta")
-    statistic.update(torch.zeros(3, U, SIDE * SIDE, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta"))
+    feed(statistic, torch.zeros(3, U, SIDE * SIDE, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta"))
     statistic.scale()
     assert pack([statistic]).is_meta
 
@@ -373,7 +416,7 @@ def test_a_gpu_counts_the_same(case):
         torch.cuda.set_sync_debug_mode("error")
         try:
             for batch, ids in zip(x.cuda().split(9), IDS.cuda().split(9), strict=True):
-                statistic.update(batch, ids)
+                feed(statistic, batch, ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert_same(statistic.compute().cpu(), run(case, x, [9, 9, 5]).compute(), case.exact, rtol=1e-6)
@@ -383,3 +426,35 @@ def test_a_gpu_counts_the_same(case):
 def test_no_units_raise(case):
     with pytest.raises(ConfigError, match="n_units >= 1, got 0"):
         case.build(0)
+
+
+def test_labels_are_asked_for():
+    statistic = ClassHistogram(U, classes=3)
+    for labels, given in ((None, "none"), (torch.zeros(N, 1), r"\(23, 1\)")):
+        with pytest.raises(ObservationError, match=rf"takes the class of each of 23 samples, got {given}; give labels"):
+            statistic.update(activations("relu"), IDS, labels)
+
+
+@pytest.mark.parametrize("wrong", [3, -1, 2**40])
+def test_labels_outside_the_classes_raise_once_it_counts(wrong):
+    statistic = ClassHistogram(U, classes=3)
+    labels = IDS % 3
+    labels[[4, 7]] = wrong
+    statistic.update(activations("relu"), IDS, labels)
+    with pytest.raises(ObservationError, match=r"2 of 23 samples have a label outside \[0, 3\): set classes="):
+        statistic.compute()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (ClassHistogram, {"classes": 0}, "classes=0 must be at least 1; use the number of classes"),
+        (ClassHistogram, {"bins": 1, "classes": 2}, r"bins=1 must lie in \[2, 65536\]"),
+        (ClassHistogram, {"range": "all"}, "range='all' is not known; choose one of layer, unit"),
+        (ClassHistogram, {"pool": "max"}, "pool='max' is not known"),
+        (Sensitivity, {"mode": "half"}, "mode='half' is not known; choose one of full, lower_bound"),
+    ],
+)
+def test_nonsense_is_refused(cls, options, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(U, **options)

@@ -1,6 +1,7 @@
 """Training goes on after surgery as if the full-size model were trained on with the removed slices held at zero."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -41,7 +42,31 @@ ELEMENTWISE = {
     "adamax": lambda p: torch.optim.Adamax(p, 0.01),
     "rprop": lambda p: torch.optim.Rprop(p, 0.01),
     "asgd": lambda p: torch.optim.ASGD(p, 0.01),
+    "adam fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
+    "adagrad fused": lambda p: torch.optim.Adagrad(p, 0.05, fused=True),
+    "sgd foreach": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, foreach=True),
+    "rmsprop foreach": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True, foreach=True),
+    "adagrad foreach": lambda p: torch.optim.Adagrad(p, 0.05, foreach=True),
+    "nadam foreach": lambda p: torch.optim.NAdam(p, 0.01, foreach=True),
+    "radam foreach": lambda p: torch.optim.RAdam(p, 0.01, foreach=True),
+    "adadelta foreach": lambda p: torch.optim.Adadelta(p, 1.0, foreach=True),
+    "adamax foreach": lambda p: torch.optim.Adamax(p, 0.01, foreach=True),
+    "rprop foreach": lambda p: torch.optim.Rprop(p, 0.01, foreach=True),
+    "asgd foreach": lambda p: torch.optim.ASGD(p, 0.01, foreach=True),
 }
+
+OTHERWISE = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}  # not elementwise: tests of their own below
+
+
+def test_every_optimizer_of_torch_is_here():
+    classes = {
+        name for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }  # fmt: skip
+    weights = [nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))]
+    assert {type(make(weights)).__name__ for make in ELEMENTWISE.values()} == classes - OTHERWISE
 
 
 def batch(seed):
@@ -119,6 +144,109 @@ def test_adafactor_moments_are_cut_where_they_are_full():
             torch.testing.assert_close(value, kept(was, dims), rtol=0, atol=0)
     losses = [step(model, optimizer, 5) for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_the_steps_of_the_masked_run():
+    """Orthogonalisation of a matrix with rows and columns at zero is that of the rest; its rate follows the shape."""
+
+    def rows(rate, shape):
+        return rate * max(1, shape[0] / shape[1]) ** 0.5
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 12, bias=False), nn.Tanh(), nn.Linear(12, 9, bias=False), nn.Tanh(), nn.Linear(9, 2, bias=False)
+    )
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1, weight_decay=0.01)
+    x, y = torch.randn(16, 6), torch.randn(16, 2)
+
+    def one(net, opt):
+        opt.zero_grad()
+        (net(x) - y).square().mean().backward()
+        opt.step()
+
+    for _ in range(3):
+        one(model, optimizer)
+    full, full_optimizer = copy.deepcopy((model, optimizer))
+    graph = trace(model, x)
+    plan = draft(model, graph, {"0": [1, 4, 5], "2": [0, 8]})
+    cut(model, plan, x, [optimizer])
+    zero_(full, plan)
+    for name, parameter in model.named_parameters():
+        buffer = full_optimizer.state[dict(full.named_parameters())[name]]["momentum_buffer"]
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], kept(buffer, plan.removed.get(name, {})))
+    for group, other in ((optimizer.param_groups[0], full_optimizer.param_groups[0]),):
+        group["weight_decay"] = other["weight_decay"] = 0.0
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    full_before = {n: p.detach().clone() for n, p in full.named_parameters()}
+    for value in full_optimizer.state.values():  # what left has no momentum either
+        value["momentum_buffer"].zero_()
+    for value in optimizer.state.values():
+        value["momentum_buffer"].zero_()
+    one(model, optimizer)
+    one(full, full_optimizer)
+    for name, parameter in model.named_parameters():
+        ours = (parameter - before[name]) / rows(1.0, parameter.shape)
+        whole = dict(full.named_parameters())[name]
+        theirs = kept((whole - full_before[name]) / rows(1.0, whole.shape), plan.removed.get(name, {}))
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.005)  # it works in bfloat16
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_gets_no_bias_from_compensation():
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 2, bias=False))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+    plan = draft(model, trace(model, torch.randn(2, 6)), {"0": [1]})
+    plan = dataclasses.replace(plan, new_biases={"2": torch.ones(2)})
+    with pytest.raises(SurgeryError, match="Muon takes matrices only; pass compensation=None"):
+        cut(model, plan, torch.randn(2, 6), [optimizer])
+    assert model[0].weight.shape == (8, 6)
+    assert model[2].bias is None
+
+
+def test_sparse_gradients_are_cut_too():
+    """SparseAdam after surgery takes the steps of the masked run; a gradient that waits is cut like the embedding."""
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(10, 6, sparse=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.words(x).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model = Words().double()
+    make = lambda net: (torch.optim.SparseAdam(net.words.parameters(), 0.05), torch.optim.SGD(net.head.parameters(), 0.05))  # noqa: E731
+    x, y = torch.randint(0, 10, (8, 4)), torch.randn(8, 2).double()
+
+    def one(net, optimizers, step=True):
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        for optimizer in optimizers if step else ():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    optimizers = make(model)
+    for _ in range(3):
+        one(model, optimizers)
+    one(model, optimizers, step=False)  # a gradient waits
+    full = copy.deepcopy(model)
+    for ours, theirs in zip(full.parameters(), model.parameters(), strict=True):
+        ours.grad = theirs.grad.clone()
+    full_optimizers = make(full)
+    for ours, theirs in zip(full_optimizers, optimizers, strict=True):
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    graph = trace(model, x)
+    (group,) = graph.unlocked
+    plan = draft(model, graph, {group.name: [0, 3]})
+    cut(model, plan, (x,), optimizers)
+    assert model.words.weight.shape == model.words.weight.grad.shape == (10, 4)
+    zero_(full, plan)
+    for _ in range(3):
+        assert one(model, optimizers) == pytest.approx(one(full, full_optimizers), rel=1e-9)
+        zero_(full, plan)
 
 
 def test_lbfgs_starts_its_history_again():

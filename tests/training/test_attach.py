@@ -216,7 +216,9 @@ def test_sharding_strategies_are_refused(strategy, pruning, monkeypatch, trainer
 
 def test_processes_that_end_before_the_network_is_used_are_refused(pruning, trainer):
     fitted = trainer(pruning(), devices=2, strategy="ddp_fork")
-    with pytest.raises(ConfigError, match='never pruned; use strategy="ddp"'):
+    with pytest.raises(
+        ConfigError, match=r'never pruned; use strategy=actprune.training.SpawnedDDP\("fork"\), or strategy="ddp"'
+    ):
         fitted.callbacks[0].setup(fitted, OwnForward(), "fit")
 
 

@@ -117,7 +117,7 @@ def test_copies_and_pickles_have_hooks_of_their_own(pruning, trainer):
 def test_without_the_original_shapes_the_error_is_clear():
     module = OneNetwork()
     hooks = CheckpointHooks(module)
-    hooks.path = "model"
+    hooks.paths = ["model"]
     record = record_of(module.model)
     record.removed = {"0.weight": {0: [1]}}
     module.model._surgery_record = record

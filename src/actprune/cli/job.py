@@ -11,9 +11,10 @@ from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
-from actprune.cli import output, post_training, wandb
+from actprune.cli import analyze, output, post_training, resuming, wandb
 from actprune.cli.build import build, check, resolved
 from actprune.cli.console import console, print_config
 from actprune.cli.names import describe_run, sweep_name
@@ -21,7 +22,8 @@ from actprune.cli.planning import print_plan
 from actprune.cli.recorder import Recorder
 from actprune.cli.schema import Task
 from actprune.core.errors import ConfigError
-from actprune.training import PruningCallback, RandomState
+from actprune.training import AtomicCheckpoints, PruningCallback, RandomState
+from actprune.training.exporting import check_formats, export
 
 
 @dataclass
@@ -39,21 +41,28 @@ def run_job(config: DictConfig) -> float | None:
     """Run one job.
 
     Returns:
-        The number that the job is judged by (``config.optimize``); None for ``task=plan``.
+        The number that the job is judged by (``config.optimize``); None for ``task=plan`` and ``task=analyze``.
 
     Raises:
         ActPruneError: the configuration is wrong, data are missing, or the network cannot be pruned as asked.
     """
     config = resolved(config)
     _quiet()
+    summary = resuming.finished(config)
+    if summary is not None:
+        print(f"finished already: {config.paths.output_dir}")
+        return summary[config.optimize]
+    if config.resume is not None:
+        config.ckpt_path = resuming.where_to_go_on(config)
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed} must be at least 0")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
-    for key in ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger"):
+    for key in ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger", "analyze"):
         check(config[key], key)
+    check_formats(list(config.export))
     print_config(config)
     began = time.monotonic()
     seed_everything(config.seed, workers=True, verbose=False)
@@ -62,8 +71,13 @@ def run_job(config: DictConfig) -> float | None:
         if config.task is Task.plan:
             print_plan(parts.data, parts.module, parts.pruning, parts.trainer)
             return None
+        if config.task is Task.analyze:
+            found = analyze.analyze_network(config, parts.data, parts.module.get_submodule("net"))
+            analyze.show(*found, Path(config.paths.output_dir), console())
+            return None
         if config.task is Task.prune:
-            summary = post_training.prune_network(config, parts.data, parts.module.net, parts.pruning)
+            summary = post_training.prune_network(config, parts.data, parts.module.get_submodule("net"), parts.pruning)
+            _export(config, parts)
             post_training.show(summary, Path(config.paths.output_dir), console())
             return summary[config.optimize]
         return _train(config, parts, began)
@@ -86,7 +100,9 @@ def assemble(config: DictConfig) -> Parts:
     callbacks += [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()]
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+    plugins = {} if "plugins" in config.trainer else {"plugins": AtomicCheckpoints()}
+    trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers, **plugins)
+    _refuse_many_sweeps(trainer)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config))
     return Parts(data, module, pruning, recorder, trainer)
@@ -98,17 +114,42 @@ def _train(config: DictConfig, parts: Parts, began: float) -> float:
     if trainer.interrupted:
         raise KeyboardInterrupt
     tested = trainer.test(parts.module, datamodule=parts.data, verbose=False)
+    history, events = parts.recorder.history, [] if parts.pruning is None else parts.pruning.events
+    val_accuracy = history[-1]["val_accuracy"] if history else None
+    if events and events[-1].get("went_back") and events[-1]["epoch"] > history[-1]["epoch"]:  # after the last validation
+        val_accuracy = trainer.validate(parts.module, datamodule=parts.data, verbose=False)[0]["val/accuracy"]
     results = output.Results(
+        val_accuracy=val_accuracy,
         test_accuracy=tested[0]["test/accuracy"],
-        history=parts.recorder.history,
+        history=history,
         seconds=time.monotonic() - began,
+        stopped={} if parts.pruning is None else parts.pruning.stopped,
+        events=events,
     )
     if not trainer.is_global_zero:
         return 0.0
-    pruner = None if parts.pruning is None else parts.pruning.pruner
-    summary = output.write(config, parts.data, parts.module, pruner, results, trainer.loggers)
+    _export(config, parts)
+    pruners = {} if parts.pruning is None else parts.pruning.pruners
+    summary = output.write(config, parts.data, parts.module, pruners, results, trainer.loggers)
     output.show(summary, Path(config.paths.output_dir), console())
     return summary[config.optimize]
+
+
+def _export(config: DictConfig, parts: Parts) -> None:
+    if config.export:
+        images, _ = next(iter(parts.data.val_dataloader()))
+        files = export(
+            parts.module.get_submodule("net"), images[:2], Path(config.paths.output_dir) / "exported", list(config.export)
+        )
+        print(f"exported: {', '.join(path.name for path in files.values())}")
+
+
+def _refuse_many_sweeps(trainer: Trainer) -> None:
+    if sweep_name() is not None and trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ConfigError(
+            f"every one of the {trainer.world_size} processes of strategy=ddp would run the whole sweep; in a sweep give "
+            "every job one device (trainer=cpu, trainer=gpu), or run the jobs one by one without -m"
+        )
 
 
 def _named(node: Any) -> Any:

@@ -14,7 +14,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from actprune.cli import schema
+from actprune.cli import resuming, schema
 from actprune.cli.job import run_job
 from actprune.core.errors import ActPruneError
 
@@ -28,6 +28,10 @@ class JobError(CompactHydraException):
 def main(config_dir: str | os.PathLike[str]) -> None:
     """Run what the command line asks for, with the configuration in ``config_dir``."""
     schema.register()
+    try:
+        sys.argv[1:] = resuming.command_line(sys.argv[1:])
+    except ActPruneError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
 
 
@@ -39,6 +43,13 @@ def _job(config: DictConfig) -> Any:
         if sweep:  # Hydra tells of the first failed job only, and only when the last one is done
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
         raise JobError(f"{type(error).__name__}: {error}") from error
+    except OSError as error:
+        message = (
+            f"{type(error).__name__}: {error}; what was written before is intact, resume={config.paths.output_dir} goes on"
+        )
+        if sweep:
+            print(f"job {HydraConfig.get().job.num} failed: {message}", file=sys.stderr, flush=True)
+        raise JobError(message) from error
     except Exception:
         if sweep:
             _log.exception("job %s failed", HydraConfig.get().job.num)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from actprune.cli.names import choice
-from actprune.cli.recorder import RECORD, write_json
+from actprune.cli.recorder import RECORD, net_record, write_json
 from actprune.core.files import atomic_path
+from actprune.core.record import ATTRIBUTE
 from actprune.graph import trace
 from actprune.pruning import Pruner
 from actprune.report import before_after, params_vs_accuracy
@@ -41,8 +42,14 @@ class Results:
     """Share of test samples that the last epoch's network gets right."""
     history: Sequence[dict[str, Any]]
     """One row per validation epoch: epoch, step, params, val_accuracy."""
+    val_accuracy: float | None
+    """The same of validation samples; None if nothing was validated."""
     seconds: float
     """Wall time from the first line of the job to the end of the test."""
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    """Why pruning stopped: reason and message."""
+    events: Sequence[dict[str, Any]] = ()
+    """What every pruning step cut where, and what it took."""
 
 
 def write_config(config: DictConfig, folder: Path) -> None:
@@ -55,35 +62,47 @@ def write(
     config: DictConfig,
     data: LightningDataModule,
     module: LightningModule,
-    pruner: Pruner | None,
+    pruners: Mapping[str, Pruner],
     results: Results,
     loggers: Sequence[Logger],
 ) -> dict[str, Any]:
     """Write network, record, pictures and, last, the summary.
 
+    Args:
+        config: the resolved configuration.
+        data: where validation images come from.
+        module: the task, whose ``net`` is written.
+        pruners: dotted name of a pruned network in the task -> its pruner; empty for a baseline.
+        results: what training and testing gave.
+        loggers: Weights & Biases among them gets summary and pictures.
+
     Returns:
         The summary, as it is in ``summary.json``.
     """
-    folder = Path(config.paths.output_dir)
+    folder, first = Path(config.paths.output_dir), next(iter(pruners.values()), None)
     summary = {
-        **_sizes(data, module, pruner),
+        **_sizes(data, module, list(pruners.values())),
         "test_accuracy": results.test_accuracy,
-        "val_accuracy": results.history[-1]["val_accuracy"] if results.history else None,
+        "val_accuracy": results.val_accuracy,
         "seed": config.seed,
-        "criterion": _criterion(pruner),
+        "criterion": _criterion(first),
         "data": choice("data") or type(data).__name__,
         "model": choice("model") or type(module.net).__name__,
-        "budget": None if pruner is None else {pruner.budget.unit: pruner.budget.share},
+        "budget": None if first is None else {first.budget.unit: first.budget.share},
         "epochs": len(results.history),
         "seconds": round(results.seconds, 2),
         "versions": versions(),
         "commit": commit(),
         "history": list(results.history),
     }
-    if pruner is not None:
-        save_pruned(pruner.model, folder / CHECKPOINT)
-        write_json(pruner.record.to_dict(), folder / RECORD)
-        summary["widths"] = [list(row) for row in pruner.widths()]
+    if pruners:
+        record = net_record(pruners)
+        setattr(module.net, ATTRIBUTE, record)  # of all its pruned parts
+        save_pruned(module.get_submodule("net"), folder / CHECKPOINT)
+        write_json(record.to_dict(), folder / RECORD)
+        summary["widths"] = [list(row) for pruner in pruners.values() for row in pruner.widths()]
+        summary["stopped"] = dict(results.stopped)
+        summary["events"] = list(results.events)
     pictures = _draw(folder, summary)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -101,14 +120,12 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(str(folder), soft_wrap=True, highlight=False)
 
 
-def _sizes(data: LightningDataModule, module: LightningModule, pruner: Pruner | None) -> dict[str, Any]:
-    if pruner is None:
-        images, _ = next(iter(data.val_dataloader()))
-        graph = trace(module.get_submodule("net"), images[:1])
-        before = after = {"params": graph.params, "macs": graph.macs}
-    else:
-        before = {"params": pruner.params_before, "macs": pruner.macs_before}
-        after = {"params": pruner.params, "macs": pruner.macs}
+def _sizes(data: LightningDataModule, module: LightningModule, pruners: Sequence[Pruner]) -> dict[str, Any]:
+    images, _ = next(iter(data.val_dataloader()))
+    graph = trace(module.get_submodule("net"), images[:1])
+    after = {"params": graph.params, "macs": graph.macs}
+    gone = {unit: sum(getattr(p, f"{unit}_before") - getattr(p, unit) for p in pruners) for unit in after}
+    before = {unit: after[unit] + gone[unit] for unit in after}
     return {
         "params_before": before["params"],
         "params_after": after["params"],

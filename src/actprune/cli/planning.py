@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from rich import box
 from rich.table import Table
@@ -10,6 +9,7 @@ from rich.table import Table
 from actprune.cli.console import console
 from actprune.core.errors import ConfigError
 from actprune.pruning import Pruner
+from actprune.pruning.batches import observe_pairs, pairs_of
 from actprune.report import before_after
 from actprune.training import PruningCallback
 
@@ -31,14 +31,7 @@ def print_plan(data: LightningDataModule, module: LightningModule, pruning: Prun
     out = console()
     out.print(str(pruner.graph), highlight=False)
     out.print(_timetable(pruning, pruner, trainer.max_epochs or 0))
-    net.eval()
-    first = 0
-    with torch.no_grad(), pruner.observe() as observation:
-        for images, _ in batches:
-            observation.begin_batch(torch.arange(first, first + len(images)))
-            net(images)
-            first += len(images)
-    plan = pruner.plan(observation, 1.0)
+    plan = pruner.plan(observe_pairs(pruner, pairs_of(batches, example)), 1.0)
     gone = {} if plan is None else plan.groups
     sizes = {
         "params_before": pruner.params,

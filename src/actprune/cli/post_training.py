@@ -47,7 +47,7 @@ def prune_network(
     test = data.test_dataloader()
     done = prune_trained(
         net,
-        batches[0][:1],
+        batches[0][0][:1],
         batches,
         criterion=pruning.criterion,
         budget=pruning.budget,
@@ -88,11 +88,12 @@ def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
     return right / seen
 
 
-def _calibration(data: LightningDataModule, n: int) -> list[torch.Tensor]:
-    """The first n training images of the shuffled loader, in batches."""
+def _calibration(data: LightningDataModule, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first n training images of the shuffled loader with their labels, in batches."""
     loader = data.train_dataloader()
-    batches = [images for images, _ in islice(loader, -(-n // loader.batch_size))]
-    batches[-1] = batches[-1][: n - sum(len(batch) for batch in batches[:-1])]
+    batches = [(images, labels) for images, labels in islice(loader, -(-n // loader.batch_size))]
+    left = n - sum(len(labels) for _, labels in batches[:-1])
+    batches[-1] = (batches[-1][0][:left], batches[-1][1][:left])
     return batches
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from actprune.core.files import atomic_path
+from actprune.core.record import SurgeryRecord
+from actprune.pruning import Pruner
 from actprune.training import PruningCallback
+from actprune.training.records import merged
 
 RECORD = "surgery_record.json"
 
@@ -35,12 +39,11 @@ class Recorder(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         metrics = {name.replace("/", "_"): float(value) for name, value in trainer.callback_metrics.items()}
-        pruner = None if self._pruning is None else self._pruning.pruner
         self.history.append(
             {
                 "epoch": trainer.current_epoch,
-                "step": 0 if pruner is None else len(pruner.record.steps),
-                "params": sum(p.numel() for p in pl_module.parameters()) if pruner is None else pruner.params,
+                "step": len(self._record().steps),
+                "params": sum(p.numel() for p in pl_module.parameters()),
                 "val_accuracy": metrics.get("val_accuracy"),
                 "val_loss": metrics.get("val_loss"),
             }
@@ -48,10 +51,13 @@ class Recorder(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the surgery record if a step was executed since the last time."""
-        pruner = None if self._pruning is None else self._pruning.pruner
-        if trainer.is_global_zero and pruner is not None and len(pruner.record.steps) != self._written:
-            self._written = len(pruner.record.steps)
-            write_json(pruner.record.to_dict(), self._folder / RECORD)
+        record = self._record()
+        if trainer.is_global_zero and len(record.steps) != self._written:
+            self._written = len(record.steps)
+            write_json(record.to_dict(), self._folder / RECORD)
+
+    def _record(self) -> SurgeryRecord:
+        return net_record({} if self._pruning is None else self._pruning.pruners)
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
@@ -60,6 +66,11 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of the checkpoint."""
         self.history = [dict(row) for row in state_dict["history"]]
+
+
+def net_record(pruners: Mapping[str, Pruner]) -> SurgeryRecord:
+    """The record of the task's network ``net``, of all its pruned parts together."""
+    return merged({path.removeprefix("net").lstrip("."): pruner.record for path, pruner in pruners.items()})
 
 
 def write_json(content: Any, path: Path) -> None:

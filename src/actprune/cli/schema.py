@@ -6,7 +6,7 @@ the arguments of every class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -23,6 +23,8 @@ class Task(Enum):
     """Trace and observe the untrained network, and print what would leave; train nothing."""
     prune = "prune"
     """Load weights, prune without training, test, report."""
+    analyze = "analyze"
+    """Load weights and measure what every group of units contributes, and which criterion sees it."""
 
 
 @dataclass
@@ -34,10 +36,15 @@ class Config:
     """Seeds initialisation, the order of samples, augmentation and drawn criteria; at least 0."""
     ckpt_path: str | None = None
     """Checkpoint to go on with."""
+    resume: str | None = None
+    """Output folder of a job or a sweep that was cut off: go on there, with the settings it was started with."""
     weights: str | None = None
-    """File of trained weights for ``task=prune``; null: what the model's own ``weights`` says."""
+    """File of trained weights for ``task=prune`` and ``task=analyze`` (which takes checkpoints and pruned networks too);
+    null: what the model's own ``weights`` says."""
     calibration: int = 2000
-    """Training images that ``task=prune`` observes, at least 1."""
+    """Training images that ``task=prune`` and ``task=analyze`` observe, at least 1."""
+    export: list[str] = field(default_factory=list)
+    """Formats that the network is written in at the end: onnx, torch_export, state_dict."""
     optimize: str = "val_accuracy"
     """Key of the summary that the job returns."""
     budget: Any = MISSING
@@ -53,6 +60,7 @@ class Config:
     callbacks: Any = None
     logger: Any = None
     trainer: Any = MISSING
+    analyze: Any = MISSING
 
 
 def register() -> None:

@@ -27,3 +27,11 @@ class SurgeryError(ActPruneError, RuntimeError):
 
 class DataError(ActPruneError, RuntimeError):
     """A dataset is missing or unreadable."""
+
+
+class StorageError(ActPruneError, OSError):
+    """A file could not be written; what was there before is intact."""
+
+
+class ExportError(ActPruneError, RuntimeError):
+    """A network could not be exported, or the exported one computes something else."""

@@ -1,4 +1,4 @@
-"""Watch what modules read, with hooks that live only inside a ``with`` block."""
+"""Watch, or replace, what modules read, with hooks that live only inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", 
 OPERANDS = {"addmm": 1, "baddbmm": 1}
 """Where an operator's first factor stands among its arguments."""
 
-Watcher = Callable[[Tensor], None]
+Watcher = Callable[[Tensor], Tensor | None]
+"""Takes what is read; what it returns, unless None, is read in its place."""
 
 
 @contextmanager
@@ -34,8 +35,11 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
     with ExitStack() as stack:
         for path, watcher in watchers.items():
 
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watcher: Watcher = watcher) -> None:
-                watcher(args[0] if args else kwargs["input"])
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watcher: Watcher = watcher) -> Any:
+                other = watcher(args[0] if args else kwargs["input"])
+                if other is None:
+                    return None
+                return ((other, *args[1:]), kwargs) if args else (args, {**kwargs, "input": other})
 
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
@@ -68,7 +72,9 @@ class _Operands(TorchDispatchMode):
         if not self.paused:
             for operand in (0, 1):
                 for watcher in self.watchers.get((self.ordinal, operand), ()):
-                    watcher(args[OPERANDS.get(name, 0) + operand])
+                    place = OPERANDS.get(name, 0) + operand
+                    other = watcher(args[place])
+                    args = args if other is None else (*args[:place], other, *args[place + 1 :])
             self.ordinal += 1
         return func(*args, **(kwargs or {}))
 

@@ -23,6 +23,11 @@ class Statistic(Metric):
 
     whole_maps: bool = False
     """True: needs every position of a map, in row-major order; a sample of positions will not do."""
+    needs_labels: bool = False
+    """True: ``update`` takes the class of every sample as well."""
+    differentiates: str | None = None
+    """What ``update`` is given as x. None: activations a. ``"loss"``: what each adds to its sample's loss to first order,
+    a dL/da. ``"outputs"``: the mean over the network's C outputs of |dy_k/da|. ``"output_sum"``: |sum_k dy_k/da| / C."""
     n_units: int
     """Units of the group at this site (U)."""
     n_samples: Tensor
@@ -34,6 +39,7 @@ class Statistic(Metric):
         self,
         x: Tensor,  # (N, U, P) activations: samples, units, positions of the unit in one sample
         sample_ids: Tensor,  # (N,) int64, the same for the same sample whatever the batch or the rank
+        labels: Tensor | None = None,  # (N,) integers from 0, the samples' classes
     ) -> None:
         """Accumulate one batch."""
         raise NotImplementedError
@@ -81,6 +87,10 @@ class GroupView:
     """The layers that read the group, where compensation observed their second moments."""
     cost: float = 1.0
     """Share of the budgeted quantity (MACs or parameters) that one unit frees in the model as it is."""
+    columns: Callable[[], list[Tensor | None]] = list
+    """The weights that read each unit, (U, n_elements) for every site in order; None where no layer's own weight reads it."""
+    norms: Callable[[], list[Tensor]] = list
+    """The scales gamma of the batch norms that the units go through, one (U, k) per norm."""
 
 
 class Criterion(ABC):
@@ -88,15 +98,18 @@ class Criterion(ABC):
 
     comparable: bool = False
     """True: scores of different groups mean the same as they are, and are not normalised unless one asks for it."""
+    unscored: str = "nothing to score it by"
+    """Why a group may have no score, and what to do about it."""
 
     def statistics(self) -> dict[str, Callable[[int], Statistic]]:
         """The statistics to accumulate at every site: key -> constructor taking the number of units (default: none)."""
         return {}
 
     @abstractmethod
-    def score(self, view: GroupView) -> Tensor:
+    def score(self, view: GroupView) -> Tensor | None:
         """Score every unit of a group.
 
         Returns:
-            float64 tensor of shape (U,), finite; higher = keep.
+            float64 tensor of shape (U,), finite; higher = keep. None where the criterion has nothing to go by: the group stays
+            whole.
         """

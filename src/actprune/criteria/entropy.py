@@ -23,6 +23,8 @@ from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.criteria.combine import score_sites
 from actprune.statistics import Activity, Histogram
 
+CORRECTIONS = ("none", "miller_madow")
+
 
 def entropy(
     counts: Tensor,  # (..., B) counts
@@ -60,8 +62,8 @@ class Entropy(Criterion):
 
     def __post_init__(self) -> None:
         """Check the options before any work is done."""
-        if self.bias_correction not in ("none", "miller_madow"):
-            raise ConfigError(f"bias_correction={self.bias_correction!r} is not known; choose one of none, miller_madow")
+        if self.bias_correction not in CORRECTIONS:
+            raise ConfigError(f"bias_correction={self.bias_correction!r} is not known; choose one of {', '.join(CORRECTIONS)}")
         self._histogram(1)
 
     def _histogram(self, n_units: int) -> Histogram:

@@ -12,7 +12,7 @@ of removal, and are comparable across groups as they are, so that one ranking sp
 Source: Hassibi & Stork 1993; OSSCAR, arXiv:2403.12983. Deviation: 1/16 of the units left leave at a time once there are
 more than 16, and share their joint error in proportion to their own.
 Reads the second moments that ``LeastSquares`` compensation observes; ``Mean`` observes variances alone, and the error is then
-that of folding means.
+that of folding means. Groups that no layer with a plain weight reads cannot be refitted: they have no score and stay whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.errors import ConfigError
 from actprune.core.views import Criterion, GroupView, Reader
 
 _AT_ONCE = 16
@@ -41,20 +41,21 @@ class Reconstruction(Criterion):
     """lambda over the mean variance of what a layer reads, above 0."""
 
     comparable = True
+    unscored = (
+        "compensation observed no second moments of what reads the others; pass compensation=LeastSquares(), or another "
+        "criterion where no layer with a plain weight reads them"
+    )
 
     def __post_init__(self) -> None:
         """Check the ridge."""
         if not 0 < self.ridge < math.inf:
             raise ConfigError(f"ridge={self.ridge!r} must be above 0, e.g. 1e-3")
 
-    def score(self, view: GroupView) -> Tensor:
-        """Rise of the relative error when the unit leaves in its turn, per unit of the budget it frees."""
+    def score(self, view: GroupView) -> Tensor | None:
+        """Rise of the relative error when the unit leaves in its turn, per unit of the budget; None where nothing is known."""
         readers = view.readers()
         if not readers:
-            raise ObservationError(
-                f"group {view.name} has no second moments of what reads it: pass compensation=LeastSquares(); where no layer "
-                "with a plain weight reads the group, choose another criterion"
-            )
+            return None
         layers = [_Shrinking(reader, self.ridge) for reader in readers]
         rises = torch.zeros(view.size, dtype=torch.float64)
         left = torch.arange(view.size)

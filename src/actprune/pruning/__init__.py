@@ -1,8 +1,28 @@
-"""Scores and budget become a plan, a plan becomes a smaller model."""
+"""Scores and budget become a plan, a plan becomes a smaller model; and what groups of units contribute."""
 
+from actprune.pruning.agreement import EFFECT, Agreement, agreement
+from actprune.pruning.influence import RANDOM, GroupInfluence, Influence, Removal, Removals, analyze
 from actprune.pruning.observe import Observation
+from actprune.pruning.panel import Panel
 from actprune.pruning.pipeline import Pruner, prune
 from actprune.pruning.post_training import PostTraining, prune_trained
 from actprune.pruning.select import Selection
 
-__all__ = ["Observation", "PostTraining", "Pruner", "Selection", "prune", "prune_trained"]
+__all__ = [
+    "EFFECT",
+    "RANDOM",
+    "Agreement",
+    "GroupInfluence",
+    "Influence",
+    "Observation",
+    "Panel",
+    "PostTraining",
+    "Pruner",
+    "Removal",
+    "Removals",
+    "Selection",
+    "agreement",
+    "analyze",
+    "prune",
+    "prune_trained",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,25 +92,6 @@ def bytes_per_sample(model: nn.Module, batch: Example) -> int:
         for handle in handles:
             handle.remove()
     return -(-largest // batch_size(batch))
-
-
-def inputs_of(data: Iterable[Any], example: Example) -> Iterator[Example]:
-    """What the model is fed of every batch: of an (inputs, targets) pair only the inputs.
-
-    Args:
-        data: batches.
-        example: what the model takes; a pair is one of inputs and targets if its first part alone is of this kind.
-    """
-    kind: Any = Tensor
-    if isinstance(example, (list, Mapping)):
-        kind = list if isinstance(example, list) else Mapping
-    elif isinstance(example, tuple) and len(example) > 1:
-        kind = (tuple, list)
-    for batch in data:
-        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], kind)
-        inputs = batch[0] if is_pair else batch
-        # a loader makes lists of tuples
-        yield tuple(inputs) if isinstance(inputs, list) and not isinstance(example, list) else inputs
 
 
 def batch_size(inputs: Example) -> int:

@@ -1,11 +1,17 @@
-"""Observe: accumulate the criterion's and the compensation's statistics while batches flow through the model."""
+"""Observe: accumulate the criterion's and the compensation's statistics while batches flow through the model.
+
+Of large maps, a criterion's statistics see a few positions, drawn for every sample (``statistics.positions``), unless they ask
+for whole maps; one draw and one copy serve all of them. Compensation sees everything. A NaN that no statistic sees is not
+reported.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +20,53 @@ from torch import Tensor, nn
 
 from actprune.compensation import Compensation, Layer
 from actprune.core.errors import ObservationError
+from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
+from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
-from actprune.statistics import all_reduce
+from actprune.pruning.gradients import differentiated
+from actprune.statistics import POSITIONS, all_reduce, sample_positions
+
+Reads = tuple[Site, Tensor | None, list[Statistic]]
+"""A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them."""
 
 
 class Observation:
-    """Statistics of one validation epoch: per group and site for the criterion, per consumer for compensation."""
+    """Statistics of one validation epoch: per group and site for the criterion, per consumer for compensation.
 
-    def __init__(self, model: nn.Module, graph: Graph, criterion: Criterion, compensation: Compensation | None) -> None:
+    Args:
+        model: the model.
+        graph: its channel graph.
+        criterion: whose statistics are accumulated at every site.
+        compensation: whose statistics are accumulated at every layer that reads units.
+        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        criterion: Criterion,
+        compensation: Compensation | None,
+        positions: int | None = POSITIONS,
+    ) -> None:
         self._model = model
+        self._positions = positions
+        self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
         self._sample_ids = torch.empty(0, dtype=torch.int64)
+        self._labels: Tensor | None = None
         self._next_id = 0
+        self._paused = False
+        self._needs_labels = False
         self.scores: dict[str, dict[str, list[Statistic]]] = {}
         """Group name -> statistic key -> one statistic per site, in execution order."""
         self.folds: dict[int, tuple[Layer, Statistic]] = {}
         """Index into ``graph.consumers`` -> layer and statistic of its input channels."""
         self._inputs: dict[str, list[Watcher]] = defaultdict(list)
         self._operands: dict[str, dict[tuple[int, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
+        self._gates: dict[str, dict[Place, list[Reads]]] = defaultdict(lambda: defaultdict(list))
+        self._reads: dict[tuple[str, int | None, int, int], list[Reads]] = defaultdict(list)
         self._where: dict[int, str] = {}
         self._criterion(graph, criterion)
         if compensation is not None:
@@ -48,11 +82,22 @@ class Observation:
             made: dict[str, list[Statistic]] = {key: [] for key in wanted}
             for site in group.sites:
                 here = [(key, wanted[key](group.size)) for key in wanted]
+                kinds: dict[str | None, list[Statistic]] = defaultdict(list)
                 for key, statistic in here:
                     made[key].append(statistic)
+                    kinds[statistic.differentiates].append(statistic)
+                    self._needs_labels |= statistic.needs_labels
                     self._where[id(statistic)] = f"group {group.name!r} as read by {site.name!r}"
-                index = torch.from_numpy(site.positions)
-                self._at(site.module, site.ordinal, site.operand, partial(self._units, site, index, [s for _, s in here]))
+                index = None if _is_identity(site.positions) else torch.from_numpy(site.positions)
+                for kind, statistics in kinds.items():
+                    place = (site.module, site.ordinal, site.operand)
+                    if kind is not None:
+                        self._gates[kind][place].append((site, index, statistics))
+                        continue
+                    alike = self._reads[(*place, site.dim)]
+                    if not alike:
+                        self._at(*place, partial(self._watch, alike))
+                    alike.append((site, index, statistics))
             self.scores[group.name] = made
 
     def _compensation(self, graph: Graph, compensation: Compensation) -> None:
@@ -78,17 +123,62 @@ class Observation:
         else:
             self._operands[module][(ordinal, operand)].append(watcher)
 
-    def _units(self, site: Site, index: Tensor, statistics: list[Statistic], x: Tensor) -> None:
-        x, ids = self._samples(x, site.dim, site.module)
+    def _watch(self, reads: list[Reads], x: Tensor) -> None:
+        if not self._paused:
+            self._see(reads, x, reads[0][0].dim)
+
+    def _see(self, reads: list[Reads], x: Tensor, dim: int) -> None:
+        """Hand what one place reads to the statistics of all groups that are read there."""
+        x, ids = self._samples(x, dim, reads[0][0].module)
         x = x.reshape(*x.shape[:2], -1)
-        units, width = index.shape
-        if width > 1 or units != x.shape[1] or not _is_identity(site.positions):
-            picked = x.index_select(1, index.to(x.device).flatten())
-            x = picked.reshape(len(x), units, width * x.shape[2])
-        for statistic in statistics:
+        channels = None
+        for site, index, statistics in reads:
+            units, width = site.positions.shape
+            seen = width * x.shape[2]
+            few = [s for s in statistics if not s.whole_maps] if self._positions is not None and self._positions < seen else []
+            first = slice(None) if units == x.shape[1] else slice(units)  # where unit i is channel i
+            if few and width == 1:
+                if channels is None:
+                    drawn = self._draw(ids, seen, x.device)
+                    channels = x.gather(2, drawn.unsqueeze(1).expand(-1, x.shape[1], -1))
+                part = channels[:, first] if index is None else channels.index_select(1, index[:, 0].to(x.device))
+            elif few:
+                assert index is not None
+                part = _sampled(x, index.to(x.device), self._draw(ids, seen, x.device))
+            for statistic in few:
+                self._update(statistic, part, ids)
+            whole = [s for s in statistics if not few or s.whole_maps]
+            if not whole:
+                continue
+            own = x[:, first]
+            if index is not None:
+                own = x.index_select(1, index.to(x.device).flatten()).reshape(len(x), units, seen)
+            for statistic in whole:
+                self._update(statistic, own, ids)
+
+    def _update(self, statistic: Statistic, x: Tensor, ids: Tensor) -> None:
+        if not statistic.needs_labels:
             statistic.update(x, ids)
+        elif ids is self._sample_ids:
+            statistic.update(x, ids, self._labels)
+        else:
+            raise ObservationError(
+                f"{self._where[id(statistic)]}: no dimension of what it reads counts the {len(self._sample_ids)} samples, so "
+                "its rows have no label; choose a criterion without labels"
+            )
+
+    def _draw(self, ids: Tensor, seen: int, device: torch.device) -> Tensor:
+        """The positions of every sample, (N, k); drawn once per batch for all maps of one size."""
+        known = self._drawn.get(seen)
+        if known is None or known[0] is not ids:
+            assert self._positions is not None
+            known = (ids, sample_positions(ids.to(device), seen, self._positions, seed=0))
+            self._drawn[seen] = known
+        return known[1]
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
+        if self._paused:
+            return
         x, ids = self._samples(x, consumer.dim, consumer.module)
         compensation.observe(statistic, layer, x, ids)
 
@@ -113,14 +203,73 @@ class Observation:
                 ids = torch.arange(start, start + rows[0])
         return x, ids
 
-    def begin_batch(self, sample_ids: Tensor) -> None:
+    def begin_batch(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next.
 
         Args:
             sample_ids: (N,) int64, the same for the same sample whatever the batch or the rank.
+            labels: (N,) integers, the samples' classes; only where ``needs_labels``.
+
+        Raises:
+            ObservationError: labels are needed and are not there, or are not N integers.
         """
-        self._sample_ids = sample_ids
+        if self._paused:
+            return
+        if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
+            given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ObservationError(
+                f"the criterion needs the class of each of {len(sample_ids)} samples as a vector of integers, got {given}; "
+                "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
+            )
+        self._sample_ids, self._labels = sample_ids, labels
         self._next_id += len(sample_ids)
+
+    def differentiate(self, outputs: Callable[[], Any] | None = None, loss: Callable[[], Tensor] | None = None) -> None:
+        """Run the batch that was named once more, for statistics of gradients; nothing to do where there are none.
+
+        Everything is as it was afterwards: parameters and their ``.grad``, buffers, modes, random numbers. The model runs in
+        evaluation mode, also where the caller is under ``no_grad`` or ``inference_mode``. At most one batch's graph is held.
+
+        Args:
+            outputs: runs the network on the batch and returns its outputs; needed if ``differentiates`` holds ``outputs`` or
+                ``output_sum``.
+            loss: runs the network on the batch and returns the mean of its samples' losses; needed if it holds ``loss``.
+
+        Raises:
+            ObservationError: a run is needed and not given, or what it returns has no gradient.
+        """
+        for kind, places in self._gates.items():
+            run = loss if kind == "loss" else outputs
+            if run is None:
+                raise ObservationError(f"the criterion differentiates {kind}: give differentiate() a function that returns it")
+            with self.paused():
+                for reading, x in differentiated(self._model, list(places), kind, run, len(self._sample_ids)):
+                    for read in places[reading.place]:
+                        self._see([read], x, read[0].dim if reading.dim is None else reading.dim)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block what the model runs is not observed, and no batch begins; ``differentiate`` may be called."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def differentiates(self) -> frozenset[str]:
+        """What the criterion differentiates: ``loss``, ``outputs``, ``output_sum``; empty for criteria without gradients."""
+        return frozenset(self._gates)
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything is observed without gradients."""
+        return bool(self._inputs or self._operands)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the criterion needs the samples' classes."""
+        return self._needs_labels
 
     @property
     def n_samples(self) -> int:
@@ -155,7 +304,10 @@ class Observation:
             try:
                 statistic.check()  # type: ignore[operator]
             except ObservationError as error:
-                raise ObservationError(f"at {self._where[id(statistic)]}: {error}") from None
+                cure = ""
+                if statistic.differentiates is not None and statistic.n_samples == 0:
+                    cure = "; it is a statistic of gradients: call differentiate() after every batch"
+                raise ObservationError(f"at {self._where[id(statistic)]}: {error}{cure}") from None
 
 
 def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
@@ -167,6 +319,17 @@ def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
 
 def _is_identity(positions: np.ndarray) -> bool:
     return positions.shape[1] == 1 and np.array_equal(positions[:, 0], np.arange(len(positions)))
+
+
+def _sampled(
+    x: Tensor,  # (N, C, P)
+    index: Tensor,  # (U, k) channels of every unit
+    drawn: Tensor,  # (N, n) of a unit's k P positions
+) -> Tensor:
+    """What the samples have at their positions, (N, U, n)."""
+    channels = index[:, drawn // x.shape[2]].transpose(0, 1)  # (N, U, n)
+    rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return x[rows, channels, (drawn % x.shape[2]).unsqueeze(1)]
 
 
 def _all(watchers: list[Watcher]) -> Watcher:

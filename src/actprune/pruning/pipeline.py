@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,21 +15,26 @@ from torch.optim import Optimizer
 
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
-from actprune.core.calling import Example, call, evaluating
-from actprune.core.errors import BudgetError, ObservationError, TraceError
+from actprune.core.calling import Example
+from actprune.core.errors import BudgetError, ObservationError
 from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
-from actprune.pruning.finishing import batch_size, finish, has_finish, inputs_of
+from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.finishing import finish, has_finish
+from actprune.pruning.gradients import Loss
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select
 from actprune.pruning.verify import rehearse, traced, with_locks
+from actprune.pruning.weights import columns_of, norms_of
+from actprune.statistics import POSITIONS
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
+_LOG = logging.getLogger(__name__)
 _DEFAULT = Mean()
 
 
@@ -44,6 +50,7 @@ class Pruner:
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None cuts plainly.
         seed: seed of criteria that draw.
+        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
 
     Raises:
         TraceError: the model fails on the example inputs.
@@ -59,6 +66,7 @@ class Pruner:
         selection: Selection | None = None,
         compensation: Compensation | None = _DEFAULT,
         seed: int = 0,
+        positions: int | None = POSITIONS,
     ) -> None:
         self.model = model
         self.example_inputs = example_inputs
@@ -67,6 +75,7 @@ class Pruner:
         self.selection = selection or Selection()
         self.compensation = compensation
         self.seed = seed
+        self.positions = positions
         self.graph, self._repairs = rehearse(model, example_inputs)
         record = record_of(model)
         first = record.steps[0] if record.steps else None
@@ -152,13 +161,13 @@ class Pruner:
 
     def observation(self) -> Observation:
         """An observation of the model as it is now; record with ``with observation.recording():``."""
-        return Observation(self.model, self.graph, self.criterion, self.compensation)
+        return Observation(self.model, self.graph, self.criterion, self.compensation, self.positions)
 
     def scores(self, observation: Observation | None) -> dict[str, Tensor]:
-        """Group name -> (U,) float64 scores of every unlocked group.
+        """Group name -> (U,) float64 scores of every unlocked group; groups that the criterion cannot score are left out.
 
         Raises:
-            ObservationError: the criterion needs activations that were not observed, or scores are not finite.
+            ObservationError: the criterion needs activations that were not observed, scores are not finite, or there are none.
         """
         if observation is not None:
             observation.check()
@@ -176,15 +185,30 @@ class Pruner:
                 seed=self.seed + len(self.record.steps),
                 readers=lambda group=group: self._readers(observation, group),  # type: ignore[misc]
                 cost=max(whole - one, 1) / whole,
+                columns=lambda group=group: columns_of(self.model, self.graph, group),  # type: ignore[misc]
+                norms=lambda group=group: norms_of(self.model, group),  # type: ignore[misc]
             )
-            score = self.criterion.score(view).detach().double().cpu()
+            said = self.criterion.score(view)
+            if said is None:
+                continue
+            score = said.detach().double().cpu()
             if score.shape != (group.size,) or not torch.isfinite(score).all():
                 raise ObservationError(
                     f"{type(self.criterion).__name__} must give {group.size} finite scores for group {group.name!r}, got "
                     f"shape {tuple(score.shape)} with {int((~torch.isfinite(score)).sum())} not finite"
                 )
             found[group.name] = score
+        self._tell_unscored([g.name for g in self.graph.unlocked if g.name not in found])
         return found
+
+    def _tell_unscored(self, names: list[str]) -> None:
+        if not names:
+            return
+        listed = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        what = f"{type(self.criterion).__name__} scores {{}} of {len(self.graph.unlocked)} groups: {self.criterion.unscored}"
+        if len(names) == len(self.graph.unlocked):
+            raise ObservationError(f"{what.format('none')} (groups: {listed})")
+        _LOG.warning("%s; these stay whole: %s", what.format(len(self.graph.unlocked) - len(names)), listed)
 
     def _readers(self, observation: Observation | None, group: Group) -> list[Reader]:
         return readers_of(self.model, self.graph, observation, group) if observation is not None else []
@@ -257,20 +281,24 @@ def prune(
     compensation: Compensation | None = _DEFAULT,
     optimizers: Iterable[Optimizer] = (),
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> SurgeryRecord:
     """Prune a model in place, in one step, without training.
 
     Args:
         model: any module.
         example_inputs: what the model takes, see ``trace``.
-        data: batches to observe, each as the model takes it; of an (inputs, targets) pair with tensor inputs only the inputs
-            are fed. Not needed where neither the criterion nor the compensation looks at activations.
+        data: batches to observe, each as the model takes it, a pair of inputs and targets, or a mapping with targets under
+            ``labels``, ``label``, ``targets``, ``target`` or ``y``; targets are for criteria of labels or of the loss. Not
+            needed where neither the criterion nor the compensation looks at activations.
         criterion: scores units.
         budget: what is left.
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None cuts plainly.
         optimizers: optimizers that train the model's parameters and shall go on.
         seed: seed of criteria that draw.
+        loss: for criteria that differentiate it: a function of outputs and targets that returns the mean over the batch's
+            samples; by default the ``loss`` that the model reports, else cross entropy with integer classes.
 
     Returns:
         The surgery record, which the model carries too.
@@ -278,7 +306,8 @@ def prune(
     Raises:
         TraceError: the model fails on the example inputs.
         BudgetError: the budget is out of reach.
-        ObservationError: data are missing, or activations are NaN or infinite.
+        ConfigError: the loss is needed, is not given and is no classification.
+        ObservationError: data or labels are missing, or activations are NaN or infinite.
         SurgeryError: the cut model does not run; it was put back as it was.
     """
     if data is None and has_finish(compensation):
@@ -290,38 +319,14 @@ def prune(
     pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
     observation = None
     if data is not None:
-        batches: Iterable[Example] = inputs_of(data, example_inputs)
+        pairs: Iterable[Pair] = pairs_of(data, example_inputs)
         finishes = has_finish(compensation)
-        batches = list(batches) if finishes else batches
-        observation = observe_batches(pruner, batches)
+        pairs = list(pairs) if finishes else pairs
+        observation = observe_pairs(pruner, pairs, loss)
     plan = pruner.plan(observation, due=1.0)
     if plan is not None:
         original = copy.deepcopy(model) if data is not None and finishes else None
         pruner.execute(plan, optimizers)
         if original is not None:
-            finish(model, original, pruner.graph, plan, batches, compensation)  # type: ignore[arg-type]
+            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)  # type: ignore[arg-type]
     return pruner.record
-
-
-def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
-    """Run the model on batches of inputs, in evaluation mode, and observe.
-
-    Raises:
-        TraceError: the model fails on a batch.
-        ObservationError: there are no batches.
-    """
-    model = pruner.model
-    with evaluating(model), pruner.observe() as observation, torch.no_grad():
-        for inputs in batches:
-            start = observation.n_samples
-            observation.begin_batch(torch.arange(start, start + batch_size(inputs)))
-            try:
-                call(model, inputs)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise TraceError(
-                    f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
-                    "model takes, or (inputs, targets)"
-                ) from error
-    if observation.n_samples == 0:
-        raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
-    return observation

@@ -18,8 +18,10 @@ from actprune.core.budget import Budget
 from actprune.core.calling import Example, evaluating, undisturbed
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
-from actprune.pruning.finishing import finish, has_finish, inputs_of
-from actprune.pruning.pipeline import Pruner, observe_batches
+from actprune.pruning.batches import observe_pairs, pairs_of
+from actprune.pruning.finishing import finish, has_finish
+from actprune.pruning.gradients import Loss
+from actprune.pruning.pipeline import Pruner
 from actprune.pruning.select import Selection
 from actprune.surgery import cut
 
@@ -60,6 +62,7 @@ def prune_trained(
     selection: Selection | None = None,
     compensation: Compensation | None = None,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> PostTraining:
     """Prune a trained model in place, without training, and measure what it did.
 
@@ -73,6 +76,7 @@ def prune_trained(
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; by default ``LeastSquares()``.
         seed: seed of criteria that draw.
+        loss: for criteria that differentiate it, see ``prune``.
 
     Returns:
         Scores, seconds and sizes.
@@ -81,12 +85,12 @@ def prune_trained(
         ActPruneError: as ``prune``.
     """
     how = compensation if compensation is not None else LeastSquares()
-    batches = list(inputs_of(data, example_inputs))
+    pairs = list(pairs_of(data, example_inputs))
     original = copy.deepcopy(model)
     before = _evaluated(original, evaluate)
     began = time.monotonic()
     pruner = Pruner(model, example_inputs, criterion, budget, selection, how, seed)
-    plan = pruner.plan(observe_batches(pruner, batches))
+    plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     seconds = time.monotonic() - began
     sizes = (pruner.params, pruner.macs)
     plain = before
@@ -97,7 +101,7 @@ def prune_trained(
         began = time.monotonic()
         pruner.execute(plan)
         if has_finish(how):
-            finish(model, original, pruner.graph, plan, batches, how)  # type: ignore[arg-type]
+            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], how)  # type: ignore[arg-type]
         seconds += time.monotonic() - began
     return PostTraining(
         record=pruner.record,

@@ -70,7 +70,7 @@ def select(
 
     Args:
         graph: the channel graph of the model as it is.
-        scores: group name -> (U,) scores, higher = keep, for every unlocked group.
+        scores: group name -> (U,) scores, higher = keep; groups without scores stay whole.
         unit: ``"params"`` or ``"macs"``.
         target: how many of them may be left.
         selection: how groups compete.
@@ -84,10 +84,11 @@ def select(
     """
     if graph.cost.evaluate(unit) <= target:
         return {}
-    groups = [g for g in graph.unlocked if removable(g, originals.get(g.name, g.size), selection.max_ratio) > 0]
+    scored = [g for g in graph.unlocked if g.name in scores]
+    groups = [g for g in scored if removable(g, originals.get(g.name, g.size), selection.max_ratio) > 0]
     if not groups:
         raise BudgetError(
-            f"no unit may leave: {len(graph.groups)} groups, {len(graph.unlocked)} of them unlocked, none wider than what "
+            f"no unit may leave: {len(graph.groups)} groups, {len(scored)} of them unlocked and scored, none wider than what "
             f"max_ratio={selection.max_ratio} leaves; print(actprune.trace(model, example_inputs)) shows the locks"
         )
     caps = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in groups]
@@ -115,13 +116,19 @@ def select(
     if least > target:
         raise BudgetError(
             f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.cost.evaluate(unit):,}: "
-            f"max_ratio={selection.max_ratio} and locked groups keep the rest; raise the budget or max_ratio"
+            f"max_ratio={selection.max_ratio} and locked groups keep the rest{_unscored(graph, scores)}; raise the budget or "
+            "max_ratio"
         )
     low, high = 0, len(order)  # cost(low) > target >= cost(high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
     return {g.name: sorted(units[:n]) for g, units, n in zip(groups, ranked, counts(high), strict=True) if n}
+
+
+def _unscored(graph: Graph, scores: Mapping[str, Tensor]) -> str:
+    names = [g.name for g in graph.unlocked if g.name not in scores]
+    return f", and so do {len(names)} groups that the criterion does not score ({', '.join(names[:5])})" if names else ""
 
 
 def _order(

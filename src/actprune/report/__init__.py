@@ -2,6 +2,8 @@
 
 from actprune.report.aggregate import Row, Section, Spread, aggregate
 from actprune.report.compare import Comparison, compare
+from actprune.report.influence import influence_tables, write_influence
+from actprune.report.influence_plots import draw_influence
 from actprune.report.plots import params_vs_accuracy, widths
 from actprune.report.runs import Problem, Run, read_runs
 from actprune.report.sweep import sweep
@@ -18,10 +20,13 @@ __all__ = [
     "before_after",
     "compare",
     "comparison",
+    "draw_influence",
+    "influence_tables",
     "params_vs_accuracy",
     "read_runs",
     "sweep",
     "widths",
     "write_csv",
+    "write_influence",
     "write_markdown",
 ]

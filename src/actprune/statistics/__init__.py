@@ -5,23 +5,31 @@
 
 from actprune.statistics.activity import Activity
 from actprune.statistics.base import Accumulator
+from actprune.statistics.class_histogram import ClassHistogram
 from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
-from actprune.statistics.positions import sample_positions
+from actprune.statistics.positions import POSITIONS, sample_positions
 from actprune.statistics.rademacher import LinearRademacher
 from actprune.statistics.rank import MapRank
 from actprune.statistics.reduce import all_reduce, merge_shards
+from actprune.statistics.sensitivity import Sensitivity, output_sensitivity
+from actprune.statistics.taylor import GateTaylor
 
 __all__ = [
+    "POSITIONS",
     "Accumulator",
     "Activity",
+    "ClassHistogram",
+    "GateTaylor",
     "Gram",
     "Histogram",
     "LinearRademacher",
     "MapRank",
     "Moments",
+    "Sensitivity",
     "all_reduce",
     "merge_shards",
+    "output_sensitivity",
     "sample_positions",
 ]

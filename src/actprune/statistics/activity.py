@@ -34,17 +34,21 @@ class Activity(Accumulator):
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Count a batch's zeros and positive values."""
-        flags = torch.empty_like(x)  # comparisons into float32: summing bool tensors is several times slower
-        self.n_values += len(x) * x.shape[2]
-        self.zeros += _count(torch.eq(x, 0, out=flags))
-        self.positives += _count(torch.gt(x, 0, out=flags))
-        return x.sum(2).sum(0, dtype=torch.float64)
+        rows = x.flatten(1)
+        flags = torch.empty_like(rows)  # comparisons into float32: summing bool tensors is several times slower
+        self.n_values.add_(len(x) * x.shape[2])
+        self.zeros.add_(_total(torch.eq(rows, 0, out=flags), x.shape[2]))
+        self.positives.add_(_total(torch.gt(rows, 0, out=flags), x.shape[2]))
+        return _total(rows, x.shape[2])
 
     def evaluate(self) -> Tensor:
         """Share of zeros and share of positive values, float64 (U, 2)."""
         return torch.stack([self.zeros, self.positives], dim=1) / self.n_values
 
 
-def _count(flags: Tensor) -> Tensor:
-    """Sum over samples and positions, exact: float32 within a sample (below 2^24), float64 across samples."""
-    return flags.sum(2).sum(0, dtype=torch.float64)
+def _total(
+    rows: Tensor,  # (N, U P)
+    positions: int,
+) -> Tensor:
+    """Sum over samples in float32, then over positions in float64: fast, and exact for flags of under 2^24 samples."""
+    return rows.sum(0).view(-1, positions).sum(1, dtype=torch.float64)

@@ -68,25 +68,36 @@ class Accumulator(Statistic):
         self,
         x: Tensor,  # (N, U, P)
         sample_ids: Tensor,  # (N,) int64
+        labels: Tensor | None = None,  # (N,) integers
     ) -> None:
         """Accumulate one batch.
 
         Raises:
-            ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,).
+            ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,); or labels are missing.
         """
         if x.ndim != 3 or x.shape[1] != self.n_units or sample_ids.shape != x.shape[:1]:
             raise ObservationError(
                 f"{type(self).__name__} takes activations (N, {self.n_units}, P) and N sample ids, "
                 f"got {tuple(x.shape)} and {tuple(sample_ids.shape)}"
             )
+        if self.needs_labels:
+            if labels is None or labels.shape != x.shape[:1]:
+                given = "none" if labels is None else tuple(labels.shape)
+                raise ObservationError(
+                    f"{type(self).__name__} takes the class of each of {len(x)} samples, got {given}; give labels too"
+                )
+            sample_ids = labels
         if x.numel() == 0:
             return
         with torch.inference_mode(False), torch.no_grad(), _full_precision(x.device.type):
             if self.device != x.device:
                 self.to(x.device)
-            self.n_samples += len(x)
-            bad = ~torch.isfinite(self.accumulate(x.float(), sample_ids.to(x.device)))
-            self.nonfinite += bad
+            self.n_samples.add_(len(x))
+            finite = torch.isfinite(self.accumulate(x.float(), sample_ids.to(x.device)))
+            if finite.device.type == "cpu" and finite.all():
+                return  # free to ask on a CPU; a device would wait for the answer
+            bad = ~finite
+            self.nonfinite.add_(bad)
             number = torch.where(bad.any(), self.update_count - 1.0, torch.inf)
             torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)
 
@@ -117,7 +128,7 @@ class Accumulator(Statistic):
     def accumulate(
         self,
         x: Tensor,  # (N, U, P) float32
-        sample_ids: Tensor,  # (N,) int64
+        sample_ids: Tensor,  # (N,) int64; where ``needs_labels``, the labels instead
     ) -> Tensor:
         """Add one batch to the sums, in place.
 
@@ -135,8 +146,8 @@ class Accumulator(Statistic):
 
 
 def _full_precision(device_type: str) -> AbstractContextManager:
-    """Switch autocast off, where the kind of device has it."""
-    if torch.amp.is_autocast_available(device_type):
+    """Switch autocast off, where the kind of device has it and it is on."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -52,18 +52,27 @@ def _magnitude(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.frexp(x).exponent.long(), MIN_EXPONENT).clamp(min=MIN_EXPONENT)
 
 
-def bin_index(
-    x: Tensor,  # (N, U, P) float32
+def columns(
     exponent: Tensor,  # (R,) int64, R = 1 or U
     origin: Tensor,  # (R,) int64
-    n_bins: int,
-) -> Tensor:
-    """Position in the window of every value, as whole float32 numbers in [0, n_bins); exact for finite values inside.
+    first: Tensor,  # (U,) int64, where the window of each unit begins
+    positions: int,
+) -> tuple[Tensor, Tensor]:
+    """What ``bin_index`` multiplies and adds, (1,) or (U positions,) and (U positions,) float32: one per column of its rows."""
+    scale, shift = power_of_two(-exponent).float(), (first - origin).float()
+    return (scale if len(scale) == 1 else scale.repeat_interleave(positions)), shift.repeat_interleave(positions)
 
-    NaN and Inf get some position, so that they cannot write outside the counts; they are reported elsewhere.
+
+def bin_index(
+    x: Tensor,  # (N, U P) float32
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """Bin of every value, counted from where its unit's window begins, int32 (N, U P); exact for finite values up to 2^24.
+
+    NaN and Inf get some number: clamp it before it is used as an index.
     """
-    scale = power_of_two(-exponent).float().view(-1, 1)
-    return (x * scale).floor_().sub_(origin.float().view(-1, 1)).nan_to_num_(0.0).clamp_(0, n_bins - 1)
+    return (x * scale).floor_().add_(shift).to(torch.int32)
 
 
 def rebin(
@@ -78,3 +87,32 @@ def rebin(
     # Bins outside the old range are empty and may fall outside the new window: where they land does not matter.
     target = ((bins >> shift) - new[1].view(-1, 1)).clamp_(0, n_bins - 1)
     return torch.zeros_like(counts).scatter_add_(1, target.expand_as(counts), counts)
+
+
+def equal_bins(
+    counts: Tensor,  # (U, n_fine) int64 in the window
+    zeros: Tensor | None,  # (U,) how many of them are exact zeros, if those are to have a bin of their own
+    bounds: tuple[Tensor, Tensor],  # exponent and origin of the window, (R,) int64, R = 1 or U
+    low: Tensor,  # (R,) least value
+    high: Tensor,  # (R,) greatest value
+    n_bins: int,
+) -> Tensor:
+    """Counts in ``n_bins`` equal bins of [low, high]: each fine bin goes whole to the bin that holds its middle.
+
+    Returns:
+        Float64 tensor (U, n_bins), or (U, 1 + n_bins) with the exact zeros first.
+    """
+    (units, n_fine), device = counts.shape, counts.device
+    exponent, origin = (part.view(-1, 1) for part in bounds)
+    width, low = power_of_two(exponent), low.view(-1, 1)
+    spread = high.view(-1, 1) - low
+    middle = (origin + torch.arange(n_fine, device=device) + 0.5) * width
+    place = torch.where(spread > width, (middle - low) * n_bins / spread, 0.0)
+    target = place.floor().long().clamp(0, n_bins - 1).expand(units, -1)
+    result = torch.zeros(units, n_bins, dtype=torch.float64, device=device)
+    result.scatter_add_(1, target, counts.double())
+    if zeros is None:
+        return result
+    home = (-origin).clamp(0, n_fine - 1).expand(units, 1)
+    result.scatter_add_(1, target.gather(1, home), -zeros.unsqueeze(1))
+    return torch.cat([zeros.unsqueeze(1), result], dim=1)

@@ -25,6 +25,11 @@ class Gram(Accumulator):
         n_units: how many numbers are read together (U).
     """
 
+    n_values: Tensor  # ()
+    reference: Tensor  # (U,) r
+    shifted: Tensor  # (U,) sum of d
+    products: Tensor  # (U, U) sum of d d^T
+
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
         self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

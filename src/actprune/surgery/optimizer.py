@@ -1,8 +1,8 @@
 """An optimizer goes on after surgery: new parameters in its groups, its state cut like the parameter it belongs to.
 
-State of the parameter's shape is sliced (momenta, second moments, trust ratios of every torch.optim class); state whose
-dimensions are the parameter's with some reduced to 1 (Adafactor's row and column moments) is sliced where it is full;
-scalars stay; LBFGS keeps flat vectors over all parameters, so its history starts again.
+State of the parameter's shape is sliced (momenta and second moments of every torch.optim class, SparseAdam's and Muon's
+too); state whose dimensions are the parameter's with some reduced to 1 (Adafactor's row and column moments) is sliced where
+it is full; scalars stay; LBFGS keeps flat vectors over all parameters, so its history starts again.
 """
 
 from __future__ import annotations
@@ -63,9 +63,18 @@ def follow(optimizer: Optimizer, old: Tensor, new: Tensor, dims: Mapping[int, Te
 
 
 def add(optimizer: Optimizer, beside: Tensor, new: Tensor, changes: Transaction) -> None:
-    """Let the optimizer train a new parameter with the settings of the group that holds ``beside``."""
+    """Let the optimizer train a new parameter with the settings of the group that holds ``beside``.
+
+    Raises:
+        SurgeryError: the optimizer trains matrices only.
+    """
     for group in optimizer.param_groups:
         if any(parameter is beside for parameter in group["params"]):
+            if type(optimizer).__name__ == "Muon" and new.dim() != 2:
+                raise SurgeryError(
+                    f"compensation gives a bias to a layer whose weight of shape {tuple(beside.shape)} Muon trains, and Muon "
+                    "takes matrices only; pass compensation=None, or build the layer with a bias that another optimizer trains"
+                )
             group["params"].append(new)
             changes.did(lambda group=group: group["params"].pop())  # type: ignore[misc]
             _forget(optimizer, changes)

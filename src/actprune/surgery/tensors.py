@@ -23,7 +23,7 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """A contiguous copy that keeps the given positions of the given dimensions."""
     for dim, keep in dims.items():
         tensor = tensor.index_select(dim, keep.to(tensor.device))
-    return tensor.contiguous()
+    return tensor if tensor.is_sparse else tensor.contiguous()
 
 
 class Holders:

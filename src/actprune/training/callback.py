@@ -1,35 +1,43 @@
-"""The callback: observe in validation, decide when validation ends, cut before the next training epoch.
+"""The callback: observe in validation, decide when it ends, cut before the next training epoch.
 
 Deciding and cutting are apart so that every checkpoint agrees with its metric: one that is written after a validation
 epoch holds the network that was validated, and the plan that is still to be executed. No maths here: ``Pruner`` does
-the work.
+the work, ``Guard`` says whether it may stay.
 """
 
 from __future__ import annotations
 
-import os
+import copy
 import time
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
-from actprune.core.errors import ActPruneError, ConfigError
+from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
 from actprune.core.views import Criterion
-from actprune.pruning import Observation, Pruner, Selection
+from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.training.example import Network, Watcher, from_example_input_array, n_samples
+from actprune.statistics import POSITIONS
+from actprune.training.deciding import Plans, carry_out, decide, go_back
+from actprune.training.events import broke_after_cut, log_gauges, metric_prefix, sizes, step_event, step_line, tell, why
+from actprune.training.finding import Finder, names
+from actprune.training.gradients import Loss, check_loss
+from actprune.training.guard import Guard, drop_limit, guard_for
 from actprune.training.logging import define_axes, log_row
-from actprune.training.probe import validation_network
+from actprune.training.observer import Observer
 from actprune.training.resume import CheckpointHooks
-from actprune.training.strategy import check_strategy, monitored, restart_best, rewrap
-from actprune.training.timing import Timetable, ends_epoch
+from actprune.training.snapshot import Snapshot
+from actprune.training.strategy import check_strategy, monitored, save_last_again
+from actprune.training.timing import Timetable, check_validation, ends_epoch
+
+__all__ = ["PruningCallback", "metric_prefix"]
 
 _MEAN = Mean()
+_STATE = ("_plans", "_decided", "_seconds", "history", "events")
 
 
 class PruningCallback(Callback):
@@ -43,12 +51,23 @@ class PruningCallback(Callback):
 
     Args:
         criterion: scores the units.
-        budget: what is left at the end.
+        budget: what is left at the end, of every pruned network.
         schedule: when how much of the reduction is due; the default fits the trainer's ``max_epochs``.
-        selection: how scores and budget become a plan; the default ranks all groups together.
-        compensation: folds what removed units contributed into what stays; by default their mean, into biases. None:
-            nothing.
+        selection: how scores and budget become a plan; the default ranks all groups of a network together.
+        compensation: folds what removed units contributed into what stays; by default their mean, into biases. None: nothing.
         monitor: the validation metric to record beside the size; the default is what the trainer's checkpoints follow.
+        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+        modules: dotted names of the submodules that are pruned, each to the budget; None: what validation runs.
+        copies: dotted name of a submodule that averages another one (a momentum encoder) -> name of that one; it takes the same
+            cuts. Averages that Lightning's callbacks or torch's ``AveragedModel`` keep are found without.
+        stop: ``"budget"``, or ``"no_loss"``, short for ``max_metric_drop=0``.
+        max_metric_drop: how much worse than before pruning ``monitor`` may stay after recovery, in its own unit; a step that
+            costs more is taken back (see ``guard.py``). None: whatever it costs.
+        mode: ``"max"`` if more of ``monitor`` is better, ``"min"`` if less; None: as its name, or a callback, says.
+        loss: for criteria of the loss: module and batch -> mean loss; None: what ``training_step`` returns.
+
+    Raises:
+        ConfigError: an argument is not what it should be.
     """
 
     def __init__(
@@ -59,32 +78,50 @@ class PruningCallback(Callback):
         selection: Selection | None = None,
         compensation: Compensation | None = _MEAN,
         monitor: str | None = None,
+        positions: int | None = POSITIONS,
+        *,
+        modules: Sequence[str] | None = None,
+        copies: Mapping[str, str] | None = None,
+        stop: str = "budget",
+        max_metric_drop: float | None = None,
+        mode: str | None = None,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(criterion, Criterion):
             raise ConfigError(f"criterion must be a Criterion such as Entropy(), got {criterion!r}")
         if not isinstance(budget, Budget):
             raise ConfigError(f"budget must be a Budget such as Budget(params=0.4), got {budget!r}")
-        self.criterion = criterion
-        self.budget = budget
+        self.criterion, self.budget, self.loss = criterion, budget, loss
         self.schedule = schedule or Schedule()
-        self.monitor = monitor
-        self.pruner: Pruner | None = None
-        """Knows the network once validation has been seen; None before."""
+        self.monitor, self.positions, self.mode = monitor, positions, mode
+        self.modules = names(modules)
+        self.copies = dict(copies or {})
+        self.max_metric_drop = drop_limit(stop, max_metric_drop, mode)
+        self.pruners: dict[str, Pruner] = {}
+        """Dotted name of every pruned network -> its pruner, once validation has been seen; empty before."""
         self.history: list[dict[str, Any]] = []
         """One row per validation epoch: epoch, step (pruning steps so far), params, macs and the monitored metric."""
+        self.events: list[dict[str, Any]] = []
+        """One entry per executed step, and per step taken back: epoch, step, params, macs, widths, seconds."""
+        self.stopped: dict[str, str] = {}
+        """When training has ended: the ``reason`` why pruning stopped (budget, metric or epochs), and a ``message``."""
+        self.guard: Guard | None = None
+        """Judges steps, with ``max_metric_drop``."""
         self.selection = selection or Selection()
         self.compensation = compensation
-        self._plan: dict[str, Any] | None = None
+        self._plans: Plans = {}
         self._decided = -1
+        self._seconds: dict[str, float] = {}
         self._timetable: Timetable | None = None
         self._hooks: CheckpointHooks | None = None
-        self._network: Network | None = None
-        self._watcher: Watcher | None = None
-        self._observation: Observation | None = None
-        self._observing = ExitStack()
-        self._batch_size = 0
-        self._position = (0, 0)
+        self._finder: Finder | None = None
+        self._observer: Observer | None = None
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The pruner of the network, of the first one where there are several; None before validation has been seen."""
+        return next(iter(self.pruners.values()), None)
 
     # before training
 
@@ -92,240 +129,222 @@ class PruningCallback(Callback):
         """Let checkpoints carry the surgery record; refuse what cannot work.
 
         Raises:
-            ConfigError: the strategy shards parameters, or the schedule does not fit the trainer.
+            ConfigError: the strategy shards parameters, the schedule does not fit the trainer, or a named module is wrong.
         """
         self._hooks = CheckpointHooks.attach(pl_module)
+        self._hooks.copies = self.copies
         if stage != "fit":
             return
         check_strategy(trainer)
+        check_loss(pl_module, self.criterion, self.loss)
         self._timetable = Timetable.of(self.schedule, trainer)
-        self.pruner = None
+        self._finder, self.pruners = Finder(pl_module, self._hooks, self.modules, self.copies), {}
+        self.guard = guard_for(trainer, self.monitor or monitored(trainer), self.max_metric_drop, self.mode)
         if trainer.current_epoch == 0:
-            self._plan, self._decided, self.history = None, -1, []
+            self._plans, self._decided, self.history, self.events, self.stopped = {}, -1, [], [], {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the network right now if no sanity check is going to show it.
+        """Find the networks right now if no sanity check is going to show them.
 
         Raises:
             ConfigError: there is no validation, so nothing can be observed.
-            ActPruneError: the network cannot be traced, or the budget cannot be reached.
+            ActPruneError: a network cannot be traced, or the budget cannot be reached.
         """
-        if not trainer.enable_validation:
-            raise ConfigError(
-                f"PruningCallback observes activations in validation, but {type(pl_module).__name__} has none "
-                f"(limit_val_batches={trainer.limit_val_batches}); define validation_step and give fit a validation "
-                "loader"
-            )
+        check_validation(trainer, pl_module)
         define_axes(trainer)
-        if self.pruner is None and trainer.num_sanity_val_steps == 0:
-            network = validation_network(trainer, pl_module) or from_example_input_array(pl_module)
-            if network is not None:
-                self._found(network)
+        if trainer.num_sanity_val_steps == 0:
+            self._find(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the network now if the sanity check was skipped, as it is when a run is resumed in the middle of one."""
-        if self.pruner is None:
-            network = validation_network(trainer, pl_module)
-            if network is not None:
-                self._found(network)
+        """Find the networks now if the sanity check was skipped, as it is when a run is resumed in the middle of one."""
+        self._find(trainer)
 
     # validation
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to observe if a step is due after this epoch."""
-        if self._is_due(trainer) and self.pruner is not None and self._network is not None:
-            self._observe(trainer, self.pruner, self._network)
+        if self._finder is not None and self.pruners and not trainer.sanity_checking and self._due(trainer) is not None:
+            self._observer = Observer(trainer, self._finder.networks, self.pruners, self.loss)
+            self._observer.start()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first batch ever to find the network; number the samples of observed ones."""
-        if self._timetable is None:
-            return
-        if self.pruner is None:
-            self._watcher = Watcher(pl_module)
-            self._watcher.start()
-        elif self._observation is not None:
-            self._position = (batch_idx, dataloader_idx)
-            if self._network is not None and self._network.replays:
-                self._number(trainer, n_samples(batch))
+        """Watch batches until the networks are known; number the samples that are observed."""
+        if self._finder is not None:
+            self._finder.begin(batch)
+        if self._observer is not None:
+            self._observer.batch(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop watching, and trace the network that was seen.
+        """Trace the networks as soon as they are known; run the batch once more for criteria of gradients.
 
         Raises:
-            ActPruneError: the network cannot be traced, or the budget cannot be reached.
+            ActPruneError: a network cannot be traced, the budget cannot be reached, or a batch has no gradient.
         """
-        if self._watcher is None:
-            return
-        self._watcher.stop()
-        network, self._watcher = self._watcher.network(batch), None
-        self._found(network)
+        if self._finder is not None and self._finder.end(batch):
+            self._trace(self._finder)
+        if self._observer is not None:
+            self._observer.done()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide which units leave, if a step is due; the same on every process.
+        """Stop observing, and merge what all processes saw.
+
+        Raises:
+            ConfigError: a module that is to be pruned took no part in the whole validation.
+        """
+        if trainer.sanity_checking or self._finder is None:
+            return
+        self._finder.check()
+        if self.pruners:
+            pl_module.log("prune/step", float(sizes(self.pruners.values())["step"]), logger=False, sync_dist=True)
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.reduce()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record size and metric of the network that was validated; judge the last step by it; decide on the next one.
 
         Raises:
             ActPruneError: activations are missing or not finite, or the budget cannot be reached.
         """
-        if trainer.sanity_checking or self.pruner is None or self._timetable is None:
+        if trainer.sanity_checking or not self.pruners or self._timetable is None:
             return
-        pl_module.log("prune/step", float(len(self.pruner.record.steps)), logger=False, sync_dist=True)
-        due = self._timetable.due(self._decided, trainer.current_epoch)
-        if self._observation is None or due is None:
+        self._record(trainer)
+        observer, self._observer = self._observer, None
+        due = self._due(trainer)
+        if observer is None or due is None:
             return
-        observation = self._observation
-        self._stop_observing()
-        observation.reduce()
-        self._plan = self._decide(trainer, self.pruner, observation, due)
+        began = time.perf_counter()
         self._decided = trainer.current_epoch
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record size and metric of the network that was validated, here and in every logger."""
-        if trainer.sanity_checking or self.pruner is None or self._timetable is None:
+        if self.guard is not None and self.guard.goes_back:
             return
-        row: dict[str, Any] = {"epoch": trainer.current_epoch, **_size(self.pruner)}
-        monitor = self.monitor or monitored(trainer)
-        if monitor in trainer.callback_metrics:
-            row[monitor] = float(trainer.callback_metrics[monitor])
-        self.history.append(row)
-        log_row(trainer, row)
+        self._plans = decide(trainer, self.pruners, observer.observations, due)
+        if self.guard is not None:
+            self.guard.begin(due, self._timetable.recovered(self._decided), cuts=bool(self._plans))
+        self._seconds = {"observing": observer.seconds, "planning": time.perf_counter() - began}
 
     # training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Execute the plan that the last validation left, if there is one.
+        """Execute what the last validation decided: a step, or the way back.
 
         Raises:
-            SurgeryError: the cut network does not work; it was put back.
+            SurgeryError: a cut network does not work; it was put back.
         """
-        if self._plan is None or self.pruner is None or self._hooks is None:
+        if self._hooks is None or not self.pruners:
             return
-        began, before = time.perf_counter(), _size(self.pruner)
-        plan = Plan.from_dict(self._plan)
-        self._hooks.remember_original()
-        with torch.inference_mode(False):
-            self.pruner.execute(plan, optimizers=trainer.optimizers)
-        self._plan = None
-        rewrap(trainer)
-        restart_best(trainer)
-        pl_module.print(_line(trainer, self.pruner, plan, before, time.perf_counter() - began))
+        if self.guard is not None and self.guard.goes_back:
+            self._go_back(trainer)
+        elif self._plans:
+            before, plans = sizes(self.pruners.values()), {path: Plan.from_dict(plan) for path, plan in self._plans.items()}
+            if self.guard is not None:
+                self.guard.snapshot = Snapshot.take(trainer, self._hooks)
+            self._seconds["cutting"] = carry_out(trainer, self._hooks, self.pruners, plans)
+            self._plans = {}
+            event = step_event(trainer.current_epoch, self.pruners, plans, before, self._seconds)
+            self.events.append(event)
+            tell(trainer, event, step_line(event, self.pruners.values()))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the peak of memory, and sizes in epochs without validation too."""
+        if self.pruners:
+            validated = bool(self.history) and self.history[-1]["epoch"] == trainer.current_epoch
+            log_gauges(trainer, pl_module, None if validated else sizes(self.pruners.values()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge a step whose recovery ends with training."""
+        self._last_verdict(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if training stopped before the schedule was done."""
-        if self._timetable is not None and (self._plan is not None or self._timetable.last > self._decided):
-            pl_module.print(
-                f"training ended at epoch {trainer.current_epoch} of {trainer.max_epochs}, before the last step; "
-                f"the budget {self.budget.unit}={self.budget.share:g} was not reached"
-            )
+        """Say why pruning stopped."""
+        if self._timetable is None:
+            return
+        self._find(trainer)  # a run that is resumed after its last epoch has seen no validation
+        self._last_verdict(trainer)
+        self.stopped = why(trainer, self.budget, self.pruners.values(), self.guard)
+        if self.stopped["reason"] != "budget":
+            pl_module.print(self.stopped["message"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._stop_watching()
-        self._timetable = None
+        self._timetable = self._finder = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind when training breaks off."""
+        """Leave no hook behind when training breaks off; say so if it was in the first epoch of a smaller network."""
         self._stop_watching()
+        if isinstance(exception, RuntimeError) and self.events and self.events[-1]["epoch"] == trainer.current_epoch:
+            pl_module.print(broke_after_cut(self.events[-1]))
 
     # checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan still to be executed, the last epoch that was decided, and the history."""
-        return {"plan": self._plan, "decided": self._decided, "history": self.history}
+        """Plans still to be executed, the last epoch that was decided, the history, and what the guard knows."""
+        guard = None if self.guard is None else self.guard.state_dict()
+        return {**{name: getattr(self, name) for name in _STATE}, "guard": guard}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written; the network is traced anew."""
-        self._plan = state_dict["plan"]
-        self._decided = state_dict["decided"]
-        self.history = [dict(row) for row in state_dict["history"]]
-        self.pruner = None
+        """Go on where the checkpoint was written; the networks are traced anew."""
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state_dict[name]))
+        if self.guard is not None and state_dict["guard"] is not None:
+            self.guard.load_state_dict(state_dict["guard"])
+        self.pruners = {}
 
     # parts
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if self._timetable is None or trainer.sanity_checking or not ends_epoch(trainer):
-            return False
-        return self._timetable.due(self._decided, trainer.current_epoch) is not None
+    def _due(self, trainer: Trainer) -> float | None:
+        """Share of the whole reduction that the step after this validation aims at; None: no step now."""
+        if self._timetable is None or not ends_epoch(trainer):
+            return None
+        due = self._timetable.due(self._decided, trainer.current_epoch)
+        return due if due is None or self.guard is None else self.guard.share(due)
 
-    def _found(self, network: Network) -> None:
+    def _find(self, trainer: Trainer) -> None:
+        if self._finder is not None and self._finder.probe(trainer):
+            self._trace(self._finder)
+
+    def _trace(self, finder: Finder) -> None:
+        settings = ("criterion", "budget", "selection", "compensation", "positions")
+        self.pruners = finder.pruners(**{name: getattr(self, name) for name in settings})
+
+    def _record(self, trainer: Trainer) -> None:
+        """Add a row to the history and to every logger, and let the guard see the metric."""
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, **sizes(self.pruners.values())}
+        monitor = self.monitor or monitored(trainer)
+        if monitor in trainer.callback_metrics:
+            row[str(monitor)] = float(trainer.callback_metrics[monitor])
+        self.history.append(row)
+        log_row(trainer, row)
+        if self.guard is not None and ends_epoch(trainer):
+            self.guard.see(trainer.strategy.broadcast(row.get(str(monitor))), trainer.callback_metrics)
+            self.guard.judge(trainer.current_epoch)
+
+    def _last_verdict(self, trainer: Trainer) -> None:
+        if self.guard is not None and self.pruners:
+            self.guard.judge(trainer.current_epoch, last=True)
+            if self.guard.goes_back:
+                self._go_back(trainer)
+                save_last_again(trainer)
+
+    def _go_back(self, trainer: Trainer) -> None:
+        assert self.guard is not None
         assert self._hooks is not None
-        self._network = network
-        self._hooks.path = network.path
-        self.pruner = Pruner(
-            network.module,
-            network.example_inputs,
-            self.criterion,
-            self.budget,
-            selection=self.selection,
-            compensation=self.compensation,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        )
-
-    def _observe(self, trainer: Trainer, pruner: Pruner, network: Network) -> None:
-        self._batch_size = 0
-        announce = network.calls(lambda args, kwargs: self._number(trainer, n_samples((args, kwargs))))
-        self._observing.enter_context(announce)
-        self._observation = self._observing.enter_context(pruner.observe())
-
-    def _stop_observing(self) -> None:
-        self._observing.close()
-        self._observation = None
+        assert self._finder is not None
+        before = sizes(self.pruners.values())
+        seconds = {"cutting": go_back(trainer, self._hooks, self.guard)}
+        self._trace(self._finder)
+        event = step_event(trainer.current_epoch, self.pruners, {}, before, seconds)
+        line = f"{self.guard.verdict()}; back to {event['params'][1]:,} parameters"
+        self.events.append({**event, "went_back": True})
+        tell(trainer, event, line)
 
     def _stop_watching(self) -> None:
-        self._stop_observing()
-        if self._watcher is not None:
-            self._watcher.stop()
-            self._watcher = None
-
-    def _number(self, trainer: Trainer, n: int) -> None:
-        assert self._observation is not None
-        # The sampler of process r of R hands out samples r, r + R, r + 2R, ...: the same number for the same sample.
-        self._batch_size = self._batch_size or n
-        batch_idx, dataloader_idx = self._position
-        within = batch_idx * self._batch_size + torch.arange(n)
-        self._observation.begin_batch(within * trainer.world_size + trainer.global_rank + (dataloader_idx << 40))
-
-    def _decide(self, trainer: Trainer, pruner: Pruner, observation: Observation, due: float) -> dict[str, Any] | None:
-        decision: dict[str, Any] = {"plan": None, "error": None}
-        if trainer.is_global_zero:
-            try:
-                plan = pruner.plan(observation, due)
-                decision["plan"] = None if plan is None else plan.to_dict()
-            except ActPruneError as error:
-                decision["error"] = error
-        decision = trainer.strategy.broadcast(decision)
-        if decision["error"] is not None:
-            raise decision["error"]
-        return decision["plan"]
-
-
-def _size(pruner: Pruner) -> dict[str, int]:
-    return {"step": len(pruner.record.steps), "params": pruner.params, "macs": pruner.macs}
-
-
-def _line(trainer: Trainer, pruner: Pruner, plan: Plan, before: dict[str, int], seconds: float) -> str:
-    after = _size(pruner)
-    groups = f"{len(plan.groups)} group{'s' if len(plan.groups) > 1 else ''}"
-    return (
-        f"pruning step {after['step']}, before epoch {trainer.current_epoch + 1}: "
-        f"params {before['params']:,} -> {after['params']:,} ({after['params'] / pruner.params_before:.1%}), "
-        f"MACs {metric_prefix(before['macs'])} -> {metric_prefix(after['macs'])} "
-        f"({after['macs'] / pruner.macs_before:.1%}), {groups}, {seconds:.1f} s"
-    )
-
-
-def metric_prefix(count: int) -> str:
-    """Spell a count with three digits: ``4110000`` -> ``4.11M``."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{prefix}"
-    return str(count)
+        if self._finder is not None:
+            self._finder.stop()
+        if self._observer is not None:
+            self._observer.stop()
+        self._observer = None

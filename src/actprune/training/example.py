@@ -1,4 +1,4 @@
-"""What validation really feeds the network: found by watching one ``validation_step``, not asked of the user.
+"""What validation really feeds the networks: found by watching ``validation_step``, not asked of the user.
 
 Three ways a LightningModule may run its network, tried in this order:
 
@@ -6,21 +6,25 @@ Three ways a LightningModule may run its network, tried in this order:
 2. it calls exactly one module that has parameters (``self.net(x)``): the network is that module;
 3. it calls several (``self.decoder(self.encoder(x))``): the network is the LightningModule and the example replays the
    whole ``validation_step``, with everything that the step writes (logs, metrics, lists) put back afterwards.
+
+Where the user names modules, each of them is a network: the example is what it was called with, or, where the step calls
+not the module but a method of it, the replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from torchmetrics import Metric
 
-from actprune.core.errors import TraceError
+from actprune.core.errors import ConfigError, TraceError
+from actprune.training.copies import submodule
+from actprune.training.replay import Replay, copied, is_network_part, mapped, put_back
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 OnCall = Callable[[tuple[Any, ...], dict[str, Any]], None]
@@ -36,12 +40,15 @@ class Network:
     """Its dotted name in the LightningModule; empty for the LightningModule itself."""
     example_inputs: Any
     """A tuple of arguments, a dict of keyword arguments, or a callable that runs the module."""
-    replays: bool = False
-    """True if the example replays ``validation_step`` (way 3)."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the example replays ``validation_step``."""
+        return isinstance(self.example_inputs, Replay)
 
     @contextmanager
     def calls(self, on_call: OnCall) -> Iterator[None]:
-        """Inside the block, call ``on_call(args, kwargs)`` before every call of the network (not in way 3)."""
+        """Inside the block, call ``on_call(args, kwargs)`` before every call of the network, unless the example replays."""
         if self.replays:
             yield
         elif isinstance(self.module, LightningModule):
@@ -57,21 +64,29 @@ class Network:
 
 @dataclass
 class Watcher:
-    """Watches one ``validation_step``: between ``start`` and ``stop`` it notes the outermost calls."""
+    """Watches validation steps: between ``start`` and ``stop`` it notes the first outermost call of every module."""
 
     task: LightningModule
-    own_forward: list[Call] = field(default_factory=list)
-    """Calls of the LightningModule's own forward."""
-    outermost: dict[nn.Module, list[Call]] = field(default_factory=dict)
-    """Calls of modules with parameters that were not made inside another such module."""
+    wanted: Sequence[str] = ()
+    """Dotted names of the networks, where the user gave them."""
+    own_forward: Call | None = None
+    """The first call of the LightningModule's own forward."""
+    called: dict[nn.Module, Call] = field(default_factory=dict)
+    """First call of every module with parameters that was not made inside another such module; of every wanted module."""
+    inside: dict[str, Any] = field(default_factory=dict)
+    """Name of a wanted module of which some part was called -> the batch."""
     _depth: int = 0
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def start(self) -> None:
-        """Attach the hooks."""
-        self._stack.enter_context(_watch_forward(self.task, lambda a, k: self.own_forward.append((a, k))))
+    def start(self, batch: Any) -> None:
+        """Attach the hooks for one step."""
+        if self.wanted:
+            for path in self.wanted:
+                self._watch(path, batch)
+            return
+        self._stack.enter_context(_watch_forward(self.task, self._forward))
         for module in self.task.modules():
-            if module is self.task or not _is_network_part(module):
+            if module is self.task or not is_network_part(module):
                 continue
             self._stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
@@ -81,32 +96,96 @@ class Watcher:
         self._stack.close()
         self._depth = 0
 
-    def network(self, batch: Any) -> Network:
-        """Say what is to be pruned, from the calls seen while ``batch`` was validated.
+    def networks(self, batch: Any) -> list[Network] | None:
+        """What is to be pruned, from the calls seen so far, the last of them for ``batch``.
+
+        Returns:
+            The networks; None where a wanted one was not seen yet.
 
         Raises:
             TraceError: no module with parameters was called.
         """
-        if self.own_forward:
-            return Network(self.task, "", _as_example(self.own_forward[0]))
-        if not self.outermost:
+        if self.wanted:
+            return None if self.missing else [self._named(path) for path in self.wanted]
+        if self.own_forward is not None:
+            return [Network(self.task, "", _as_example(self.own_forward))]
+        if not self.called:
             raise TraceError(
                 f"validation_step of {type(self.task).__name__} called no module that has parameters; "
                 "call the network in validation_step, or set example_input_array"
             )
-        if len(self.outermost) == 1:
-            ((module, calls),) = self.outermost.items()
+        if len(self.called) == 1:
+            ((module, call),) = self.called.items()
             path = next(name for name, candidate in self.task.named_modules() if candidate is module)
-            return Network(module, path, _as_example(calls[0]))
-        return Network(self.task, "", _Replay(first_sample(batch)), replays=True)
+            return [Network(module, path, _as_example(call))]
+        return [Network(self.task, "", Replay(self.task, first_sample(batch)))]
+
+    @property
+    def missing(self) -> list[str]:
+        """Wanted modules that were not called, in whole or in part."""
+        return [path for path in self.wanted if path not in self.inside]
+
+    def _named(self, path: str) -> Network:
+        module = self.task.get_submodule(path)
+        if module in self.called:
+            return Network(module, path, _as_example(self.called[module]))
+        return Network(module, path, Replay(self.task, first_sample(self.inside[path])))
+
+    def _watch(self, path: str, batch: Any) -> None:
+        module = self.task.get_submodule(path)
+
+        def seen(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inside.setdefault(path, batch)
+            if part is module:
+                self.called.setdefault(module, (args, kwargs))
+
+        for part in module.modules():
+            if is_network_part(part):
+                self._stack.callback(part.register_forward_pre_hook(seen, with_kwargs=True).remove)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.own_forward = self.own_forward or (args, kwargs)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 0:
-            self.outermost.setdefault(module, []).append((args, kwargs))
+            self.called.setdefault(module, (args, kwargs))
         self._depth += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
+
+
+def check_wanted(task: LightningModule, wanted: Sequence[str]) -> None:
+    """Refuse names of modules that do not exist, have no parameters, or lie inside one another.
+
+    Raises:
+        ConfigError: says which.
+    """
+    for path in wanted:
+        if not is_network_part(submodule(task, path, "modules")):
+            raise ConfigError(f"modules names {path!r}, which has no parameters; name a network")
+        outer = [other for other in wanted if other != path and path.startswith(f"{other}.")]
+        if outer or list(wanted).count(path) > 1:
+            raise ConfigError(f"modules names {path!r} and {(outer or [path])[0]!r}, which holds it; name one of the two")
+
+
+def check_alone(task: LightningModule, network: Network) -> None:
+    """Refuse a network that shares parameters with what lies outside it: these would not follow a cut.
+
+    Raises:
+        ConfigError: names one of them.
+    """
+    parameters = {id(p): name for name, p in network.module.named_parameters()}
+    for name, module in task.named_modules():
+        if name == network.path or name.startswith(f"{network.path}.") or not network.path:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            holder = f"{network.path}.{parameters.get(id(parameter))}"
+            if id(parameter) in parameters and not holder.startswith(f"{name}."):
+                raise ConfigError(
+                    f"{holder} is also {name}.{leaf}, outside {network.path}, which would not follow a cut; "
+                    "prune a module that holds both (modules=[...]), or call forward in validation_step"
+                )
 
 
 def from_example_input_array(task: LightningModule) -> Network | None:
@@ -114,86 +193,32 @@ def from_example_input_array(task: LightningModule) -> Network | None:
     example = task.example_input_array
     if example is None:
         return None
-    example = tree_map(lambda leaf: leaf.to(task.device) if isinstance(leaf, Tensor) else leaf, example)
+    example = mapped(example, lambda tensor: tensor.to(task.device))
     if isinstance(example, dict):
         return Network(task, "", first_sample(example))
     return Network(task, "", first_sample(example if isinstance(example, tuple) else (example,)))
 
 
 def first_sample(value: Any) -> Any:
-    """Copy of a nested structure with every tensor cut to one sample.
+    """Copy of a nested structure, dataclasses too, with every tensor cut to one sample.
 
     Tensors are cut only if all of them have the same first dimension; otherwise the first dimension is not the batch
     for all, and they are copied whole.
     """
-    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    tensors = _tensors(value)
     alike = len({tensor.shape[:1] for tensor in tensors}) == 1 and tensors[0].dim() > 0
-    return tree_map(lambda leaf: _copy(leaf[:1] if alike else leaf) if isinstance(leaf, Tensor) else leaf, value)
+    return copied(mapped(value, lambda tensor: tensor[:1]) if alike else value)
 
 
 def n_samples(value: Any) -> int:
     """First dimension of the first tensor in a nested structure that has dimensions; 0 if there is none."""
-    return next((len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+    return next((len(tensor) for tensor in _tensors(value) if tensor.dim()), 0)
 
 
-@dataclass(frozen=True)
-class _Replay:
-    """Run ``validation_step`` on a kept batch and leave no trace of it."""
-
-    batch: Any
-
-    def __call__(self, task: LightningModule) -> Any:
-        results: list[Any] = []
-
-        def keep_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            results[:] = [output]
-
-        with harmless(task), ExitStack() as stack:
-            for child in task.children():
-                if _is_network_part(child):
-                    stack.callback(child.register_forward_hook(keep_last).remove)
-            result = task.validation_step(self.batch, 0)
-        return [leaf for leaf in tree_leaves([result, results]) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def harmless(task: LightningModule) -> Iterator[None]:
-    """Let ``validation_step`` run outside the loop: no logging, and lists, dicts, sets and metrics are put back."""
-    logs = {name: vars(task).get(name) for name in ("log", "log_dict")}
-    held = [value for name, value in vars(task).items() if type(value) in _CONTAINERS and not name.startswith("_")]
-    kept = [type(value)(value) for value in held]
-    metrics = [(module, dict(vars(module)), _states(module)) for module in task.modules() if isinstance(module, Metric)]
-    for name in logs:
-        object.__setattr__(task, name, _ignore)
-    try:
-        yield
-    finally:
-        for name, value in logs.items():
-            _put_back(task, name, value)
-        for value, content in zip(held, kept, strict=True):
-            _refill(value, content)
-        for metric, attributes, states in metrics:
-            vars(metric).update(attributes)
-            for name, content in states.items():
-                _refill(getattr(metric, name), content)
-
-
-_CONTAINERS = (list, dict, set)
-
-
-def _states(metric: Metric) -> dict[str, Any]:
-    return {name: _clone(getattr(metric, name)) for name in metric._defaults}
-
-
-def _refill(value: Any, content: Any) -> None:
-    # In place: a metric collection shares one state among several metrics, and users keep references.
-    if isinstance(value, Tensor):
-        value.copy_(content)
-    elif isinstance(value, list):
-        value[:] = content
-    else:
-        value.clear()
-        value.update(content)
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(value, found.append)
+    return found
 
 
 @contextmanager
@@ -216,34 +241,15 @@ def _watch_forward(task: LightningModule, on_call: OnCall) -> Iterator[None]:
     try:
         yield
     finally:
-        _put_back(task, "forward", before)
-
-
-def _put_back(task: LightningModule, name: str, value: Any) -> None:
-    if value is None:
-        vars(task).pop(name, None)
-    else:
-        object.__setattr__(task, name, value)
-
-
-def _is_network_part(module: nn.Module) -> bool:
-    return not isinstance(module, Metric) and any(True for _ in module.parameters())
+        put_back(task, "forward", before)
 
 
 def _as_example(call: Call) -> Any:
     args, kwargs = first_sample(call)
     if not kwargs:
         return args
-    return (lambda module: module(*args, **kwargs)) if args else kwargs
+    return partial(_call, args, kwargs) if args else kwargs
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def _clone(value: Any) -> Any:
-    return [_copy(item) for item in value] if isinstance(value, list) else _copy(value)
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module) -> Any:
+    return module(*args, **kwargs)

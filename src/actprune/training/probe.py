@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -10,30 +11,32 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError
-from actprune.training.example import Network, Watcher, harmless
+from actprune.training.example import Network, Watcher
+from actprune.training.replay import harmless
 
 _log = logging.getLogger(__name__)
 
 
-def validation_network(trainer: Trainer, task: LightningModule) -> Network | None:
-    """Draw the first validation batch, validate it and say which network was run.
+def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str] = ()) -> list[Network] | None:
+    """Draw the first validation batch, validate it and say which networks were run.
 
     Random numbers, metrics, logs and the training mode are afterwards as they were. None if the step does not work
-    outside the loop (it may need what other hooks set up): then the first real validation batch shows the network.
+    outside the loop (it may need what other hooks set up), or if a wanted module takes no part in this batch: then real
+    validation batches show the networks.
 
     Raises:
         ConfigError: validation has no batch.
         TraceError: the step calls no network.
     """
-    watcher, stage = Watcher(task), trainer.state.stage
+    watcher, stage = Watcher(task, wanted), trainer.state.stage
     with isolate_rng():
         trainer.validating = True
         try:
             batch = _first_batch(trainer, task)
             with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context():
-                watcher.start()
+                watcher.start(batch)
                 task.validation_step(batch, 0)
-            return watcher.network(batch)
+            return watcher.networks(batch)
         except ActPruneError:
             raise
         except Exception as error:

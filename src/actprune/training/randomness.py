@@ -20,10 +20,21 @@ class RandomState(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._alone = True
+        self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note how many processes there are."""
         self._alone = trainer.world_size == 1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The epoch that was resumed had batches left."""
+        self._loaded = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the generators again where the resumed epoch had no batch left: Lightning drew an order for it all the same."""
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+            self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
         """The states in plain containers and tensors; empty in a run of several processes."""
@@ -41,6 +52,7 @@ class RandomState(Callback):
         """Set the generators; those of other devices than the present ones are left alone."""
         if not state_dict or not self._alone:
             return
+        self._loaded = state_dict
         version, internal, gauss = state_dict["python"]
         random.setstate((version, tuple(internal), gauss))
         name, keys, *rest = state_dict["numpy"]

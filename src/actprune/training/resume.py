@@ -7,19 +7,22 @@ those two hooks on the instance; the hooks of its class still run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import nn
+from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import Tensor, nn
 
 from actprune.core.errors import ConfigError
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.surgery import apply_record
+from actprune.training.copies import copies_of, inside
 
 KEY = "actprune"
-"""Where a Lightning checkpoint carries the surgery record."""
+"""Where a Lightning checkpoint carries the surgery records: path of a network -> its record."""
 
 
 class CheckpointHooks:
@@ -31,9 +34,11 @@ class CheckpointHooks:
 
     def __init__(self, task: LightningModule) -> None:
         self.task = task
-        self.path = ""
-        """Dotted name of the pruned network in the LightningModule."""
-        self._shapes: Shapes | None = None
+        self.paths: list[str] = []
+        """Dotted names of the pruned networks in the LightningModule."""
+        self.copies: dict[str, str] = {}
+        """Dotted name of a copy -> of what it is a copy, as the user said."""
+        self._shapes: dict[str, Shapes] = {}
         self._after_load = task.on_load_checkpoint
         self._after_save = task.on_save_checkpoint
 
@@ -48,49 +53,65 @@ class CheckpointHooks:
         object.__setattr__(task, "on_save_checkpoint", hooks.save)
         return hooks
 
-    @property
-    def network(self) -> nn.Module:
-        """The pruned network."""
-        return self.task.get_submodule(self.path)
+    def records(self) -> dict[str, SurgeryRecord]:
+        """Path -> record of every network that has been cut."""
+        found = {path: record_of(self.task.get_submodule(path)) for path in self.paths}
+        return {path: record for path, record in found.items() if record}
 
     def remember_original(self) -> None:
-        """Note the shapes of a network that has not been cut yet, so that earlier checkpoints can be loaded later."""
-        if not record_of(self.network):
-            self._shapes = Shapes.of(self.network)
+        """Note the shapes of networks that have not been cut yet, so that earlier checkpoints can be loaded later."""
+        for path in self.paths:
+            network = self.task.get_submodule(path)
+            if not record_of(network):
+                self._shapes[path] = Shapes.of(network)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put the surgery record into a checkpoint."""
-        record = record_of(self.network)
-        if record:
-            checkpoint[KEY] = {"path": self.path, "record": record.to_dict()}
+        """Put the surgery records into a checkpoint."""
+        records = self.records()
+        if records:
+            checkpoint[KEY] = {path: record.to_dict() for path, record in records.items()}
         self._after_save(checkpoint)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Give the network the shapes of a checkpoint, before its weights are loaded.
+        """Give the networks the shapes of a checkpoint, before its weights are loaded.
 
         Raises:
-            ConfigError: the network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
+            ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
         """
-        wanted = SurgeryRecord()
-        if KEY in checkpoint:
-            self.path = checkpoint[KEY]["path"]
-            wanted = SurgeryRecord.from_dict(checkpoint[KEY]["record"])
-        present = record_of(self.network)
-        if present.removed != wanted.removed:
-            if present:
-                self._restore_original()
-            if wanted:
-                apply_record(self.network, wanted)
+        self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
+        trainer = self.task._trainer
+        if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
+            self.task.double()  # Lightning does so after loading, by which time the weights have been rounded to float32
         self._after_load(checkpoint)
 
-    def _restore_original(self) -> None:
-        if self._shapes is None:
-            raise ConfigError(
-                f"{type(self.task).__name__} is pruned already and the checkpoint holds another shape; "
-                "load the checkpoint into a module of the original shape"
-            )
-        self._shapes.restore(self.network, record_of(self.network))
-        delattr(self.network, ATTRIBUTE)
+    def reshape(self, wanted: Mapping[str, SurgeryRecord]) -> None:
+        """Give networks and their copies the shapes of records; those without a record get their original shape.
+
+        Raises:
+            ConfigError: a network is cut already, otherwise than wanted, and its original shapes are unknown.
+        """
+        self.paths = list(dict.fromkeys([*self.paths, *wanted]))
+        self.remember_original()
+        for path in self.paths:
+            record, shapes = wanted.get(path, SurgeryRecord()), self._shapes.get(path)
+            self._become(self.task.get_submodule(path), record, shapes)
+            for copy in copies_of(self.task, path, self.copies):
+                self._become(copy.module, copy.of_record(record), None if shapes is None else shapes.inside(copy.part))
+
+    def _become(self, network: nn.Module, wanted: SurgeryRecord, shapes: Shapes | None) -> None:
+        present = record_of(network)
+        if present.removed == wanted.removed:
+            return
+        if present:
+            if shapes is None:
+                raise ConfigError(
+                    f"{type(self.task).__name__} is pruned already and the checkpoint holds another shape; "
+                    "load the checkpoint into a module of the original shape"
+                )
+            shapes.restore(network, present)
+            delattr(network, ATTRIBUTE)
+        if wanted:
+            apply_record(network, wanted)
 
 
 @dataclass(frozen=True)
@@ -101,28 +122,39 @@ class Shapes:
     """Module name -> parameter or buffer name -> shape."""
     attributes: dict[str, dict[str, Any]]
     """Module name -> attribute name -> int, or tuple or list of ints."""
+    constants: dict[str, dict[str, Tensor]]
+    """Module name -> buffer name -> value, of the buffers that no state dict holds."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Shapes:
         """Note the shapes of a network."""
-        tensors, attributes = {}, {}
+        tensors, attributes, constants = {}, {}, {}
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
             tensors[name] = {key: value.shape for key, value in held.items() if value is not None}
+            outside = {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
+            constants[name] = {key: value.detach().clone() for key, value in outside.items() if value is not None}
             attributes[name] = {
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
-        return cls(tensors, attributes)
+        return cls(tensors, attributes, constants)
+
+    def inside(self, part: str) -> Shapes:
+        """The shapes of a part of the network."""
+        return Shapes(inside(self.tensors, part), inside(self.attributes, part), inside(self.constants, part))
 
     def restore(self, network: nn.Module, record: SurgeryRecord) -> None:
-        """Give a cut network its original shapes again; tensors that change hold nothing until weights are loaded."""
+        """Give a cut network its original shapes again; what changes holds nothing until weights are loaded."""
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
         for name, module in network.named_modules():
-            own = type(module).__module__.startswith("torch.nn.")  # all its numbers are sizes; a user's may be counters
+            if name not in self.tensors:  # a metric that came later
+                continue
+            # all numbers of a layer of PyTorch are sizes; a user's may be counters
+            own = type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
             for key, value in self.attributes[name].items():
                 if own or key in record.attributes.get(name, ()):
                     setattr(module, key, type(value)(value))
-            known = self.tensors[name]
+            known, constants = self.tensors[name], self.constants[name]
             for key, value in [*module._parameters.items(), *module._buffers.items()]:
                 if value is None:
                     continue
@@ -133,7 +165,8 @@ class Shapes:
                 if value.shape == shape:
                     continue
                 if key in module._buffers:
-                    module._buffers[key] = value.new_zeros(shape)
+                    kept = constants.get(key)
+                    module._buffers[key] = value.new_zeros(shape) if kept is None else kept.to(value.device, copy=True)
                     continue
                 if id(value) not in made:
                     made[id(value)] = nn.Parameter(value.new_zeros(shape), requires_grad=value.requires_grad)

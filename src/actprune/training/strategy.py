@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lightning import Trainer
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from actprune.core.errors import ConfigError
+from actprune.training.spawned import ReturningLauncher
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -26,10 +29,11 @@ def check_strategy(trainer: Trainer) -> None:
             f"PruningCallback cannot change the shapes of parameters that {type(trainer.strategy).__name__} holds; "
             'prune on one device or with strategy="ddp", save the pruned network, then shard that one'
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and not isinstance(launcher, ReturningLauncher):
         raise ConfigError(
             "after training in spawned or forked processes Lightning loads their weights into a module that was never "
-            'pruned; use strategy="ddp", whose processes stay until the end'
+            f'pruned; use strategy=actprune.training.SpawnedDDP("{launcher._start_method}"), or strategy="ddp"'
         )
 
 
@@ -47,20 +51,45 @@ def restart_best(trainer: Trainer) -> None:
 
     Checkpoints that were the best of a larger network stay on disk.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in _comparing(trainer):
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = _worst(callback.best_score, callback.mode)
-        elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        else:
             callback.best_k_models = {}
             callback.kth_best_model_path = callback.best_model_path = ""
             callback.best_model_score = callback.current_score = None
             callback.kth_value = _worst(callback.kth_value, callback.mode)
-    for config in trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
-            scheduler.num_bad_epochs = scheduler.cooldown_counter = 0
+    for scheduler in _plateaus(trainer):
+        scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
+        scheduler.num_bad_epochs = scheduler.cooldown_counter = 0
+
+
+def best_values(trainer: Trainer) -> dict[str, Any]:
+    """What ``restart_best`` forgets, as plain containers and tensors."""
+    return {
+        "callbacks": {callback.state_key: copy.deepcopy(callback.state_dict()) for callback in _comparing(trainer)},
+        "plateaus": [[s.best, s.num_bad_epochs, s.cooldown_counter] for s in _plateaus(trainer)],
+    }
+
+
+def return_to_best(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    """Let them compare again with what ``best_values`` said; files of the time since stay on disk."""
+    for callback in _comparing(trainer):
+        if callback.state_key in values["callbacks"]:
+            state = copy.deepcopy(values["callbacks"][callback.state_key])
+            if isinstance(callback, ModelCheckpoint):
+                state["last_model_path"] = callback.last_model_path  # the last one is still the last
+            callback.load_state_dict(state)
+    for scheduler, (best, bad, cooldown) in zip(_plateaus(trainer), values["plateaus"], strict=True):
+        scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = best, bad, cooldown
+
+
+def save_last_again(trainer: Trainer) -> None:
+    """Write the last checkpoint anew: the network changed after the epoch that wrote it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.last_model_path:
+            trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)
 
 
 def monitored(trainer: Trainer) -> str | None:
@@ -68,6 +97,16 @@ def monitored(trainer: Trainer) -> str | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     names = [callback.monitor for callback in callbacks if isinstance(callback, (ModelCheckpoint, EarlyStopping))]
     return next((name for name in names if name), None)
+
+
+def _comparing(trainer: Trainer) -> list[Any]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, EarlyStopping) or (isinstance(c, ModelCheckpoint) and c.monitor is not None)]
+
+
+def _plateaus(trainer: Trainer) -> list[Any]:
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [scheduler for scheduler in schedulers if isinstance(scheduler, ReduceLROnPlateau)]
 
 
 def _worst(value: Any, mode: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from actprune.core.errors import ConfigError
 from actprune.schedule import Schedule
@@ -59,6 +59,32 @@ class Timetable:
         """Share of the reduction due after ``epoch``, with steps up to epoch ``decided`` done; None if nothing is."""
         steps = [step for step in self.epochs if decided < step <= epoch]
         return self.schedule.due(max(steps), self.max_epochs) if steps else None
+
+    def recovered(self, decided: int) -> int:
+        """Epoch after whose validation the step decided after epoch ``decided`` has had its recovery.
+
+        That is when the next step is due; after the last one as long as after the one before it, and after an only one half of
+        the epochs that are left, so that training goes on with whichever network is kept.
+        """
+        later = [step for step in self.epochs if step > decided]
+        if later:
+            return min(later)
+        if len(self.epochs) > 1:
+            return decided + self.epochs[-1] - self.epochs[-2]
+        return decided + max(1, (self.max_epochs - 1 - decided) // 2)
+
+
+def check_validation(trainer: Trainer, task: LightningModule) -> None:
+    """Refuse a run in which nothing can be observed.
+
+    Raises:
+        ConfigError: there is no validation.
+    """
+    if not trainer.enable_validation:
+        raise ConfigError(
+            f"PruningCallback observes activations in validation, but {type(task).__name__} has none "
+            f"(limit_val_batches={trainer.limit_val_batches}); define validation_step and give fit a validation loader"
+        )
 
 
 def ends_epoch(trainer: Trainer) -> bool:

@@ -40,6 +40,9 @@ for _n in (1, 2, 3):
     _SPATIAL[_n] += [f"{kind}_pad{_n}d" for kind in ("reflection", "replication")]
 
 
+_UNPOOLS = {2: "max_unpool2d", 3: "max_unpool3d"}
+
+
 def _resample(spatial: int) -> Rule:
     def resample(t: TraceState, a: SimpleNamespace, out: Any) -> None:
         """Channels pass; a cuttable dimension that is pooled over is locked."""
@@ -54,3 +57,5 @@ def _resample(spatial: int) -> Rule:
 
 for _n, _operators in _SPATIAL.items():
     rule(*_operators)(_resample(_n))
+for _n, _operator in _UNPOOLS.items():
+    rule(_operator)(_resample(_n))

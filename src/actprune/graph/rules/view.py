@@ -199,6 +199,17 @@ def pixel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, [*x[:-3], kept, None, None])
 
 
+@rule("native_channel_shuffle", "channel_shuffle")
+def channel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``(g, C / g) -> (C / g, g)``: every group keeps the same width, position ``i`` of all groups leaves together."""
+    ids = list(t.ids(a.input))
+    if ids[1] is not None:
+        rows = ids[1].reshape(a.groups, -1)
+        t.tie(np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel(), "channel shuffle")
+        ids[1] = rows.T.ravel()
+    t.set(out, ids)
+
+
 @rule("im2col")
 def im2col(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """``(C, H, W) -> (C kh kw, L)``: all taps of a channel leave together."""

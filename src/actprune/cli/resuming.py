@@ -1,0 +1,89 @@
+"""``resume=DIR``: go on with a job or a sweep that was cut off, in its own folder, with the settings that it was started with.
+
+Hydra wrote down what the command line said; that is said again, with the old folder as the output folder. Settings given beside
+``resume`` come last and win. A job that has a summary is finished and is not run again; one with a checkpoint goes on from the
+newest that is whole; one without starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from actprune.cli.output import SUMMARY
+from actprune.core.errors import ConfigError
+from actprune.training import newest_checkpoint
+
+_OWN = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=", "resume=", "ckpt_path=")
+_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """The arguments that Hydra gets: those of the old run where ``resume=DIR`` is among them, else as they are.
+
+    Raises:
+        ConfigError: DIR is no output folder of a job or a sweep, or the sweep cannot be resumed.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given or given[-1] in ("resume=", "resume=null"):
+        return arguments
+    folder = Path(given[-1].partition("=")[2].strip("'\"")).expanduser().resolve()
+    others = [argument for argument in arguments if not argument.startswith("resume=")]
+    if (folder / "multirun.yaml").is_file():
+        others = [argument for argument in others if argument not in ("-m", "--multirun")]
+        return ["-m", *_sweep(folder), *others, f"hydra.sweep.dir={_quoted(folder)}", f"resume={_quoted(folder)}"]
+    if "-m" in others or "--multirun" in others:
+        raise ConfigError(f"resume={folder} is one job, which -m cannot vary; leave -m out")
+    written = folder / ".hydra" / "overrides.yaml"
+    if not written.is_file():
+        raise ConfigError(
+            f"resume={folder} is no output folder: it has neither .hydra/overrides.yaml of a job nor multirun.yaml of a sweep; "
+            "runs write theirs under runs/"
+        )
+    return [*_kept(OmegaConf.load(written)), *others, f"hydra.run.dir={_quoted(folder)}", f"resume={_quoted(folder)}"]
+
+
+def where_to_go_on(config: DictConfig) -> str | None:
+    """The checkpoint that a resumed job goes on from; None: start anew."""
+    folder = Path(config.paths.output_dir) / "checkpoints"
+    for path in folder.glob(".*.ckpt"):  # what the kill left half written
+        path.unlink()
+    found = newest_checkpoint(folder)
+    return None if found is None else str(found)
+
+
+def finished(config: DictConfig) -> dict[str, Any] | None:
+    """The summary of a resumed job that needs no more work; None if it needs some.
+
+    Raises:
+        ConfigError: the summary does not have the number that the job is judged by.
+    """
+    path = Path(config.paths.output_dir) / SUMMARY
+    if config.resume is None or not path.is_file():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if config.optimize not in summary:
+        raise ConfigError(f"{path} has no {config.optimize}; leave optimize as it was when the job ran")
+    return summary
+
+
+def _sweep(folder: Path) -> list[str]:
+    hydra = OmegaConf.load(folder / "multirun.yaml").hydra
+    if hydra.sweeper._target_ != _SWEEPER:
+        raise ConfigError(
+            f"resume={folder}: {hydra.sweeper._target_} chooses its jobs by itself, so they cannot be matched with the "
+            "finished ones; resume the folder of a single job"
+        )
+    return _kept([*hydra.overrides.task, *hydra.overrides.hydra])
+
+
+def _kept(overrides: Any) -> list[str]:
+    return [str(override) for override in overrides if not str(override).startswith(_OWN)]
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"

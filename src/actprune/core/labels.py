@@ -1,0 +1,44 @@
+"""Where the class labels of a batch are: asked of the batch, in one documented order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+"""Names under which a mapping holds its targets, in the order in which they are tried."""
+
+
+def targets_of(batch: Any) -> Any:
+    """What a mapping holds under the first of ``LABEL_KEYS`` that it has, or the last part of a pair; None for neither."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABEL_KEYS if batch.get(key) is not None), None)
+    return batch[-1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+
+
+def class_labels(batch: Any, n: int) -> Tensor | None:
+    """The labels of the ``n`` samples of a batch, a vector of n integers; None where there is none.
+
+    Tried in this order: of a mapping what ``LABEL_KEYS`` name; of a tuple or list every part from the second to the last,
+    itself or, if it is a mapping, its entries; then the first part if it is a mapping.
+    """
+    return next((x for x in _candidates(batch) if is_class_vector(x, n)), None)
+
+
+def is_class_vector(x: Any, n: int) -> bool:
+    """Whether it is a tensor of ``n`` integers."""
+    return isinstance(x, Tensor) and x.shape == (n,) and not (x.is_floating_point() or x.is_complex())
+
+
+def _candidates(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        yield from (batch[key] for key in LABEL_KEYS if key in batch)
+    elif isinstance(batch, (tuple, list)):
+        for part in batch[1:]:
+            yield part
+            if isinstance(part, Mapping):
+                yield from _candidates(part)
+        if batch and isinstance(batch[0], Mapping):
+            yield from _candidates(batch[0])

@@ -1,0 +1,90 @@
+"""How criteria agree with the measured effect of removal, and with each other: rank correlations within groups.
+
+Formula: Spearman's rho over the units of one group, averaged over the groups; the interval is the percentile bootstrap of that
+mean over groups (Efron 1979), so it speaks of other groups of such a network, not of other networks. With the effect, the units
+are those that were replaced alone; between criteria, all units of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actprune.core.ranks import spearman
+from actprune.pruning.influence import GroupInfluence, Influence
+
+EFFECT = "effect"
+"""Name of the measured rise of the loss when a unit alone is replaced."""
+LEAST = 3
+"""Units that a group needs to say anything about ranks."""
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Mean rank correlations over the groups of one network."""
+
+    names: Sequence[str]
+    """The effect, then the criteria."""
+    mean: Sequence[Sequence[float]]
+    """(K, K); NaN where no group has two different values of both."""
+    low: Sequence[Sequence[float]]
+    """Lower end of the 95 % interval."""
+    high: Sequence[Sequence[float]]
+    n_groups: Sequence[Sequence[int]]
+    """Groups behind each mean."""
+    by_group: dict[str, Sequence[Sequence[float]]]
+    """Group name -> (K, K)."""
+
+
+def agreement(influence: Influence, seed: int = 0) -> Agreement:
+    """Correlate what an analysis found.
+
+    Args:
+        influence: what ``analyze`` returned.
+        seed: of the bootstrap.
+    """
+    names = (EFFECT, *influence.criteria)
+    groups = [group for group in influence.groups if len(group.units) >= LEAST]
+    found = torch.stack([_of_group(group, names) for group in groups]) if groups else torch.zeros(0, len(names), len(names))
+    known = ~found.isnan()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(max(len(groups), 1), (_RESAMPLES, len(groups)), generator=generator)
+    means = _mean(found[drawn], known[drawn], 1)
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
+    return Agreement(
+        names=names,
+        mean=_mean(found, known, 0).tolist(),
+        low=low.tolist(),
+        high=high.tolist(),
+        n_groups=known.sum(0).tolist(),
+        by_group={group.name: matrix.tolist() for group, matrix in zip(groups, found, strict=True)},
+    )
+
+
+def _of_group(group: GroupInfluence, names: Sequence[str]) -> Tensor:
+    scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in group.scores.items()}
+    alone = torch.tensor(list(group.units))
+    effect = torch.tensor(group.unit_loss, dtype=torch.float64)
+    matrix = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    for i, one in enumerate(names):
+        for j, other in enumerate(names[: i + 1]):
+            if not {one, other} <= {EFFECT, *scores}:
+                continue
+            if i == j:
+                rho = 1.0
+            elif other == EFFECT:
+                rho = spearman(scores[one][alone], effect)
+            else:
+                rho = spearman(scores[one], scores[other])
+            matrix[i, j] = matrix[j, i] = rho
+    return matrix
+
+
+def _mean(values: Tensor, known: Tensor, dim: int) -> Tensor:
+    """Mean of what is known; NaN where nothing is."""
+    return torch.where(known, values, 0.0).sum(dim) / known.sum(dim)

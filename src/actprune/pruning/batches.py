@@ -1,0 +1,106 @@
+"""Batches of data, taken apart into what the model is fed and what it is compared with, and the pass that observes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from actprune.core.calling import Example, call, evaluating
+from actprune.core.errors import ActPruneError, ObservationError, TraceError
+from actprune.core.labels import LABEL_KEYS, class_labels, targets_of
+from actprune.pruning.finishing import batch_size
+from actprune.pruning.gradients import Loss, default_loss
+from actprune.pruning.observe import Observation
+
+if TYPE_CHECKING:
+    from actprune.pruning.pipeline import Pruner
+
+Pair = tuple[Example, Any]
+"""What the model is fed, and the targets; None where there are none."""
+
+
+def pairs_of(data: Iterable[Any], example: Example) -> Iterator[Pair]:
+    """Inputs and targets of every batch.
+
+    Args:
+        data: batches as the model takes them, pairs of inputs and targets, or mappings. Of a mapping, targets are what
+            ``LABEL_KEYS`` name; they are fed to the model only where the example has that key too.
+        example: what the model takes; a pair is one of inputs and targets if its first part alone is of this kind.
+    """
+    kind: Any = Tensor
+    if isinstance(example, (list, Mapping)):
+        kind = list if isinstance(example, list) else Mapping
+    elif isinstance(example, tuple) and len(example) > 1:
+        kind = (tuple, list)
+    for batch in data:
+        targets = None
+        if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], kind):
+            batch, targets = batch
+        elif isinstance(batch, Mapping):
+            targets = targets_of(batch)
+            if isinstance(example, Mapping):
+                batch = {key: value for key, value in batch.items() if key in example or key not in LABEL_KEYS}
+        # a loader makes lists of tuples
+        yield tuple(batch) if isinstance(batch, list) and not isinstance(example, list) else batch, targets
+
+
+def inputs_of(data: Iterable[Any], example: Example) -> Iterator[Example]:
+    """What the model is fed of every batch, see ``pairs_of``."""
+    return (inputs for inputs, _ in pairs_of(data, example))
+
+
+def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
+    """Run the model on batches of inputs, in evaluation mode, and observe; see ``observe_pairs``."""
+    return observe_pairs(pruner, ((inputs, None) for inputs in batches))
+
+
+def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = None) -> Observation:
+    """Run the model on batches, in evaluation mode, and observe; once more with gradients where the criterion needs them.
+
+    Args:
+        pruner: its model is run, its criterion and compensation observe.
+        pairs: inputs and targets of every batch.
+        loss: of outputs and targets, the mean over a batch's samples; by default what the model reports as its ``loss``, else
+            cross entropy.
+
+    Raises:
+        TraceError: the model fails on a batch.
+        ConfigError: the loss is needed, is not given and is no classification.
+        ObservationError: there are no batches, or no labels where the criterion needs them.
+    """
+    model = pruner.model
+    measure = loss or default_loss
+    with evaluating(model), pruner.observe() as observation, torch.no_grad():
+        for batch, answers in pairs:
+            inputs, targets = _usable(pruner, batch, answers) if observation.differentiates else (batch, answers)
+            start, n = observation.n_samples, batch_size(inputs)
+            observation.begin_batch(torch.arange(start, start + n), class_labels((None, targets), n))
+            try:
+                if observation.watches:
+                    call(model, inputs)
+                observation.differentiate(
+                    outputs=lambda x=inputs: call(model, x),  # type: ignore[misc]
+                    loss=lambda x=inputs, y=targets: measure(call(model, x), y),  # type: ignore[misc]
+                )
+            except ActPruneError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TraceError(
+                    f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
+                    "model takes, or (inputs, targets)"
+                ) from error
+    if observation.n_samples == 0:
+        raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
+    return observation
+
+
+def _usable(pruner: Pruner, inputs: Example, targets: Any) -> Pair:
+    """Tensors that autograd may keep, also where the caller is under inference mode; targets where the model is."""
+    device = next((p.device for p in pruner.model.parameters()), torch.device("cpu"))
+    with torch.inference_mode(False):
+        ordinary = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, (inputs, targets))
+        return ordinary[0], tree_map_only(Tensor, lambda x: x.to(device), ordinary[1])

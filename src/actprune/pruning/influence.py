@@ -1,0 +1,330 @@
+"""What groups of units contribute to the task: the effect of replacing some of them by their means, and what criteria said.
+
+For every group: the parameters and MACs that leave with all of it, every criterion's score of every unit, and loss and accuracy
+when the lowest and the highest share of it by each criterion, a random share, or one unit alone is replaced. A share of every
+group at once gives the same for the whole network. Criteria observe one set of samples, the effect is measured on another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+from actprune.compensation import Compensation, LeastSquares
+from actprune.core.budget import Budget
+from actprune.core.calling import Example, call, undisturbed
+from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.views import Criterion
+from actprune.criteria import Random
+from actprune.graph import Group
+from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.panel import Panel
+from actprune.pruning.pieces import Pieces, fingerprint
+from actprune.pruning.pipeline import Pruner
+from actprune.pruning.prefix import prefixed
+from actprune.pruning.replacement import Replacement, Units
+from actprune.statistics.counter import uniform
+
+RANDOM = "random"
+"""Name of the baseline, which is always among the criteria."""
+
+Judge = Callable[[Any, Any], Tensor]
+"""Outputs and targets of a batch -> (N, 2): every sample's loss, and 1 where it is right."""
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What is replaced.
+
+    Raises:
+        ConfigError: a value is outside what it may be.
+    """
+
+    shares: Sequence[float] = (0.1, 0.25, 0.5, 0.75)
+    """Shares of a group that are replaced together, in (0, 1]."""
+    n_units: int = 16
+    """Units per group that are replaced alone, drawn; all where the group has no more."""
+    draws: int = 3
+    """Random rankings behind a random share, at least 1."""
+    seed: int = 0
+    """Of all draws."""
+
+    def __post_init__(self) -> None:
+        """Check before any work is done."""
+        if not self.shares or not all(0 < share <= 1 for share in self.shares):
+            raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
+        for name, value in (("n_units", self.n_units), ("draws", self.draws)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The network with a share of its units replaced."""
+
+    criterion: str
+    end: str
+    """``lowest``, ``highest`` or ``random``."""
+    share: float
+    units: int
+    """How many units were replaced."""
+    loss: float
+    accuracy: float
+    """A random share: means over the draws."""
+
+
+@dataclass(frozen=True)
+class GroupInfluence:
+    """One group."""
+
+    name: str
+    size: int
+    params: int
+    """Parameters that leave with all of its units."""
+    macs: int
+    """Multiply-adds of one call on the example that leave with all of its units."""
+    scores: Mapping[str, Sequence[float]]
+    """Criterion -> score of every unit; without the criteria that have nothing to go by here."""
+    units: Sequence[int]
+    """The units that were replaced alone."""
+    unit_loss: Sequence[float]
+    """Loss with each of them replaced, less the loss of the whole network."""
+    unit_accuracy: Sequence[float]
+    """Accuracy likewise."""
+    removals: Sequence[Removal]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What ``analyze`` measured."""
+
+    params: int
+    macs: int
+    loss: float
+    """Mean loss of the whole network on the validation samples."""
+    accuracy: float
+    n_observed: int
+    """Samples that the criteria saw."""
+    n_measured: int
+    """Samples on which loss and accuracy were measured."""
+    criteria: Sequence[str]
+    groups: Sequence[GroupInfluence]
+    """The groups that can be cut and are read in evaluation mode, in execution order."""
+    whole: Sequence[Removal]
+    """The same share of every group replaced at once."""
+
+
+def classification(
+    outputs: Tensor,  # (N, classes) logits
+    targets: Tensor,  # (N,)
+) -> Tensor:
+    """Cross entropy and top-1 of every sample, float64 (N, 2)."""
+    losses = functional.cross_entropy(outputs.float(), targets, reduction="none")
+    return torch.stack([losses, outputs.argmax(1) == targets], dim=1).double()
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Example,
+    data: Iterable[Any],
+    validation: Iterable[tuple[Any, Any]],
+    *,
+    criteria: Mapping[str, Criterion],
+    removals: Removals | None = None,
+    judge: Judge = classification,
+    compensation: Compensation | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Influence:
+    """Measure what every group and its units contribute, and what criteria say of them; the model stays as it is.
+
+    Args:
+        model: a trained module.
+        example_inputs: what it takes, see ``trace``.
+        data: batches that the criteria observe, as ``prune`` takes them; with targets where criteria need them.
+        validation: batches of inputs and targets on which the effect is measured; other samples than ``data``.
+        criteria: name -> criterion; ``random`` is added.
+        removals: what is replaced.
+        judge: loss and rightness of every sample; the default is that of a classifier.
+        compensation: whose second moments criteria such as ``Reconstruction`` read; by default ``LeastSquares()``.
+        folder: where finished groups are kept, so that an analysis that was broken off goes on; None keeps nothing.
+        progress: called with the pieces done, the pieces in all and what comes next.
+
+    Returns:
+        Everything that was measured.
+
+    Raises:
+        ConfigError: the folder holds another analysis.
+        ActPruneError: as ``prune``.
+    """
+    removals = removals or Removals()
+    panel = Panel({**criteria, RANDOM: criteria.get(RANDOM, Random())})
+    batches, pairs = list(data), list(validation)
+    if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
+        raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
+    pruner = Pruner(
+        model, example_inputs, panel, Budget(params=0.999), compensation=compensation or LeastSquares(), seed=removals.seed
+    )
+    groups = [group for group in pruner.graph.unlocked if group.sites]
+    pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs)))
+    tell = progress or _say_nothing
+    total = len(groups) + 2
+
+    tell(0, total, "observing")
+    replacement = Replacement(model, pruner.graph)
+    observed = list(pairs_of(batches, example_inputs))
+    scores = pieces.get("scores", partial(_scores, pruner, panel, observed, judge))
+    with undisturbed(model):
+        with replacement.observing():
+            for inputs, _ in observed:
+                call(model, inputs)
+        with replacement.replacing():
+            measure = _Measure(model, replacement, pairs, judge)
+            found = []
+            for number, group in enumerate(groups):
+                tell(number + 1, total, group.name)
+                make = partial(_group, group, scores["groups"][group.name], pruner, removals, measure)
+                found.append(pieces.get(f"group{number:03d}", make))
+            tell(total - 1, total, "whole network")
+            whole = pieces.get("whole", partial(_whole, groups, scores["groups"], removals, measure))
+    tell(total, total, "done")
+    return Influence(
+        params=pruner.params,
+        macs=pruner.macs,
+        loss=whole["loss"],
+        accuracy=whole["accuracy"],
+        n_observed=scores["n_observed"],
+        n_measured=whole["n_measured"],
+        criteria=tuple(panel.criteria),
+        groups=tuple(GroupInfluence(**{**g, "removals": [Removal(**r) for r in g["removals"]]}) for g in found),
+        whole=tuple(Removal(**r) for r in whole["removals"]),
+    )
+
+
+def _say_nothing(done: int, total: int, name: str) -> None:
+    """No progress is shown."""
+
+
+def _scores(pruner: Pruner, panel: Panel, observed: Sequence[Pair], judge: Judge) -> dict[str, Any]:
+    loss = None if judge is classification else lambda outputs, targets: judge(outputs, targets)[:, 0].mean()
+    observation = observe_pairs(pruner, observed, loss)
+    pruner.scores(observation)
+    said = {group: {name: score.tolist() for name, score in by.items()} for group, by in panel.scores.items()}
+    return {"n_observed": observation.n_samples, "groups": said}
+
+
+class _Measure:
+    """Loss and accuracy with units replaced; what several choices of one group have in common is computed once."""
+
+    def __init__(self, model: nn.Module, replacement: Replacement, pairs: Sequence[Any], judge: Judge) -> None:
+        self.model, self.replacement, self.pairs, self.judge = model, replacement, pairs, judge
+
+    def __call__(self, choices: Sequence[Units], first: Iterable[str]) -> tuple[list[Tensor], int]:
+        """Summed loss and number of right samples, of the whole network and then of every choice; the number of samples.
+
+        Args:
+            choices: what to replace, each in a forward of its own.
+            first: the modules that read what the choices replace.
+        """
+        sums, n = torch.zeros(len(choices) + 1, 2, dtype=torch.float64), 0
+        for inputs, targets in self.pairs:
+            self.replacement.choose({})
+            with prefixed(self.model, list(first), partial(call, self.model, inputs)) as (plain, forward):
+                judged = self._judged(plain, targets)
+                n += len(judged)
+                sums[0] += judged.sum(0).cpu()
+                for number, units in enumerate(choices, start=1):
+                    self.replacement.choose(units)
+                    sums[number] += self._judged(forward(), targets).sum(0).cpu()
+        self.replacement.choose({})
+        return list(sums / n), n
+
+    def _judged(self, outputs: Any, targets: Any) -> Tensor:
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return self.judge(outputs, tree_map_only(Tensor, lambda x: x.to(device), targets))
+
+
+def _group(
+    group: Group, scores: Mapping[str, Sequence[float]], pruner: Pruner, removals: Removals, measure: _Measure
+) -> dict[str, Any]:
+    alone = sorted(_order(torch.zeros(group.size), removals.seed, group)[: removals.n_units])
+    rows = _rows({group.name: scores}, [group], removals)
+    wanted = {frozenset([unit]) for unit in alone} | {choice[group.name] for _, choices in rows for choice in choices}
+    sets = sorted(wanted, key=sorted)
+    results, _ = measure([{group.name: units} for units in sets], measure.replacement.reads(group.name))
+    whole, of = results[0], dict(zip(sets, results[1:], strict=True))
+    single = torch.stack([of[frozenset([unit])] - whole for unit in alone])
+    everything = pruner.graph.removed({group.name: range(group.size)})
+    cost = pruner.graph.cost
+    return {
+        "name": group.name,
+        "size": group.size,
+        "params": cost.evaluate("params") - cost.evaluate("params", everything),
+        "macs": cost.evaluate("macs") - cost.evaluate("macs", everything),
+        "scores": dict(scores),
+        "units": alone,
+        "unit_loss": single[:, 0].tolist(),
+        "unit_accuracy": single[:, 1].tolist(),
+        "removals": [_removal(row, [of[choice[group.name]] for choice in choices]) for row, choices in rows],
+    }
+
+
+def _whole(
+    groups: Sequence[Group], scores: Mapping[str, Mapping[str, Sequence[float]]], removals: Removals, measure: _Measure
+) -> dict[str, Any]:
+    rows = _rows(scores, groups, removals)
+    choices = [choice for _, several in rows for choice in several]
+    first = {path for group in groups for path in measure.replacement.reads(group.name)}
+    results, n = measure(choices, first)
+    left = iter(results[1:])
+    return {
+        "loss": float(results[0][0]),
+        "accuracy": float(results[0][1]),
+        "n_measured": n,
+        "removals": [_removal(row, [next(left) for _ in several]) for row, several in rows],
+    }
+
+
+def _rows(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[Group], removals: Removals
+) -> list[tuple[tuple[str, str, float, int], list[dict[str, frozenset[int]]]]]:
+    """(criterion, end, share, units) and what is replaced for it: one choice, or one per draw.
+
+    Groups that a criterion does not score stay whole by it.
+    """
+    rows = []
+    for name in dict.fromkeys(name for g in groups for name in scores[g.name]):
+        scored = [g for g in groups if name in scores[g.name]]
+        drawn = name == RANDOM
+        rankings = []
+        for draw in range(removals.draws if drawn else 1):
+            values = {g.name: torch.zeros(g.size) if drawn else torch.tensor(scores[g.name][name]) for g in scored}
+            rankings.append({g.name: _order(values[g.name], removals.seed + 1 + draw, g) for g in scored})
+        for end in ("random",) if drawn else ("lowest", "highest"):
+            for share in removals.shares:
+                counts = {g.name: max(1, round(share * g.size)) for g in scored}
+                choices = [
+                    {g: frozenset((order[::-1] if end == "highest" else order)[: counts[g]]) for g, order in ranking.items()}
+                    for ranking in rankings
+                ]
+                rows.append(((name, end, share, sum(counts.values())), choices))
+    return rows
+
+
+def _order(values: Tensor, seed: int, group: Group) -> list[int]:
+    """Units from the lowest value up, equal ones in a drawn order that depends on seed, group and unit alone."""
+    drawn = uniform(seed, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
+    return drawn[values[drawn].argsort(stable=True)].tolist()
+
+
+def _removal(row: tuple[str, str, float, int], results: Sequence[Tensor]) -> dict[str, Any]:
+    loss, accuracy = torch.stack(list(results)).mean(0).tolist()
+    return asdict(Removal(*row, loss=loss, accuracy=accuracy))

@@ -1,0 +1,57 @@
+"""Weights as criteria see them: the columns that read a unit at each of its sites, and the batch norms it goes through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from actprune.graph import Graph, Group, Site
+
+_Conv = nn.modules.conv._ConvNd
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def columns_of(model: nn.Module, graph: Graph, group: Group) -> list[Tensor | None]:
+    """The weights that read each unit, (U, n_elements) float64 for every site in order.
+
+    None where what the site reads is not multiplied by a layer's weight: by another activation, or by a weight that is computed
+    on the way.
+    """
+    return [_columns(model, graph, group, site) for site in group.sites]
+
+
+def _columns(model: nn.Module, graph: Graph, group: Group, site: Site) -> Tensor | None:
+    by_input = _by_input(model, graph, site)
+    if by_input is None:
+        return None
+    index = torch.from_numpy(site.positions).to(by_input.device)
+    return by_input[index.flatten()].reshape(group.size, -1).double()
+
+
+def _by_input(model: nn.Module, graph: Graph, site: Site) -> Tensor | None:
+    """(inputs, elements): everything that multiplies each input channel."""
+    module = model.get_submodule(site.module)
+    if site.ordinal is None:
+        assert isinstance(module, (nn.Linear, _Conv))
+        weight = module.weight.detach()
+        if isinstance(module, nn.Linear):
+            return weight.T
+        if module.transposed:
+            return weight.flatten(1)
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    consumer = next((c for c in graph.consumers if (c.site, c.operand) == (site.name, site.operand)), None)
+    if consumer is None:
+        return None
+    return model.get_parameter(consumer.weight).detach().movedim(consumer.reads_dim, 0).flatten(1)
+
+
+def norms_of(model: nn.Module, group: Group) -> list[Tensor]:
+    """Scales gamma of every batch norm whose channels leave with the units, (U, k) float64 each, in order of first use."""
+    found = []
+    for (name, _), positions in group.members.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and isinstance(module, _BatchNorm):
+            gamma = module.weight.detach().double()
+            found.append(gamma[torch.from_numpy(positions).to(gamma.device)])
+    return found

@@ -1,0 +1,130 @@
+"""What pruning did, as lines for the console, rows for loggers and entries for a summary."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+
+from actprune.core.budget import Budget
+from actprune.core.plan import Plan
+from actprune.pruning import Pruner
+from actprune.training.guard import Guard
+
+
+def sizes(pruners: Iterable[Pruner]) -> dict[str, int]:
+    """Steps so far, parameters and multiply-adds of all pruned networks together."""
+    pruners = list(pruners)
+    return {
+        "step": max((len(pruner.record.steps) for pruner in pruners), default=0),
+        "params": sum(pruner.params for pruner in pruners),
+        "macs": sum(pruner.macs for pruner in pruners),
+    }
+
+
+def step_event(
+    epoch: int,
+    pruners: Mapping[str, Pruner],
+    plans: Mapping[str, Plan],
+    before: Mapping[str, int],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One pruning step: when, what was cut where, sizes before and after, and what it took.
+
+    Args:
+        epoch: the epoch before which it was executed, from 0.
+        pruners: path of a network -> its pruner, after the step.
+        plans: path of a network -> what was executed.
+        before: ``sizes`` before the step.
+        seconds: time for observing (the whole observed validation epoch), planning and cutting.
+    """
+    after = sizes(pruners.values())
+    cut = {}
+    for path, plan in plans.items():
+        widths = pruners[path].record.widths
+        for group, n in plan.groups.items():
+            cut[f"{path}.{group}" if len(pruners) > 1 else group] = [widths[group][1] + n, widths[group][1]]
+    return {
+        "epoch": epoch,
+        "step": after["step"],
+        "params": [before["params"], after["params"]],
+        "macs": [before["macs"], after["macs"]],
+        "widths": cut,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def step_line(event: Mapping[str, Any], pruners: Iterable[Pruner]) -> str:
+    """The same for the console."""
+    pruners = list(pruners)
+    whole = {unit: sum(getattr(pruner, f"{unit}_before") for pruner in pruners) for unit in ("params", "macs")}
+    params, macs, n = event["params"], event["macs"], len(event["widths"])
+    return (
+        f"pruning step {event['step']}, before epoch {event['epoch'] + 1}: "
+        f"params {params[0]:,} -> {params[1]:,} ({params[1] / whole['params']:.1%}), "
+        f"MACs {metric_prefix(macs[0])} -> {metric_prefix(macs[1])} ({macs[1] / whole['macs']:.1%}), "
+        f"{n} group{'s' if n != 1 else ''}, {event['seconds']['cutting']:.1f} s"
+    )
+
+
+def tell(trainer: Trainer, event: Mapping[str, Any], line: str) -> None:
+    """Print a step, and send it to every logger: widths of what was cut, and the times."""
+    trainer.lightning_module.print(line)
+    metrics: dict[str, float] = {f"surgery/width/{group}": after for group, (_, after) in event["widths"].items()}
+    metrics |= {f"surgery/{name}_seconds": value for name, value in event["seconds"].items()}
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": event["epoch"]}, step=trainer.global_step)
+
+
+def log_gauges(trainer: Trainer, task: LightningModule, size: Mapping[str, int] | None) -> None:
+    """Send the peak of memory to every logger, and sizes in an epoch that had no validation to send them."""
+    metrics = {"memory/peak_mib": peak_memory(task)}
+    metrics |= {f"prune/{name}": value for name, value in (size or {}).items()}
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=max(trainer.global_step - 1, 0))
+
+
+def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guard | None) -> dict[str, str]:
+    """Why pruning stopped: ``reason`` is budget, metric or epochs; ``message`` says it in a sentence."""
+    pruners = list(pruners)
+    if pruners and all(getattr(pruner, budget.unit) <= pruner.target(1.0) for pruner in pruners):
+        return {"reason": "budget", "message": f"the budget {budget.unit}={budget.share:g} was reached"}
+    missed = f"the budget {budget.unit}={budget.share:g} was not reached"
+    if guard is not None and guard.lost:
+        return {"reason": "metric", "message": f"{guard.verdict()} at {guard.lost[-1]['share']:.1%} of the reduction; {missed}"}
+    ended = f"training ended at epoch {trainer.current_epoch} of {trainer.max_epochs}, before the last step"
+    return {"reason": "epochs", "message": f"{ended}; {missed}"}
+
+
+def broke_after_cut(event: Mapping[str, Any]) -> str:
+    """What to look at when training fails right after a step."""
+    cut = ", ".join(event["widths"]) or "nothing"
+    return (
+        f"training broke in the first epoch after pruning step {event['step']}, which cut {cut}. "
+        "If the message below is about a size: training runs the network otherwise than validation does (name the networks to "
+        "prune: modules=[...]), or another module follows its weights (a momentum encoder: copies={'copy': 'original'})"
+    )
+
+
+def peak_memory(task: LightningModule) -> float:
+    """Largest memory so far in MiB: what torch held on the GPU, or the process's resident set (NaN on Windows)."""
+    if task.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(task.device) / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def metric_prefix(count: int) -> str:
+    """Spell a count with three digits: ``4110000`` -> ``4.11M``."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{prefix}"
+    return str(count)

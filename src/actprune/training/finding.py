@@ -1,0 +1,120 @@
+"""Find the networks of a LightningModule: before training where validation can be run outside the loop, else while it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from actprune.core.errors import ConfigError
+from actprune.pruning import Pruner
+from actprune.training.copies import check_copies, copies_of
+from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
+from actprune.training.probe import validation_networks
+from actprune.training.resume import CheckpointHooks
+
+
+def names(modules: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of modules that a user gave.
+
+    Raises:
+        ConfigError: it is one string, which would be taken letter by letter.
+    """
+    if isinstance(modules, str):
+        raise ConfigError(f"modules={modules!r} must be a list of names, e.g. [{modules!r}]")
+    return tuple(modules or ())
+
+
+class Finder:
+    """Looks for the networks until it knows all of them.
+
+    Args:
+        task: the LightningModule.
+        hooks: its checkpoint hooks, which are told where the networks are.
+        modules: dotted names of the networks; empty: what validation runs.
+        copies: dotted name of a copy -> of what it is one.
+
+    Raises:
+        ConfigError: a name is wrong.
+    """
+
+    def __init__(
+        self, task: LightningModule, hooks: CheckpointHooks, modules: Sequence[str], copies: Mapping[str, str]
+    ) -> None:
+        check_wanted(task, modules)
+        check_copies(task, copies)
+        self.networks: dict[str, Network] = {}
+        """Dotted name -> network; empty until all are known."""
+        self._task, self._hooks, self._modules, self._copies = task, hooks, modules, copies
+        self._watcher: Watcher | None = None
+
+    def probe(self, trainer: Trainer) -> bool:
+        """Run one validation batch outside the loop; whether the networks are known now, and were not before.
+
+        Raises:
+            ActPruneError: validation has no batch or runs no network, or a network cannot be pruned by itself.
+        """
+        if self.networks:
+            return False
+        found = validation_networks(trainer, self._task, self._modules)
+        if found is None and not self._modules:
+            network = from_example_input_array(self._task)
+            found = None if network is None else [network]
+        return self._take(found)
+
+    def begin(self, batch: Any) -> None:
+        """A validation batch comes: watch it, unless the networks are known."""
+        if not self.networks:
+            self._watcher = self._watcher or Watcher(self._task, self._modules)
+            self._watcher.start(batch)
+
+    def end(self, batch: Any) -> bool:
+        """A validation batch is done; whether the networks are known now, and were not before.
+
+        Raises:
+            ActPruneError: the step ran no network, or a network cannot be pruned by itself.
+        """
+        if self._watcher is None:
+            return False
+        self._watcher.stop()
+        return self._take(self._watcher.networks(batch))
+
+    def check(self) -> None:
+        """Validation is over.
+
+        Raises:
+            ConfigError: a module that is to be pruned took no part in it.
+        """
+        if self._watcher is not None:
+            raise ConfigError(
+                f"validation never ran {', '.join(map(repr, self._watcher.missing))}, so nothing can be observed there; "
+                "take it out of modules, or run it in validation_step"
+            )
+
+    def pruners(self, **settings: Any) -> dict[str, Pruner]:
+        """Trace every network; arguments go to ``Pruner``.
+
+        Raises:
+            ActPruneError: a network cannot be traced, or the budget cannot be reached.
+        """
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return {n.path: Pruner(n.module, n.example_inputs, seed=seed, **settings) for n in self.networks.values()}
+
+    def stop(self) -> None:
+        """Remove hooks; harmless when there are none."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
+
+    def _take(self, found: Sequence[Network] | None) -> bool:
+        if found is None:
+            return False
+        for network in found:
+            check_alone(self._task, network)
+            copies_of(self._task, network.path, self._copies)
+        self._watcher = None
+        self.networks = {network.path: network for network in found}
+        self._hooks.paths = list(self.networks)
+        return True

@@ -1,0 +1,96 @@
+"""Observe the networks of a LightningModule over one validation epoch, and number the samples they see.
+
+The number of a sample is its place in the data set as the sampler deals it out, the same whatever the number of processes:
+process r of R has samples r, r + R, r + 2 R, ... of every loader.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from actprune.pruning import Observation, Pruner
+from actprune.training.example import Call, Network, n_samples
+from actprune.training.gradients import Gradients, Loss
+
+
+class Observer:
+    """The observations of one validation epoch; its hooks are on between ``start`` and ``stop``.
+
+    Args:
+        trainer: says which process this is, of how many.
+        networks: path -> network.
+        pruners: path -> its pruner.
+        loss: what criteria of the loss differentiate; None: what ``training_step`` returns.
+    """
+
+    def __init__(
+        self, trainer: Trainer, networks: Mapping[str, Network], pruners: Mapping[str, Pruner], loss: Loss | None = None
+    ) -> None:
+        self._trainer, self._loss = trainer, loss
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
+        self._networks, self._pruners = networks, pruners
+        self._hooks = ExitStack()
+        self._began = time.perf_counter()
+        self._batch_size: dict[tuple[str, int], int] = {}
+        self._position = (0, 0)
+        self._batch: Any = None
+        self._seen: set[str] = set()
+        self._gradients: dict[str, Gradients] = {}
+        self.seconds = 0.0
+        """Wall time of the validation epoch that was observed, in seconds."""
+        self.observations: dict[str, Observation] = {}
+        """Path -> what was observed."""
+
+    def start(self) -> None:
+        """Attach the hooks."""
+        for path, network in self._networks.items():
+            self._hooks.enter_context(network.calls(partial(self._called, path)))
+            observation = self._hooks.enter_context(self._pruners[path].observe())
+            self.observations[path] = observation
+            self._gradients[path] = Gradients(self._trainer, network, observation, self._loss)
+
+    def batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """A batch comes; networks whose calls are not seen take its samples as theirs."""
+        self._position, self._batch = (batch_idx, dataloader_idx), batch
+        self._seen.clear()
+        for path, network in self._networks.items():
+            if network.replays:
+                self._number(path, n_samples(batch))
+
+    def done(self) -> None:
+        """The batch was validated: run it once more where gradients are asked for, for the networks that it reached."""
+        with ExitStack() as paused:
+            for observation in self.observations.values():
+                paused.enter_context(observation.paused())
+            for path in sorted(self._seen):
+                self._gradients[path].run(self._batch, self._position[0])
+
+    def stop(self) -> None:
+        """Remove the hooks; harmless when there are none."""
+        self._hooks.close()
+        self.seconds = time.perf_counter() - self._began
+
+    def reduce(self) -> None:
+        """Merge what all processes saw."""
+        for observation in self.observations.values():
+            observation.reduce()
+
+    def _called(self, path: str, *call: Any) -> None:
+        arguments: Call = (call[0], call[1])
+        self._gradients[path].called(arguments)
+        self._number(path, n_samples(arguments))
+
+    def _number(self, path: str, n: int) -> None:
+        batch_idx, dataloader_idx = self._position
+        size = self._batch_size.setdefault((path, dataloader_idx), n)
+        within = batch_idx * size + torch.arange(n)
+        ids = within * self._ranks + self._rank + (dataloader_idx << 40)
+        self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
+        self._seen.add(path)

@@ -1,0 +1,117 @@
+"""Run a LightningModule's ``validation_step`` outside the loop, once more on a kept batch, and leave no trace of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+_CONTAINERS = (list, dict, set)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """An example for tracing: whatever module is traced, ``validation_step`` runs it."""
+
+    task: LightningModule
+    batch: Any
+
+    def __call__(self, network: nn.Module) -> Any:
+        """Run the step; the result holds what it returned, and what the network (or the last of several) returned."""
+        results: list[Any] = []
+
+        def keep_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            results[:] = [output]
+
+        with harmless(self.task), ExitStack() as stack:
+            for child in self.task.children() if network is self.task else [network]:
+                if is_network_part(child):
+                    stack.callback(child.register_forward_hook(keep_last).remove)
+            result = self.task.validation_step(self.batch, 0)
+        return [leaf for leaf in tree_leaves([result, results]) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def harmless(task: LightningModule) -> Iterator[None]:
+    """Let ``validation_step`` run outside the loop: no logging, and lists, dicts, sets and metrics are put back."""
+    logs = {name: vars(task).get(name) for name in ("log", "log_dict")}
+    held = [value for name, value in vars(task).items() if type(value) in _CONTAINERS and not name.startswith("_")]
+    kept = [type(value)(value) for value in held]
+    metrics = [(module, dict(vars(module)), _states(module)) for module in task.modules() if isinstance(module, Metric)]
+    for name in logs:
+        object.__setattr__(task, name, _ignore)
+    try:
+        yield
+    finally:
+        for name, value in logs.items():
+            put_back(task, name, value)
+        for value, content in zip(held, kept, strict=True):
+            _refill(value, content)
+        for metric, attributes, states in metrics:
+            vars(metric).update(attributes)
+            for name, content in states.items():
+                _refill(getattr(metric, name), content)
+
+
+def is_network_part(module: nn.Module) -> bool:
+    """Whether a module computes with parameters (metrics may hold some, and do not)."""
+    return not isinstance(module, Metric) and any(True for _ in module.parameters())
+
+
+def put_back(task: LightningModule, name: str, value: Any) -> None:
+    """Give an attribute of the instance its value again, or the class's own where the instance had none."""
+    if value is None:
+        vars(task).pop(name, None)
+    else:
+        object.__setattr__(task, name, value)
+
+
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A nested structure (mappings, tuples, lists, dataclasses) with ``function`` applied to its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (Mapping, list)):
+        other: Any = copy.copy(value)
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            other[key] = mapped(item, function)
+        return other
+    if isinstance(value, tuple):
+        items = [mapped(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for entry in dataclasses.fields(value):
+            object.__setattr__(twin, entry.name, mapped(getattr(value, entry.name), function))
+        return twin
+    return value
+
+
+def copied(value: Any) -> Any:
+    """A nested structure with copies of its tensors."""
+    return mapped(value, lambda tensor: tensor.detach().clone())
+
+
+def _states(metric: Metric) -> dict[str, Any]:
+    return {name: copied(getattr(metric, name)) for name in metric._defaults}
+
+
+def _refill(value: Any, content: Any) -> None:
+    # In place: a metric collection shares one state among several metrics, and users keep references.
+    if isinstance(value, Tensor):
+        value.copy_(content)
+    elif isinstance(value, list):
+        value[:] = content
+    else:
+        value.clear()
+        value.update(content)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None

@@ -1,0 +1,80 @@
+"""Checkpoints that are whole or absent, and the newest of them in a folder.
+
+Lightning writes to the system's folder for temporary files and moves the result; between two file systems that is a copy,
+which a kill leaves half done. Here the file is written beside its place, flushed to disk and renamed. A full disk or a folder
+that cannot be written ends in one message; what was there before is intact.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning import LightningModule
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from actprune.core.errors import StorageError
+from actprune.core.files import atomic_path
+from actprune.training.resume import CheckpointHooks
+
+Task = TypeVar("Task", bound=LightningModule)
+
+_BROKEN = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically: ``Trainer(plugins=[AtomicCheckpoints()])``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; a remote path is left to Lightning.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written; an older file of this name is intact.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with atomic_path(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+            raise StorageError(
+                f"the checkpoint {path} could not be written ({error}); checkpoints written before are intact: free some "
+                "space or make the folder writable, and go on from the last one"
+            ) from error
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest file in a folder that loads as a checkpoint to go on from; None if there is none."""
+    files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.name.startswith(".")]  # those are half done
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except _BROKEN:
+            continue
+        if isinstance(content, dict) and "optimizer_states" in content:  # others hold weights only
+            return path
+    return None
+
+
+def load_task(kind: type[Task], path: Any, **options: Any) -> Task:
+    """``kind.load_from_checkpoint(path, **options)`` for checkpoints of pruned LightningModules.
+
+    Args:
+        kind: the LightningModule's class, which need not know of pruning.
+        path: a checkpoint, with or without pruning steps in it.
+        options: as ``load_from_checkpoint`` takes them: arguments of the class, ``map_location``, ``strict``.
+
+    Returns:
+        The module in the shape of the checkpoint; it carries its surgery records, and may be trained on with the callback.
+    """
+
+    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.__class__ = kind
+        CheckpointHooks.attach(self).load(checkpoint)
+
+    reading: Any = type(kind.__name__, (kind,), {"on_load_checkpoint": on_load_checkpoint, "__module__": kind.__module__})
+    return reading.load_from_checkpoint(path, **{"weights_only": True, **options})

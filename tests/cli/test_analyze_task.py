@@ -1,0 +1,116 @@
+"""``task=analyze``: tables, pictures and a summary of a network, a checkpoint or a pruned file."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from actprune.cli import schema
+from actprune.cli.analyze import load_network
+from actprune.cli.build import build, resolved
+from actprune.cli.job import run_job
+from actprune.core.errors import ConfigError
+from actprune.report.influence import TABLES
+from actprune.report.influence_plots import PICTURES
+from paths import CONF
+
+TASK = (
+    "task=analyze",
+    "logger=none",
+    "calibration=64",
+    "analyze.images=100",
+    "analyze.criteria=[rms,label_information,taylor]",
+    "analyze.removals.shares=[0.5]",
+    "analyze.removals.n_units=3",
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """As in a job: Hydra still knows its search path, on which the criteria are looked up."""
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: compose("config", [f"paths.output_dir={tmp_path / 'out'}", *overrides])
+
+
+@pytest.fixture
+def weights(config, tmp_path):
+    torch.manual_seed(7)
+    net = build(resolved(config()).model, "model")
+    path = tmp_path / "weights.pt"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_it_measures_writes_and_prints(config, weights, tmp_path, capsys):
+    assert run_job(config(*TASK, f"weights={weights}", "seed=3")) is None
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "analysis.json", "pieces", *TABLES, *PICTURES}
+    summary = json.loads((out / "analysis.json").read_text())
+    assert set(summary["effect"]) == {"rms", "label_information", "taylor", "random"}
+    assert (summary["observed"], summary["measured"], summary["groups"], summary["seed"]) == (64, 100, 4, 3)
+    assert {"torch", "actprune"} <= summary["versions"].keys()
+    assert {"commit", "seconds", "val_accuracy", "val_loss", "params", "macs"} <= summary.keys()
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 110
+    assert "6/6 done" in printed
+    assert "label_information" in printed
+    assert str(out) in printed
+
+
+def test_the_same_command_goes_on(config, weights, tmp_path, capsys):
+    settings = config(*TASK, f"weights={weights}")
+    run_job(settings)
+    first = (tmp_path / "out" / "groups.csv").read_text()
+    piece = tmp_path / "out" / "pieces" / "group001.json"
+    others = {path: path.stat().st_mtime_ns for path in piece.parent.iterdir() if path != piece}
+    piece.unlink()
+    run_job(settings)
+    assert (tmp_path / "out" / "groups.csv").read_text() == first
+    assert piece.is_file()
+    del others[piece.parent / "made_from.json"]
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items())
+
+
+def test_a_checkpoint_and_a_pruned_network(fast, config, tmp_path):
+    run_job(fast("pruner=rms", "budget.params=0.5", "logger=none"))
+    out = tmp_path / "out"
+    pruned = json.loads((out / "summary.json").read_text())["params_after"]
+    for path in (out / "pruned.pt", out / "checkpoints" / "last.ckpt"):
+        net = build(resolved(config()).model, "model")
+        load_network(net, str(path))
+        assert sum(p.numel() for p in net.parameters()) == pruned
+    run_job(config(*TASK, f"weights={out / 'pruned.pt'}", f"paths.output_dir={tmp_path / 'analysis'}"))
+    assert json.loads((tmp_path / "analysis" / "analysis.json").read_text())["params"] == pruned
+
+
+def test_all_criteria_of_the_folder_by_default(config, weights, tmp_path):
+    run_job(config(*TASK, f"weights={weights}", "analyze.criteria=null", "calibration=16", "analyze.removals.n_units=1"))
+    made_from = json.loads((tmp_path / "out" / "pieces" / "made_from.json").read_text())
+    files = {path.stem for path in (CONF / "pruner").glob("[!_]*.yaml")}
+    assert set(made_from["criteria"]) == files - {"none"}
+
+
+def test_an_untrained_network_is_told_of(config, caplog):
+    run_job(config(*TASK))
+    assert "this network has learned nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("weights=absent.pt", "absent.pt does not exist"),
+        ("calibration=0", "calibration=0 must be at least 1 image"),
+        ("analyze.images=0", "analyze: images=0 must be at least 1"),
+        ("analyze.criteria=[rns]", "there is no pruner=rns; choose from batch_norm_scale, entropy"),
+        ("analyze.criteria=[none]", "pruner=none has no criterion"),
+        ("analyze.removals.shares=[2]", r"shares=\[2\] must be 1 or more numbers"),
+        ("+analyze.removals.shame=1", "has no such argument; did you mean shares"),
+    ],
+)
+def test_what_cannot_work_says_so(config, override, message):
+    with pytest.raises(ConfigError, match=message):
+        run_job(config(*TASK, override))

@@ -1,0 +1,107 @@
+"""``resume=DIR``: a job or a sweep that was cut off goes on in its own folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from actprune.cli.resuming import command_line
+from actprune.core.errors import ConfigError
+from paths import ROOT
+
+SMALL = ("debug=fast", "data.batch_size=16", "pruner=magnitude", "logger=csv", "trainer.max_epochs=6", "schedule.start=1")
+
+
+def state(folder):
+    return torch.load(folder / "pruned.pt", weights_only=True)
+
+
+def same(one, other):
+    return one["surgery_record"] == other["surgery_record"] and all(
+        torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items()
+    )
+
+
+def kill_when(path, command, cwd, timeout=120):
+    """Start run.py and kill -9 it as soon as ``path`` exists."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *command], cwd=cwd, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    end = time.monotonic() + timeout
+    while not list(cwd.glob(path)) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(cwd.glob(path))
+
+
+def test_a_killed_sweep_goes_on_where_it_was(command, tmp_path):
+    """The first job is not run again, the second goes on from its checkpoint, the third starts; the same networks come out."""
+    sweep = ("-m", *SMALL, "seed=1,2,3")
+    done = command(*sweep, "hydra.sweep.dir=whole")
+    assert done.returncode == 0, done.stderr
+    kill_when("cut/1/checkpoints/last.ckpt", [*sweep, "hydra.sweep.dir=cut"], tmp_path)
+    first = (tmp_path / "cut" / "0" / "summary.json").read_text()
+    assert not (tmp_path / "cut" / "1" / "summary.json").exists()
+    again = command("resume=cut")
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stdout
+    assert (tmp_path / "cut" / "0" / "summary.json").read_text() == first
+    for job in ("0", "1", "2"):
+        assert same(state(tmp_path / "cut" / job), state(tmp_path / "whole" / job))
+        (one, other) = (json.loads((tmp_path / name / job / "summary.json").read_text()) for name in ("cut", "whole"))
+        assert one["history"] == other["history"]
+        assert one["seed"] == int(job) + 1
+    assert [path.name for path in (tmp_path / "cut" / "1" / "checkpoints").glob("last*")] == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_one_job_goes_on_and_takes_new_settings(command, tmp_path):
+    kill_when("run/checkpoints/last.ckpt", [*SMALL, "hydra.run.dir=run"], tmp_path)
+    again = command("resume=run", "trainer.max_epochs=7")
+    assert again.returncode == 0, again.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [row["epoch"] for row in summary["history"]] == list(range(7))
+    assert summary["criterion"] == "magnitude"
+    assert not (tmp_path / "runs").exists()
+    third = command("resume=run")
+    assert "finished already" in third.stdout
+
+
+def test_no_folder_no_run(command):
+    done = command("resume=nowhere")
+    assert done.returncode == 1
+    assert "nowhere is no output folder" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "a b" / ".hydra").mkdir(parents=True)
+    (tmp_path / "a b" / ".hydra" / "overrides.yaml").write_text("- seed=3\n- resume='x'\n- pruner=random\n")
+    folder = tmp_path / "a b"
+    expected = ["seed=3", "pruner=random", "seed=4", f"hydra.run.dir='{folder}'", f"resume='{folder}'"]
+    assert command_line([f"resume={folder}", "seed=4"]) == expected
+    assert command_line([f"resume='{folder}'", "seed=4"]) == expected
+    assert command_line(["seed=1"]) == ["seed=1"]
+    assert command_line(["resume=null"]) == ["resume=null"]
+    with pytest.raises(ConfigError, match="is one job, which -m cannot vary"):
+        command_line(["-m", f"resume={folder}"])
+
+
+def test_a_sweeper_that_chooses_by_itself_is_refused(tmp_path):
+    (tmp_path / "multirun.yaml").write_text(
+        "hydra: {sweeper: {_target_: hydra_plugins.optuna.Sweeper}, overrides: {task: [], hydra: []}}"
+    )
+    with pytest.raises(ConfigError, match="hydra_plugins.optuna.Sweeper chooses its jobs by itself"):
+        command_line([f"resume={tmp_path}"])
+
+
+def test_a_sweep_does_not_run_once_per_process(command):
+    done = command("-m", *SMALL, "trainer=ddp", "seed=1,2")
+    assert done.returncode == 1
+    assert "every one of the 2 processes of strategy=ddp would run the whole sweep" in done.stderr

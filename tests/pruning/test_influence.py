@@ -1,0 +1,257 @@
+"""Group influence: every number against a brute-force computation that knows nothing of graphs."""
+
+import itertools
+import json
+
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actprune import analyze, criteria
+from actprune.core.errors import ConfigError, ObservationError
+from actprune.pruning import EFFECT, RANDOM, GroupInfluence, Influence, Removals, agreement
+from actprune.pruning import influence as module
+
+SIZES = {"0": 9, "3": 6}
+REMOVALS = Removals(shares=(0.25, 0.5), n_units=4, draws=2, seed=5)
+CRITERIA = {"rms": criteria.RMS(), "magnitude": criteria.Magnitude(), "taylor": criteria.Taylor()}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batches(seed, n=4):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(7, 5, generator=generator), torch.randint(0, 3, (7,), generator=generator)) for _ in range(n)]
+
+
+DATA, VALIDATION = batches(1), batches(2)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return analyze(network(), DATA[0][0][:1], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS)
+
+
+def brute_force(gone):
+    """Loss and accuracy on all validation samples at once, with the units at their means over the observed samples."""
+    model = network().eval()
+    x, y = (torch.cat(parts) for parts in zip(*VALIDATION, strict=True))
+    seen = torch.cat([inputs for inputs, _ in DATA])
+    with torch.no_grad():
+        for last, name in ((3, "0"), (5, "3")):
+            x, seen = (model[last - 3 if last == 3 else 3 : last](v) for v in (x, seen))
+            for unit in gone.get(name, ()):
+                x[:, unit] = seen[:, unit].double().mean().float()
+        logits = model[5](x)
+        return F.cross_entropy(logits.double(), y).item(), (logits.argmax(1) == y).double().mean().item()
+
+
+def test_the_whole_network_and_the_groups(found):
+    assert (found.loss, found.accuracy) == pytest.approx(brute_force({}), rel=1e-5)
+    assert (found.n_observed, found.n_measured) == (28, 28)
+    assert {group.name: group.size for group in found.groups} == SIZES
+    assert list(found.criteria) == [*CRITERIA, RANDOM]
+    first, second = found.groups
+    assert first.params == 9 * 5 + 9 + 2 * 9 + 6 * 9  # filters, biases, norm, columns of the reader
+    assert first.macs == 9 * 5 + 6 * 9
+    assert second.params == 6 * 9 + 6 + 3 * 6
+    assert found.macs == 9 * 5 + 6 * 9 + 3 * 6
+
+
+def test_single_units(found):
+    whole = brute_force({})
+    for group in found.groups:
+        assert len(group.units) == len(set(group.units)) == 4
+        for unit, loss, accuracy in zip(group.units, group.unit_loss, group.unit_accuracy, strict=True):
+            expected = brute_force({group.name: [unit]})
+            assert loss == pytest.approx(expected[0] - whole[0], abs=1e-6)
+            assert accuracy == pytest.approx(expected[1] - whole[1], abs=1e-9)
+
+
+def test_shares_of_one_group_and_of_all(found):
+    scores = {group.name: group.scores for group in found.groups}
+
+    def taken(group, name, end, share):
+        order = sorted(range(SIZES[group]), key=lambda unit: scores[group][name][unit])
+        count = max(1, round(share * SIZES[group]))
+        return order[:count] if end == "lowest" else order[-count:]
+
+    sites = [([group.name], group.removals) for group in found.groups] + [(list(SIZES), found.whole)]
+    for names, removals in sites:
+        wanted = {(name, end, share) for name in CRITERIA for end in ("lowest", "highest") for share in (0.25, 0.5)}
+        wanted |= {(RANDOM, "random", share) for share in (0.25, 0.5)}
+        assert {(r.criterion, r.end, r.share) for r in removals} == wanted
+        for r in removals:
+            if r.criterion == RANDOM:
+                continue
+            gone = {group: taken(group, r.criterion, r.end, r.share) for group in names}
+            assert r.units == sum(map(len, gone.values()))
+            assert (r.loss, r.accuracy) == pytest.approx(brute_force(gone), abs=1e-6)
+
+
+def test_a_random_share_is_the_mean_over_draws(found):
+    """Of nine choose two sets, two: the mean of some two of them."""
+    removal = next(r for r in found.groups[0].removals if r.criterion == RANDOM and r.share == 0.25)
+    losses = [brute_force({"0": gone})[0] for gone in itertools.combinations(range(9), 2)]
+    assert any(
+        removal.loss == pytest.approx((a + b) / 2, abs=1e-6) for a, b in itertools.combinations_with_replacement(losses, 2)
+    )
+
+
+def test_units_of_equal_score_are_not_taken_in_their_order():
+    class Same(criteria.Magnitude):
+        def score(self, view):
+            return torch.ones(view.size, dtype=torch.float64)
+
+    ours = analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={"same": Same()}, removals=REMOVALS)
+    removal = next(r for r in ours.groups[0].removals if r.end == "lowest" and r.share == 0.25)
+    assert removal.loss != pytest.approx(brute_force({"0": [0, 1]})[0], abs=1e-6)
+
+
+def test_the_model_stays_as_it_was():
+    model = network().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    analyze(model, DATA[0][0][:1], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_it_goes_on_where_it_was_broken_off(found, tmp_path, monkeypatch):
+    def run(progress=None, **changed):
+        settings = {"criteria": CRITERIA, "removals": REMOVALS, **changed}
+        return analyze(network(), DATA[0][0][:1], DATA, VALIDATION, folder=tmp_path, progress=progress, **settings)
+
+    def killed(done, total, name):
+        if name == "3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["group000.json", "made_from.json", "scores.json"]
+    measured = []
+    measure = module._group
+    monkeypatch.setattr(module, "_group", lambda group, *rest: measured.append(group.name) or measure(group, *rest))
+    monkeypatch.setattr(module, "_scores", killed)
+    assert run() == found
+    assert measured == ["3"]
+    assert run() == found
+    assert measured == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"criteria": {"rms": criteria.RMS()}}, "criteria"),
+        ({"removals": Removals(shares=(0.25, 0.5), n_units=4, draws=2, seed=6)}, "settings"),
+    ],
+)
+def test_pieces_of_another_analysis_are_refused(tmp_path, changed, what):
+    settings = {"criteria": CRITERIA, "removals": REMOVALS, "folder": tmp_path}
+    analyze(network(), DATA[0][0][:1], DATA, VALIDATION, **settings)
+    with pytest.raises(ConfigError, match=rf"holds an analysis that was made from other {what}; choose another folder"):
+        analyze(network(), DATA[0][0][:1], DATA, VALIDATION, **{**settings, **changed})
+    model = network()
+    with torch.no_grad():
+        model[5].bias += 1
+    with pytest.raises(ConfigError, match="made from other weights"):
+        analyze(model, DATA[0][0][:1], DATA, VALIDATION, **settings)
+    with pytest.raises(ConfigError, match="made from other data"):
+        analyze(network(), DATA[0][0][:1], DATA, batches(3), **settings)
+
+
+def test_progress_counts_to_the_end():
+    told = []
+    analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={}, removals=REMOVALS, progress=lambda *a: told.append(a))
+    assert told == [(0, 4, "observing"), (1, 4, "0"), (2, 4, "3"), (3, 4, "whole network"), (4, 4, "done")]
+
+
+def test_another_judge():
+    def judge(outputs, targets):
+        error = (outputs[:, 0] - targets).square()
+        return torch.stack([error, (error < 1).float()], dim=1).double()
+
+    pairs = [(x, y.float()) for x, y in VALIDATION]
+    ours = analyze(network(), DATA[0][0], pairs, pairs, criteria=CRITERIA, removals=REMOVALS, judge=judge)
+    model = network().eval()
+    x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    assert ours.loss == pytest.approx((model(x)[:, 0] - y).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("validation", [[], [torch.randn(3, 5)]])
+def test_validation_without_targets_raises(validation):
+    with pytest.raises(ObservationError, match="validation must yield 1 or more batches, each a pair of inputs and targets"):
+        analyze(network(), DATA[0][0], DATA, validation, criteria=CRITERIA)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": ()}, r"shares=\[\] must be 1 or more numbers"),
+        ({"shares": (0.5, 1.5)}, r"shares=\[0.5, 1.5\] must be"),
+        ({"n_units": 0}, "n_units=0 must be at least 1"),
+        ({"draws": 0}, "draws=0 must be at least 1"),
+    ],
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Removals(**options)
+
+
+# --- agreement ---
+
+
+def made(groups):
+    return Influence(0, 0, 0.0, 0.0, 1, 1, ("a", "b", "flat", "some"), groups, [])
+
+
+def group(name, seed, units=None):
+    generator = torch.Generator().manual_seed(seed)
+    a, b, noise = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    scores = {"a": a.tolist(), "b": (a + b).tolist(), "flat": [1.0] * 12}
+    if name == "one":
+        scores["some"] = b.tolist()
+    units = list(range(0, 12, 2)) if units is None else units
+    return GroupInfluence(name, 12, 0, 0, scores, units, (a + noise)[units].tolist(), [0.0] * len(units), [])
+
+
+def test_correlations_are_those_of_scipy_averaged_over_groups():
+    groups = [group("one", 1), group("two", 2), group("three", 3), group("tiny", 4, [0, 1])]
+    said = agreement(made(groups))
+    k = {name: i for i, name in enumerate(said.names)}
+    assert said.names == (EFFECT, "a", "b", "flat", "some")
+    counted = groups[:3]
+    effect = [scipy.stats.spearmanr([g.scores["b"][u] for u in g.units], g.unit_loss).statistic for g in counted]
+    assert said.mean[k[EFFECT]][k["b"]] == pytest.approx(sum(effect) / 3)
+    assert said.mean[k["b"]][k[EFFECT]] == said.mean[k[EFFECT]][k["b"]]
+    assert said.n_groups[k[EFFECT]][k["b"]] == 3
+    pairs = [scipy.stats.spearmanr(g.scores["a"], g.scores["b"]).statistic for g in counted]
+    assert said.mean[k["a"]][k["b"]] == pytest.approx(sum(pairs) / 3)
+    assert said.low[k["a"]][k["b"]] == pytest.approx(min(pairs), abs=1e-9)  # of three groups, the least is drawn often enough
+    assert said.high[k["a"]][k["b"]] == pytest.approx(max(pairs), abs=1e-9)
+    assert said.by_group["one"][k["a"]][k["b"]] == pytest.approx(pairs[0])
+    assert "tiny" not in said.by_group
+
+
+def test_what_cannot_be_ranked_is_not_counted():
+    said = agreement(made([group("one", 1), group("two", 2)]))
+    flat, some = (list(said.names).index(name) for name in ("flat", "some"))
+    assert said.n_groups[0][flat] == 0
+    assert said.mean[0][flat] != said.mean[0][flat]
+    assert said.n_groups[0][some] == 1
+    assert said.mean[0][some] == said.by_group["one"][0][some]
+
+
+def test_pieces_are_plain_json(tmp_path):
+    analyze(network(), DATA[0][0], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS, folder=tmp_path)
+    for path in tmp_path.iterdir():
+        json.loads(path.read_text())
