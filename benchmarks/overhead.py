@@ -19,7 +19,9 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,10 +46,10 @@ BARS = {
     "rms": 1.05,
     "all at once": 1.35,
 }
-ALONE: dict[str, type[Criterion]] = {
+ALONE: dict[str, Callable[[], Criterion]] = {
     "entropy": criteria.Entropy,
     "state_entropy": criteria.StateEntropy,
-    "rademacher": criteria.Rademacher,
+    "rademacher": partial(criteria.Rademacher, estimate="monte_carlo", replicates=64),
     "zero_rate": criteria.ZeroRate,
     "mean_activation": criteria.MeanActivation,
     "variance": criteria.Variance,
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=4, help="per epoch that is timed")
+    parser.add_argument("--batches", type=int, default=20, help="per epoch that is timed")
     parser.add_argument("--images", type=int, default=2000, help="behind the rank correlations")
     parser.add_argument("--positions", type=int, default=POSITIONS, help="per map")
     parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")

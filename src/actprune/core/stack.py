@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,17 +19,23 @@ class Frame:
     path: str
     args: tuple[Any, ...] = ()
     """The call's positional arguments."""
+    call: int = 0
+    """How many calls of the module were made before this one."""
     contractions: int = 0
     """Contractions that the call has run itself, outside its children."""
+    operators: int = 0
+    """Operators that the call has run itself, outside its children."""
 
 
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
     """Yield the running calls, outermost first; after an exception the list stays as it was then."""
     stack = [Frame("")]
+    calls: Counter[str] = Counter()
 
     def enter(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        stack.append(Frame(path, args))
+        stack.append(Frame(path, args, calls[path]))
+        calls[path] += 1
 
     def leave(path: str, _module: nn.Module, _args: Any, _out: Any) -> None:
         if stack[-1].path == path:

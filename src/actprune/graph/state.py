@@ -85,6 +85,8 @@ class TraceState:
     """Module path -> pairs of ids: what a view there produced, and an input of that module of the same extent."""
     training: bool = False
     """What runs now, runs in training mode only."""
+    produced_ids: dict[tuple[str, int, int], tuple[str, list[list[Ids]]]] = field(default_factory=dict)
+    """(module, call, operator) -> the operator's name, and for each of its outputs the ids of every dimension."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])

@@ -79,6 +79,10 @@ class ChannelTracer(TorchDispatchMode):
             self._refuse(func, inputs)
         if name not in CONTRACTIONS:
             t.compute(inputs, outputs)
+        if not composite and not t.training:
+            frame = t.frames[-1]
+            t.produced_ids[frame.path, frame.call, frame.operators] = name, [t.ids(x) for x in outputs]
+            frame.operators += 1
         return out
 
     def _refuse(self, func: Any, inputs: list[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from actprune.graph.cost import CostModel
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
+from actprune.graph.ids import FREE, Ids
 from actprune.graph.state import TraceState
 
 _HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
@@ -93,8 +94,29 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
+        _extents(state, classes),
         _unknown(state, classes, consumed | produced),
     )
+
+
+def _extents(
+    state: TraceState, classes: _Classes
+) -> dict[tuple[str, int, int], tuple[str, tuple[tuple[NDArray[np.int64] | None, ...], ...]]]:
+    """Classes along every dimension that every operator produced; broadcast dimensions follow others and say nothing."""
+    known: dict[int, NDArray[np.int64] | None] = {}
+
+    def of(ids: Ids) -> NDArray[np.int64] | None:
+        if ids is None:
+            return None
+        if id(ids) not in known:
+            column = classes.of(ids)
+            known[id(ids)] = column if (column >= 0).any() and not (ids == FREE).any() else None
+        return known[id(ids)]
+
+    return {
+        key: (name, tuple(tuple(of(ids) for ids in dims) for dims in outputs))
+        for key, (name, outputs) in state.produced_ids.items()
+    }
 
 
 def _may_tie(state: TraceState) -> frozenset[str]:

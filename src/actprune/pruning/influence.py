@@ -48,7 +48,7 @@ class Removals:
         ConfigError: a value is outside what it may be.
     """
 
-    shares: Sequence[float] = (0.1, 0.25, 0.5, 0.75)
+    shares: Sequence[float] = (0.05, 0.1, 0.25, 0.5)
     """Shares of a group that are replaced together, in (0, 1]."""
     n_units: int = 16
     """Units per group that are replaced alone, drawn; all where the group has no more."""

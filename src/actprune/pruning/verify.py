@@ -10,11 +10,16 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import Example, call, undisturbed
-from actprune.core.stack import module_stack
+from actprune.core.hooks import decomposed
+from actprune.core.stack import Frame, module_stack
 from actprune.graph import Follower, Graph, Group, Trace
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
@@ -50,15 +55,55 @@ class _Failure:
     """Which pattern failed, and how many operators had run."""
 
 
-class _Counter(TorchDispatchMode):
-    """Counts operators: how far a model got."""
+class _ShapeError(Exception):
+    """An operator produced other extents than the trace predicts."""
 
-    n = 0
+
+class _Checker(TorchDispatchMode):
+    """Counts operators, how far a model got, and compares what they produce with what the trace predicts.
+
+    A reshape that infers an extent can take a wrong one without failing. Calls that run other operators than the traced one
+    did (data decide, or a module changed its class) are let through from there on.
+    """
+
+    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame]) -> None:
+        super().__init__()
+        self.n = 0
+        self._graph = graph
+        self._stays = np.append(~gone, True)
+        self._stack = stack
+        self._kept: dict[int, int] = {}
+        self._astray: set[tuple[str, int]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        out = func(*args, **(kwargs or {}))
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        out = decomposed(self, func, args, kwargs or {})
+        if composite:
+            return out
         self.n += 1
+        frame = self._stack[-1]
+        call_, number = (frame.path, frame.call), frame.operators
+        frame.operators += 1
+        name, expected = self._graph.extents.get((*call_, number), ("", ()))
+        if name != func.overloadpacket.__name__:
+            self._astray.add(call_)
+        if call_ not in self._astray:
+            for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
+                self._compare(name, tensor, dims)
         return out
+
+    def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
+        if tensor.dim() != len(dims):
+            return
+        for extent, column in zip(tensor.shape, dims, strict=True):
+            if column is None:
+                continue
+            if id(column) not in self._kept:
+                self._kept[id(column)] = int(self._stays[column].sum())
+            if extent != self._kept[id(column)]:
+                raise _ShapeError(
+                    f"{name} gives shape {tuple(tensor.shape)}, with {self._kept[id(column)]} where {extent} stands"
+                )
 
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
@@ -203,9 +248,12 @@ def _meets(group: Group, path: str) -> bool:
 def _failure(model: nn.Module, example: Example, graph: Graph, groups: Sequence[Group]) -> _Failure | None:
     for number, pattern in enumerate(_PATTERNS):
         plan = draft(model, graph, {g.name: pattern(i, g.size) for i, g in enumerate(groups)})
-        with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan), _Counter() as counter:
+        gone = graph.removed({g.name: pattern(i, g.size) for i, g in enumerate(groups)})
+        with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan):
+            counter = _Checker(graph, gone, stack)
             try:
-                call(model, example)
+                with counter:
+                    call(model, example)
             except Exception as error:
                 path = stack[-1].path
                 text = str(error).strip().partition("\n")[0]

@@ -130,7 +130,7 @@ def _draw(axes: Axes, influence: Influence, removals: Sequence[Removal], end: st
         style: dict[str, Any] = {"color": colour, "linewidth": 1.1}
         if name == RANDOM:
             style = {"color": INK, "linewidth": 1.8, "linestyle": "--"}
-        axes.plot(x, y, marker=mark, markersize=3.5, markeredgewidth=0, label=plain(name), **style)
+        axes.plot(x, y, marker=mark, markersize=4, markeredgewidth=0, label=plain(name), **style)
 
 
 def _legend(figure: Figure, axes: Axes, place: Any, columns: int) -> None:

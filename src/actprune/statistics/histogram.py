@@ -29,6 +29,10 @@ _EXACT_FLOAT32 = 1 << 24
 RANGES = ("layer", "unit")
 
 
+Block = tuple[slice, Tensor, Tensor]
+"""Units, and what ``bin_index`` takes for their columns."""
+
+
 class Histogram(Accumulator):
     """Streaming histogram per unit over a range that need not be known in advance.
 
@@ -62,7 +66,7 @@ class Histogram(Accumulator):
         self.bins, self.range, self.pool, self.zero_bin = bins, range, pool, zero_bin
         self.fine_bins = FINENESS * bins
         self.whole_maps = pool == "gap"  # the mean of a few positions is not the mean of the map
-        self._known: tuple[tuple[int, list[float], list[float]], list[tuple[slice, Tensor, Tensor]]] | None = None
+        self._known: tuple[object, tuple[Tensor, Tensor], dict[int, list[Block]]] | None = None
         extent = n_units if range == "unit" else 1
         self.add_state("counts", torch.zeros(n_units, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
@@ -113,8 +117,13 @@ class Histogram(Accumulator):
             self.counts.copy_(rebin(self.counts, old, new))
 
     def _window(self) -> tuple[Tensor, Tensor]:
-        """Exponent and first bin of the present range."""
-        return window(self.low, self.high, self.fine_bins)
+        """Exponent and first bin of the present range; on a CPU, kept while the range stays."""
+        if self.counts.device.type != "cpu":
+            return window(self.low, self.high, self.fine_bins)
+        key = (self.low.tolist(), self.high.tolist())
+        if self._known is None or self._known[0] != key:
+            self._known = (key, window(self.low, self.high, self.fine_bins), {})
+        return self._known[1]
 
     def _count(self, rows: Tensor, positions: int) -> None:
         for units, scale, shift in self._blocks(positions):
@@ -122,13 +131,12 @@ class Histogram(Accumulator):
             counts = self.counts[units].view(-1)
             _increment(counts, bin_index(part, scale, shift).clamp_(0, len(counts) - 1))
 
-    def _blocks(self, positions: int) -> list[tuple[slice, Tensor, Tensor]]:
+    def _blocks(self, positions: int) -> list[Block]:
         """Units that are counted together, and how their values become places; on a CPU, kept while the range stays."""
-        on_cpu = self.counts.device.type == "cpu"
-        key = (positions, self.low.tolist(), self.high.tolist()) if on_cpu else None
-        if key is not None and self._known is not None and self._known[0] == key:
-            return self._known[1]
         exponent, origin = self._window()
+        kept = self._known[2] if self._known is not None and self.counts.device.type == "cpu" else {}
+        if positions in kept:
+            return kept[positions]
         size = max(1, _EXACT_FLOAT32 // 2 // self.fine_bins)  # so that every place in the counts is exact in float32
         blocks = []
         for start in range(0, self.n_units, size):
@@ -136,8 +144,7 @@ class Histogram(Accumulator):
             part = units if self.range == "unit" else slice(None)
             first = torch.arange(units.stop - start, device=exponent.device) * self.fine_bins
             blocks.append((units, *columns(exponent[part], origin[part], first, positions)))
-        if key is not None:
-            self._known = (key, blocks)
+        kept[positions] = blocks
         return blocks
 
     def evaluate(self) -> Tensor:
