@@ -19,7 +19,7 @@ from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
 from masked import counted, difference, masked, outputs, random_units
 
-_OF_DETECTORS = ("backbone", "rpn.head", "head")
+_OF_DETECTORS = ("rpn.head", "roi_heads.box_predictor", "head")
 
 
 def _floats(output: Any) -> list[Tensor]:

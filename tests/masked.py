@@ -5,6 +5,7 @@ norm over the channels that stay, everything else is the user's own forward on t
 """
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ class KeptOther(nn.Module):
     def __init__(self, norm, gone):
         super().__init__()
         size = len(next(norm.parameters(recurse=False)))
-        self.keep = torch.tensor(sorted(set(range(size)) - set(gone)))
+        self.keep = _stays(size, gone)
         self.norm = copy.deepcopy(norm)
         for name, value in norm.named_parameters(recurse=False):
             setattr(self.norm, name, nn.Parameter(value.index_select(0, self.keep)))
@@ -86,6 +87,48 @@ class KeptOther(nn.Module):
         return y.new_zeros(shape).index_copy(self.dim, self.keep, y)
 
 
+class KeptConv(nn.Module):
+    """A convolution that computes its weight from its parameters, run on the channels that stay; the others are zero."""
+
+    def __init__(self, conv, removed):
+        super().__init__()
+        self.conv = copy.deepcopy(conv)
+        for name, by_dim in removed.items():
+            owner, _, leaf = name.rpartition(".")
+            tensor = self.conv.get_parameter(name)
+            for dim, gone in by_dim.items():
+                tensor = tensor.index_select(dim, _stays(tensor.shape[dim], gone))
+            setattr(self.conv.get_submodule(owner), leaf, nn.Parameter(tensor))
+        source = next(
+            name
+            for name in ("parametrizations.weight.original1", "parametrizations.weight.original", "weight")
+            if name in removed
+        )
+        by_dim = removed[source]
+        self.outer = _stays(conv.out_channels, by_dim.get(0, []))
+        self.width = conv.out_channels
+        if conv.groups > 1:  # whole groups leave
+            self.conv.groups = conv.groups * len(self.outer) // conv.out_channels
+            each_out, each_in = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+            groups = self.outer[::each_out] // each_out
+            self.inner = (groups[:, None] * each_in + torch.arange(each_in)).flatten()
+        else:
+            self.inner = _stays(conv.in_channels, by_dim.get(1, []))
+
+    def forward(self, x):
+        y = self.conv(x.index_select(1, self.inner))
+        return y.new_zeros(y.shape[0], self.width, *y.shape[2:]).index_copy(1, self.outer, y)
+
+
+def _stays(size, gone):
+    return torch.tensor(sorted(set(range(size)) - set(gone)))
+
+
+def _computes_its_weight(module):
+    """A convolution with a parametrized or standardised weight."""
+    return isinstance(module, CONVS) and type(module) not in CONVS
+
+
 def _written_elsewhere(module):
     """A norm over channels that is no module of PyTorch's own."""
     own = list(module.parameters(recurse=False))
@@ -95,7 +138,7 @@ def _written_elsewhere(module):
 
 def masked(model, plan, *, consumers_only=False):
     """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone."""
-    twin = copy.deepcopy(model)
+    original, twin = model, copy.deepcopy(model)
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
     with torch.no_grad():
         for name, dims in plan.removed.items():
@@ -106,6 +149,10 @@ def masked(model, plan, *, consumers_only=False):
         parent, _, leaf = path.rpartition(".")
         if hasattr(module, "keep_only"):  # norms written by hand in the zoo
             module.keep_only(plan.removed.get(module.follows or f"{path}.weight", {}).get(0, []))
+        elif _computes_its_weight(module):
+            own = {n: plan.removed[f"{path}.{n}"] for n, _ in module.named_parameters() if f"{path}.{n}" in plan.removed}
+            if any("weight" in name for name in own):
+                setattr(twin.get_submodule(parent), leaf, KeptConv(original.get_submodule(path), own))
         elif _written_elsewhere(module):
             gone = plan.removed.get(f"{path}.weight", {}).get(0, [])
             setattr(twin.get_submodule(parent), leaf, KeptOther(module, gone))
@@ -136,14 +183,17 @@ def _zeroed(owner, leaf, dim, consumers_only):
 
 
 def outputs(model, example):
-    """Every tensor of the output, in evaluation mode, without gradients."""
+    """Every tensor of the output, in evaluation mode, without gradients; beside logits, not the states inside."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would read the weights of a norm past its forward
     try:
         with torch.no_grad():
-            return [x for x in tree_leaves(call(model, example)) if isinstance(x, torch.Tensor)]
+            output = call(model, example)
+            if isinstance(output, Mapping) and any("logits" in key for key in output):
+                output = [value for key, value in output.items() if key == "loss" or "logits" in key or "boxes" in key]
+            return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes.items():

@@ -18,13 +18,15 @@ class Frame:
 
     path: str
     args: tuple[Any, ...] = ()
-    """The call's positional arguments."""
+    """The call's arguments, those given by keyword last."""
     call: int = 0
     """How many calls of the module were made before this one."""
     contractions: int = 0
     """Contractions that the call has run itself, outside its children."""
     operators: int = 0
     """Operators that the call has run itself, outside its children."""
+    met: bool = False
+    """Whether the call's inputs were looked at."""
 
 
 @contextmanager
@@ -33,8 +35,8 @@ def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
     stack = [Frame("")]
     calls: Counter[str] = Counter()
 
-    def enter(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        stack.append(Frame(path, args, calls[path]))
+    def enter(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(Frame(path, (*args, *kwargs.values()), calls[path]))
         calls[path] += 1
 
     def leave(path: str, _module: nn.Module, _args: Any, _out: Any) -> None:
@@ -43,6 +45,6 @@ def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
 
     with ExitStack() as hooks:
         for path, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(partial(leave, path)).remove)
         yield stack

@@ -75,6 +75,8 @@ class TraceState:
     bindings: list[Binding] = field(default_factory=list)
     possible: list[Binding] = field(default_factory=list)
     """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""
+    asked: list[Binding] = field(default_factory=list)
+    """Attributes that equal an extent of what their module is given: tried after those of ``possible``."""
     outer: frozenset[str] = frozenset()
     """Modules in which a split keeps its last factor but one cuttable, where nothing names the head count."""
     guessed: set[str] = field(default_factory=set)
@@ -98,6 +100,7 @@ class TraceState:
     _origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _producers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _computed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _pending: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property
     def stack(self) -> list[str]:
@@ -172,6 +175,17 @@ class TraceState:
     def lock(self, ids: Ids, why: str) -> None:
         """Lock ids; the reason names the operator and module."""
         self.space.lock(ids, f"{why} ({self.where})")
+
+    def lock_once_read(self, tensor: Tensor, ids: Ids, why: str) -> None:
+        """Lock ids as soon as an operator or the output reads a tensor's values; code that asks for its shape alone does no harm."""
+        if ids is not None:
+            self._pending[tensor] = (ids, f"{why} ({self.where})")
+
+    def read(self, tensors: Sequence[Tensor]) -> None:
+        """Values of these tensors are used."""
+        for tensor in tensors:
+            if (pending := self._pending.pop(tensor, None)) is not None:
+                self.space.lock(*pending)
 
     def attributes(self, *, innermost_first: bool = True) -> Iterator[tuple[str, str, object]]:
         """Yield (module path, attribute name, value) of the plain attributes of every running module."""

@@ -21,7 +21,7 @@ from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.stack import module_stack
 from actprune.graph.rules import RULES, bind, pointwise
-from actprune.graph.state import TraceState
+from actprune.graph.state import Binding, TraceState
 
 # operators whose outputs are fixed constants: they need no ids and lock nothing
 _CONSTANTS = {
@@ -55,7 +55,9 @@ class ChannelTracer(TorchDispatchMode):
         t = self.state
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self._meet_inputs()
         t.where = f"{name} in {t.frames[-1].path or 'the model'}"
+        t.read(inputs)
         for tensor in inputs:
             producer = t.producer(tensor)
             if producer is not None:
@@ -84,6 +86,21 @@ class ChannelTracer(TorchDispatchMode):
             t.produced_ids[frame.path, frame.call, frame.operators] = name, [t.ids(x) for x in outputs]
             frame.operators += 1
         return out
+
+    def _meet_inputs(self) -> None:
+        """Integers of a module may be what it asks of its inputs' extents."""
+        t = self.state
+        for frame in reversed(t.frames):
+            if frame.met:
+                return
+            frame.met = True
+            if type(t.modules[frame.path]).__module__.startswith("torch.nn"):
+                continue
+            for tensor in frame.args:
+                for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():
+                    if column is not None:
+                        named = (name for name, n in t.integers(frame.path) if n == len(column))
+                        t.asked += [Binding(frame.path, name, None, column) for name in named]
 
     def _refuse(self, func: Any, inputs: list[Tensor]) -> None:
         for tensor in inputs:
@@ -162,7 +179,9 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
         with ChannelTracer(state):
             output = call(model, example)
         state.where = "the model's output"
-        for tensor in _tensors(output):
+        returned = list(_tensors(output))
+        state.read(returned)
+        for tensor in returned:
             for ids in state.ids(tensor):
                 state.space.lock(ids, "reaches the model's output")
 
@@ -182,6 +201,10 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
     return None
 
 
+_INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")
+"""Entries of an output beside its logits that show what went on inside: their widths may change."""
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
     """Every tensor inside an output, however it is wrapped."""
     if isinstance(output, Tensor):
@@ -189,8 +212,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif "Cache" in type(output).__name__:
         return  # a decoder's cache is state for its own next call: its width may change
     elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
+        answered = any("logits" in str(key) for key in output)
+        for key, value in output.items():
+            if not (answered and any(word in str(key) for word in _INTERNAL)):
+                yield from _tensors(value)
     elif isinstance(output, (list, tuple, set)):
         for value in output:
             yield from _tensors(value)

@@ -65,7 +65,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     cost = _cost(state, model, classes, tensors)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts)) for b in bindings)
-        for bindings in (state.bindings, state.possible)
+        for bindings in (state.bindings, state.possible + state.asked)
     )
     consumers = tuple(
         Consumer(

@@ -27,10 +27,12 @@ from actprune.surgery import rehearsed
 Choice = tuple[str, str, frozenset[str]]
 """Module path, attribute, names of the groups whose width the attribute follows."""
 
-# Uneven shares, and two of them: widths that must stay equal must not do so by chance.
+# Uneven shares, and two of them: widths that must stay equal must not do so by chance. Then half of the groups alone: two
+# heads and two heads always lose one each.
 _PATTERNS = (
     lambda i, n: range(1, n, 2 + i % 3),
     lambda i, n: range(max(1, n * (1 + i % 5) // 7)),
+    lambda i, n: range(n // 2 if i.bit_count() % 2 else 0),
 )
 
 
@@ -157,19 +159,17 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
     for here in enclosing:
-        for (module, attribute), choices in options.items():
-            if module != here or (module, attribute) in followed:
-                continue
+        own = [(attribute, choices) for (module, attribute), choices in options.items() if module == here]
+        # what follows a width already may have taken the wrong one of several that are equal: asked last
+        for attribute, choices in sorted(own, key=lambda option: (here, option[0]) in followed):
             for k, choice in enumerate(choices):
-                if (here, choice) in tried:
+                if (here, choice) in tried or choice in repairs.following:
                     continue
-                alike = {
-                    others[k]
-                    for (other, name), others in options.items()
-                    if name == attribute and len(others) > k and roles[other] == roles[here]
-                }
+                others = [(p, found[k]) for (p, name), found in options.items() if name == attribute and len(found) > k]
+                alike = {c for p, c in others if roles[p] == roles[here] and (p == here or (p, attribute) not in followed)}
                 tried |= {(c[0], c) for c in alike}
-                return dataclasses.replace(repairs, following=repairs.following | alike)
+                kept = frozenset(c for c in repairs.following if c[:2] != (here, attribute))
+                return dataclasses.replace(repairs, following=kept | alike)
         if here in graph.may_tie and (here, "tied") not in tried:
             same = {p for p in graph.may_tie if roles[p] == roles[here]}
             tried |= {(p, "tied") for p in same}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,23 +24,22 @@ def assign(module: nn.Module, name: str, value: Any, changes: Transaction) -> No
     changes.did(lambda: setattr(module, name, old))
 
 
-def derived(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def derived(module: nn.Module) -> dict[str, Any]:
     """Values of a layer's attributes that follow from its tensors.
 
     Args:
-        module: a module whose tensors have been cut.
-        shapes: shapes before the cut of its tensors, by local name.
+        module: a module whose tensors have been cut, with the attributes that it had before.
 
     Returns:
         Attribute -> value now; empty for modules that are not layers of PyTorch.
     """
     if isinstance(module, _Conv):
         outer, inner = module.weight.shape[:2]
+        transposed = isinstance(module, _Transposed)
         groups = module.groups
-        if groups > 1 and "weight" in shapes:
-            # only whole groups leave a grouped convolution, so a group's own width is what it was
-            groups = outer * groups // shapes["weight"][0]
-        if isinstance(module, _Transposed):
+        if groups > 1:  # only whole groups leave, so a group's own width is what it was
+            groups = outer * groups // (module.in_channels if transposed else module.out_channels)
+        if transposed:
             return {"in_channels": outer, "out_channels": inner * groups, "groups": groups}
         return {"in_channels": inner * groups, "out_channels": outer, "groups": groups}
     if isinstance(module, nn.MultiheadAttention):

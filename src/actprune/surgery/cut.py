@@ -53,7 +53,7 @@ def rehearsed(model: nn.Module, plan: Plan) -> Iterator[None]:
 
 
 def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: Transaction) -> None:
-    touched: dict[str, dict[str, tuple[int, ...]]] = {}
+    touched: dict[str, None] = {}
     names = list(dict.fromkeys([*plan.removed, *plan.shifts]))
     keeps: dict[str, dict[int, Tensor]] = {}
     for name in names:
@@ -72,20 +72,19 @@ def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: T
         _new_bias(model, path, values, plan, widths[path], optimizers, changes)
     holders = Holders(model)
     for name in names:
-        leaf = name.rpartition(".")[2]
         old = lookup(model, name)
         new = smaller(old, keeps[name], plan.shifts.get(name))
         paths = holders.replace(old, new, changes)
         for optimizer in optimizers:
             optimizers_.follow(optimizer, old, new, keeps[name], changes)
         if name in plan.removed:
-            for path in paths:
-                touched.setdefault(path, {})[leaf] = tuple(old.shape)
-    for path, shapes in touched.items():
+            # what a parametrization computes belongs to the layer around it
+            touched |= dict.fromkeys(path.partition(".parametrizations.")[0] for path in paths)
+    for path in touched:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             adopt(module, changes)
-        for attribute, value in derived(module, shapes).items():
+        for attribute, value in derived(module).items():
             assign(module, attribute, value, changes)
     for path, values in plan.attributes.items():
         for attribute, value in values.items():

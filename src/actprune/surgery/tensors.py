@@ -74,7 +74,7 @@ def lookup(model: nn.Module, name: str) -> Tensor:
 
 
 def smaller(old: Tensor, dims: Mapping[int, Tensor], shift: Tensor | None) -> Tensor:
-    """A new parameter or buffer: shifted, then sliced; dtype, device, ``requires_grad`` and gradient follow.
+    """A new parameter or buffer: shifted, then sliced; dtype, device, ``requires_grad``, gradient and its hooks follow.
 
     Args:
         old: the tensor as it is.
@@ -93,4 +93,12 @@ def smaller(old: Tensor, dims: Mapping[int, Tensor], shift: Tensor | None) -> Te
             new.grad = sliced(old.grad, dims)
     for key, value in vars(old).items():
         setattr(new, key, value)
+    follow_hooks(old, new)
     return new
+
+
+def follow_hooks(old: Tensor, new: Tensor) -> None:
+    """Let the gradient hooks of a parameter act on the one in its place too; what removes them removes them from both."""
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks) is not None:
+            setattr(new, hooks, getattr(old, hooks))

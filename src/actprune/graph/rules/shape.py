@@ -75,10 +75,11 @@ def expand(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("select")
 def select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """One position of a dimension: that dimension cannot be cut."""
+    """One position of a dimension: that dimension cannot be cut, unless nobody looks at the values."""
     ids = list(t.ids(a.input))
-    t.lock(ids.pop(a.dim), "select on this dimension")
+    picked = ids.pop(a.dim)
     t.set(out, ids)
+    t.lock_once_read(out, picked, "select on this dimension")
 
 
 @rule("unbind")
