@@ -77,11 +77,12 @@ class KeptOther(nn.Module):
             self.norm.normalized_shape = (len(self.keep),)
         if hasattr(norm, "num_channels"):
             self.norm.num_channels = len(self.keep)
-        first = isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__
+        self.weight = self.norm.weight
+        first = isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__ or _channels_first(norm)
         self.dim = getattr(norm, "channel_dim", 1 if first else -1)
 
-    def forward(self, x):
-        y = self.norm(x.index_select(self.dim, self.keep))
+    def forward(self, x, *gates):
+        y = self.norm(*(z.index_select(self.dim, self.keep) for z in (x, *gates)))
         shape = list(y.shape)
         shape[self.dim] = x.shape[self.dim]
         return y.new_zeros(shape).index_copy(self.dim, self.keep, y)
@@ -129,6 +130,10 @@ def _computes_its_weight(module):
     return isinstance(module, CONVS) and type(module) not in CONVS
 
 
+def _channels_first(norm):
+    return getattr(norm, "data_format", "") == "channels_first"
+
+
 def _written_elsewhere(module):
     """A norm over channels that is no module of PyTorch's own."""
     own = list(module.parameters(recurse=False))
@@ -140,6 +145,9 @@ def masked(model, plan, *, consumers_only=False):
     """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone."""
     original, twin = model, copy.deepcopy(model)
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    for name in plan.removed.keys() - tensors.keys():  # a plain attribute
+        path, _, leaf = name.rpartition(".")
+        tensors[name] = getattr(twin.get_submodule(path), leaf)
     with torch.no_grad():
         for name, dims in plan.removed.items():
             for dim, positions in dims.items():

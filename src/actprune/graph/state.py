@@ -65,7 +65,7 @@ class TraceState:
     """Mutable state of one trace; rules see only this."""
 
     names: dict[int, str]
-    """``id(tensor)`` -> name of a parameter or buffer."""
+    """``id(tensor)`` -> name of a parameter, buffer or plain tensor attribute."""
     modules: dict[str, nn.Module]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Parameters and buffers met so far, in order of first use."""

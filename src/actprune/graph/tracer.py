@@ -147,7 +147,7 @@ def run(model: nn.Module, example: Example) -> TraceState:
 def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in _held(model):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise TraceError(f"parameter {name} is not initialised; run the model once before pruning it")
         names[id(tensor)] = name
@@ -168,6 +168,16 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
     if any(name not in state.tensor_ids for name in _learned(model)):
         _in_training(model, example, state)
     return state
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of parameters, buffers, and tensors that are neither: a table kept as a plain attribute."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}" if path else name, value
 
 
 def _learned(model: nn.Module) -> list[str]:

@@ -32,9 +32,9 @@ class Holders:
     def __init__(self, model: nn.Module) -> None:
         self._at: dict[Tensor, list[tuple[str, dict[str, Any], str]]] = {}
         for path, module in model.named_modules():
-            for holder in (module._parameters, module._buffers):
+            for holder in (module._parameters, module._buffers, vars(module)):
                 for key, value in holder.items():
-                    if value is not None:
+                    if isinstance(value, Tensor):
                         self._at.setdefault(value, []).append((path, holder, key))
 
     def replace(self, old: Tensor, new: Tensor, changes: Transaction) -> list[str]:
@@ -53,7 +53,7 @@ class Holders:
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of this name.
+    """The parameter, buffer or plain tensor attribute of this name.
 
     Raises:
         SurgeryError: the model has none.
@@ -61,11 +61,10 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        tensor = module._parameters.get(leaf)
-        tensor = module._buffers[leaf] if tensor is None else tensor
-    except (AttributeError, KeyError):
+        tensor = getattr(module, leaf)
+    except AttributeError:
         tensor = None
-    if tensor is None:
+    if not isinstance(tensor, Tensor):
         raise SurgeryError(
             f"the plan names {name!r}, which {type(model).__name__} does not have; pass the model that was traced, "
             "or a fresh one of the same architecture"

@@ -129,10 +129,39 @@ def _add(t: TraceState, addend: Tensor, out: Tensor) -> None:
             t.tie(t.ids(addend)[-dim], t.ids(out)[-dim])
 
 
-@rule("mv", "dot")
+@rule("_grouped_mm")
+def grouped_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Rows of the input sorted by expert, each times its expert's matrix: ``(N, in), (E, in, out) -> (N, out)``.
+
+    The kernel wants rows of whole 16 bytes: channels leave by eights, which is enough for two-byte numbers too.
+    """
+    left, right = t.ids(a.input), t.ids(a.mat2)
+    if a.input.dim() != 2 or a.mat2.dim() != 3:
+        for ids in (*left, *right):
+            t.lock(ids, "products of ragged groups")
+        t.set(out, [None] * out.dim())
+        return
+    t.lock(right[0], "experts by number")
+    t.lock(left[0], "rows by expert")
+    t.tie(left[1], right[1])
+    if a.bias is not None:
+        t.tie(right[2], t.ids(a.bias)[-1])
+    reads = first_known(left[1], right[1])
+    for width in (reads, right[2]):
+        if width is not None and len(width) % 8 == 0:
+            eights = width.reshape(-1, 8)
+            t.tie(np.broadcast_to(eights[:, :1], eights.shape).ravel(), width, "rows of whole 16 bytes")
+        else:
+            t.lock(width, "rows of whole 16 bytes")
+    t.set(out, [None, right[2]])
+    sizes = [(a.input.shape[0], None), (a.input.shape[1], reads), (a.mat2.shape[2], right[2])]
+    t.contract(out, (0, 1, reads), right[2], sizes, 1, a.mat2, right[1], a.bias)
+
+
+@rule("mv", "dot", "vdot")
 def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Matrix times vector, vector times vector."""
-    other = a.vec if hasattr(a, "vec") else a.tensor
+    other = a.vec if hasattr(a, "vec") else a.tensor if hasattr(a, "tensor") else a.other
     left = t.ids(a.input)
     t.tie(left[-1], t.ids(other)[0])
     reads = first_known(left[-1], t.ids(other)[0])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from actprune.graph.ids import FIXED, Ids, free
 from actprune.graph.rules.registry import rule
@@ -126,7 +126,10 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
     whole, dim = t.ids(a.input), a.dim
     ids = whole[dim]
     sizes = [tensor.shape[dim] for tensor in out]
-    if ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
+    if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
+        # queries beside keys and values, packed: three parts, whatever the module's own code calls them
+        _leave_evenly(t, ids, [sizes[0]] * 3, "")
+    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
         _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
     _set_parts(t, whole, dim, sizes, out)
 

@@ -1,0 +1,151 @@
+"""Habits of other people's code: asking for a shape alone, checking a width, tables in plain attributes, states beside logits."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actprune import trace
+from actprune.pruning.plans import draft
+from actprune.pruning.verify import rehearse
+from actprune.surgery import cut
+from masked import counted, difference, masked, outputs, random_units
+
+
+class AsksForTheShape(nn.Module):
+    """One channel is picked, and nobody reads its values."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.embed, self.head, self.reads = nn.Linear(5, 12), nn.Linear(12, 3), reads
+
+    def forward(self, x):
+        x = self.embed(x)
+        one = x[:, :, -1]
+        y = self.head(x.relu()).mean(1)
+        return y + one.mean() if self.reads else y * one.shape[1]
+
+
+class Stage(nn.Module):
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.channels = inner
+        self.conv = nn.Conv2d(inner, outer, 3)
+
+    def forward(self, x):
+        if x.shape[1] != self.channels:
+            raise ValueError(f"expected {self.channels} channels")
+        return self.conv(x).relu()
+
+
+class Checks(nn.Sequential):
+    """Every stage checks how many channels it is given; several widths are equal."""
+
+    def __init__(self):
+        super().__init__(Stage(3, 8), Stage(8, 8), Stage(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+class Table(nn.Module):
+    """A table that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.positions = torch.randn(1, 4, 12)
+
+    def forward(self, x):
+        return self.head((self.embed(x) + self.positions).relu()).mean(1)
+
+
+class Answers(nn.Module):
+    """The stream is returned beside the logits."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.embed, self.head, self.key = nn.Linear(5, 12), nn.Linear(12, 3), key
+
+    def forward(self, x):
+        x = self.embed(x).relu()
+        return {self.key: self.head(x), "last_hidden_state": x}
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.up, self.down = nn.Parameter(torch.randn(4, 64, 32) / 6), nn.Parameter(torch.randn(4, 32, 64) / 8)
+
+    def forward(self, x):
+        x = self.embed(x)
+        ends = torch.tensor([2, 3, 5, 6], dtype=torch.int32)
+        inner = F.grouped_mm(x, self.up.transpose(1, 2), offs=ends).relu()
+        return self.head(x + F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends))
+
+
+class WeightNorm(nn.Sequential):
+    """Whole groups leave a convolution whose weight is computed."""
+
+    def __init__(self):
+        position = nn.utils.parametrizations.weight_norm(nn.Conv1d(12, 12, 3, padding=1, groups=4), dim=2)
+        super().__init__(nn.Conv1d(5, 12, 3), position, nn.ReLU(), nn.Conv1d(12, 3, 2))
+
+
+class CrossAttention(nn.Module):
+    """Queries are not keys, keys are values: the packed weight is split in unequal parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe, self.embed = nn.Parameter(torch.randn(1, 2, 16)), nn.Linear(5, 16)
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(self.attention(self.probe.expand(len(x), -1, -1), x, x)[0]).mean(1)
+
+
+MODELS = {
+    "shape alone": (lambda: AsksForTheShape(reads=False), torch.randn(2, 4, 5)),
+    "checks": (Checks, torch.randn(2, 3, 9, 9)),
+    "table": (Table, torch.randn(2, 4, 5)),
+    "answers": (lambda: Answers("logits"), torch.randn(2, 4, 5)),
+    "experts": (Experts, torch.randn(6, 8)),
+    "weight norm": (WeightNorm, torch.randn(2, 5, 8)),
+    "cross attention": (CrossAttention, torch.randn(2, 4, 5)),
+}
+
+
+if not hasattr(F, "grouped_mm"):  # older PyTorch
+    del MODELS["experts"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_inner_width_is_cut_exactly(name):
+    build, example = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    graph, _ = rehearse(model, example)
+    inner = [g for g in graph.groups if "model's output" not in (g.locked or "") and g.size > 1]
+    locked = [g for g in inner if g.locked]
+    ends = [model.embed.in_features] if hasattr(model, "embed") else [example.shape[1]]
+    assert len(inner) > len(locked) and all(g.size in (*ends, 2, 4) for g in locked)  # inputs, probes and experts by number
+    for seed in range(3):
+        plan = draft(model, graph, random_units(graph, seed))
+        reference = masked(model, plan)
+        smaller = build()
+        smaller.load_state_dict(model.state_dict())
+        if name == "table":
+            smaller.positions = model.positions.clone()
+        smaller.eval()
+        cut(smaller, plan, example)
+        assert difference(outputs(smaller, example), outputs(reference, example)) < 1e-5
+        assert counted(smaller, example)[0] == plan.params_after
+
+
+def test_a_value_that_is_read_locks_its_channels():
+    graph = trace(AsksForTheShape(reads=True), torch.randn(2, 4, 5))
+    assert any((g.locked or "").startswith("select on this dimension") for g in graph.groups if g.size == 12)
+
+
+def test_a_state_without_logits_beside_it_is_the_output():
+    graph = trace(Answers("pooled"), torch.randn(2, 4, 5))
+    assert any("model's output" in (g.locked or "") for g in graph.groups if g.size == 12)
