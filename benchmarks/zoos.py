@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from families import transformers_more
 from torch import nn
 
 Entry = tuple[str, Callable[[], nn.Module], Any]
@@ -125,4 +126,5 @@ COLLECTIONS: dict[str, Callable[[], Iterator[Entry]]] = {
     "torchvision-other": torchvision_other,
     "timm": timm_families,
     "transformers": transformers_families,
+    "transformers-more": transformers_more,
 }

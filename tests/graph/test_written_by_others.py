@@ -1,4 +1,4 @@
-"""Habits of other people's code: asking for a shape alone, checking a width, tables in plain attributes, states beside logits."""
+"""Habits of other people's code: shapes alone, checks of widths, tables in plain attributes, states beside logits."""
 
 import pytest
 import torch
@@ -127,7 +127,8 @@ def test_every_inner_width_is_cut_exactly(name):
     inner = [g for g in graph.groups if "model's output" not in (g.locked or "") and g.size > 1]
     locked = [g for g in inner if g.locked]
     ends = [model.embed.in_features] if hasattr(model, "embed") else [example.shape[1]]
-    assert len(inner) > len(locked) and all(g.size in (*ends, 2, 4) for g in locked)  # inputs, probes and experts by number
+    assert len(inner) > len(locked)
+    assert all(g.size in (*ends, 2, 4) for g in locked)  # inputs, probes and experts by number
     for seed in range(3):
         plan = draft(model, graph, random_units(graph, seed))
         reference = masked(model, plan)

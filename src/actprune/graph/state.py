@@ -177,7 +177,7 @@ class TraceState:
         self.space.lock(ids, f"{why} ({self.where})")
 
     def lock_once_read(self, tensor: Tensor, ids: Ids, why: str) -> None:
-        """Lock ids as soon as an operator or the output reads a tensor's values; code that asks for its shape alone does no harm."""
+        """Lock ids as soon as an operator or the output reads a tensor's values; asking for its shape alone does no harm."""
         if ids is not None:
             self._pending[tensor] = (ids, f"{why} ({self.where})")
 
