@@ -1,18 +1,22 @@
 """Accuracy after post-training pruning, against Torch-Pruning, at equal MACs on the same data, with no gradient step.
 
-    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--seeds 0 1 2]
+    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--epochs 1] [--out FILE]
 
 DIR of data holds train/CLASS/*.jpg and test/CLASS/*.jpg (CIFAR-10, JPEG copy); DIR of weights holds resnetDEPTH-jpeg.th.
 Every row is the median over calibration seeds: which training images are observed, and what drawn criteria draw. The peer
 prunes the inner channels of every block, for its cut of the residual stream does not run with parameter-free shortcuts;
 its ratio is bisected until its MACs are the largest that do not exceed the target. Both sides are counted by
-``actprune.trace``. "recalibrated" is the same cut with batch-norm statistics recomputed on the same calibration images.
+``actprune.trace``. "recalibrated" is the same cut with batch-norm statistics recomputed on the same calibration images,
+"trained" the same cut after ``--epochs`` on ``--images`` training images (recipe: finetuning.py). FILE keeps every row as
+soon as it is measured, and a run that was broken off goes on; rows that cut the same network share one measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -27,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_pruning as tp
+from finetuning import train
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +39,7 @@ from torch.nn import functional as F
 import actprune
 from actprune import Budget, Selection, criteria
 from actprune.compensation import LeastSquares, Mean, recalibrate
+from actprune.core.files import atomic_path
 from actprune.models.resnet import CifarResNet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,6 +65,8 @@ OURS = {
     "reconstruction, least squares sequential": (criteria.Reconstruction, "global", LeastSquares),
 }
 FINAL = "reconstruction, least squares sequential"
+SCOPES = ("uniform", "global")
+COLUMNS = ("accuracy", "recalibrated", "trained")
 
 
 # --- data and network ---
@@ -96,7 +104,7 @@ def macs_of(model: nn.Module) -> int:
     return actprune.trace(model, torch.zeros(1, 3, 32, 32)).macs
 
 
-def peer_cut(model: nn.Module, name: str, everywhere: bool, target: float, x: Tensor, y: Tensor, seed: int) -> nn.Module:
+def peer_cut(name: str, everywhere: bool, model: nn.Module, x: Tensor, y: Tensor, seed: int, target: float) -> nn.Module:
     """Bisect the pruning ratio; the random numbers are the same at every ratio."""
     inner = {f"{path}.conv1" for path, block in model.named_modules() if hasattr(block, "conv2")}
     gradients = gradients_of(model, x, y) if name == "Taylor" else {}
@@ -151,12 +159,10 @@ def recalibrated(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-def our_cut(model: nn.Module, name: str, keep: float, x: Tensor, seed: int) -> tuple[nn.Module, float]:
+def our_cut(name: str, keep: float, model: nn.Module, x: Tensor, y: Tensor, seed: int, target: float) -> nn.Module:
     criterion, scope, how = OURS[name]
-    pruned = copy.deepcopy(model)
-    began = time.monotonic()
     actprune.prune(
-        pruned,
+        model,
         x[:1],
         x.split(BATCH),
         criterion=criterion(),
@@ -165,55 +171,115 @@ def our_cut(model: nn.Module, name: str, keep: float, x: Tensor, seed: int) -> t
         compensation=how(),
         seed=seed,
     )
-    return pruned, time.monotonic() - began
+    return model
 
 
 # --- the table ---
 
 
-def measure(args: argparse.Namespace) -> dict:
-    model = CifarResNet(args.depth, weights=str(Path(args.weights) / f"resnet{args.depth}-jpeg.th")).eval()
-    train, test = files(Path(args.data) / "train"), files(Path(args.data) / "test")
-    tx, ty = decode(sample(test, args.test, 0))
-    whole = macs_of(model)
-    rows: dict[str, dict[str, list[float]]] = {}
-    before = accuracy(model, tx, ty)
-    print(f"ResNet-{args.depth}: {before:.2f} % on {len(ty):,} test images, {whole:,} MACs", flush=True)
+class Rows:
+    """Row -> seed -> what was measured; kept in a file after every change.
 
-    def note(row: str, **values: float) -> None:
-        for key, value in values.items():
-            rows.setdefault(row, {}).setdefault(key, []).append(value)
-        print(f"  {row:<52}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), flush=True)
+    Raises:
+        SystemExit: the file was written with other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: dict) -> None:
+        self.path, self.settings = path, settings
+        self.found: dict[str, dict[str, dict[str, float]]] = {}
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["settings"] != settings:
+                raise SystemExit(f"{path} was measured with {kept['settings']}, not with {settings}; give another --out")
+            self.found = kept["rows"]
+
+    def get(self, row: str, seed: int) -> dict[str, float] | None:
+        return self.found.get(row, {}).get(str(seed))
+
+    def put(self, row: str, seed: int, values: dict[str, float]) -> None:
+        self.found.setdefault(row, {})[str(seed)] = values
+        print(f"  {row:<52} seed {seed}  " + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), flush=True)
+        self.write()
+
+    def write(self, **more: object) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps({"settings": self.settings, "rows": self.found, **more}, indent=1) + "\n")
+
+    def medians(self, seeds: list[int]) -> dict[str, dict[str, float]]:
+        """Of rows that have every seed."""
+        whole = {row: [by_seed[str(seed)] for seed in seeds] for row, by_seed in self.found.items() if _has(by_seed, seeds)}
+        return {row: {key: statistics.median(one[key] for one in found) for key in found[0]} for row, found in whole.items()}
+
+
+def _has(by_seed: dict[str, dict[str, float]], seeds: list[int]) -> bool:
+    return all(str(seed) in by_seed for seed in seeds)
+
+
+def wanted(args: argparse.Namespace) -> list[tuple[str, Callable]]:
+    """Every row with how to cut: (model, calibration images, labels, seed, MACs that may be left) -> network."""
+    rows = []
+    for name in OURS if args.all else [FINAL]:
+        rows.append((f"actprune: {name}", functools.partial(our_cut, name, args.keep)))
+    for name in args.peer:
+        for scope in SCOPES:
+            rows.append((f"torch-pruning: {name}, {scope}", functools.partial(peer_cut, name, scope == "global")))
+    only = args.rows or [row for row, _ in rows]
+    return [(row, cut) for row, cut in rows if any(part in row for part in only)]
+
+
+def measure(args: argparse.Namespace) -> tuple[Rows, float]:
+    """Every row for every seed that is not measured yet, and the accuracy of the unpruned network."""
+    model = CifarResNet(args.depth, weights=str(Path(args.weights) / f"resnet{args.depth}-jpeg.th")).eval()
+    train_files, test_files = files(Path(args.data) / "train"), files(Path(args.data) / "test")
+    test = decode(sample(test_files, args.test, 0))
+    settings = {
+        **{name: getattr(args, name) for name in ("depth", "keep", "samples", "test", "epochs", "images", "threads")},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning")},
+    }
+    rows, whole = Rows(args.out, settings), macs_of(model)
+    before = accuracy(model, *test)
+    print(f"ResNet-{args.depth}: {before:.2f} % on {len(test[1]):,} test images, {whole:,} MACs", flush=True)
+    everything = decode(sample(train_files, args.images, 0)) if args.epochs else None
+    known: dict[tuple[str, int | None, str], float] = {}
+
+    def scored(state: str, seed: int | None, kind: str, make: Callable[[], nn.Module]) -> float:
+        """The accuracy of what ``make`` returns; once for rows that cut the same network."""
+        if (state, seed, kind) not in known:
+            known[state, seed, kind] = accuracy(make(), *test)
+        return known[state, seed, kind]
 
     for seed in args.seeds:
-        x, y = decode(sample(train, args.samples, seed))
-        for name in OURS if args.all else [FINAL]:
-            pruned, seconds = our_cut(model, name, args.keep, x, seed)
-            note(f"actprune: {name}", accuracy=accuracy(pruned, tx, ty), macs=macs_of(pruned) / whole, seconds=seconds)
-        for name in args.peer:
-            for everywhere in (False, True):
-                pruned = peer_cut(model, name, everywhere, args.keep * whole, x, y, seed)
-                note(
-                    f"torch-pruning: {name}, {'global' if everywhere else 'uniform'}",
-                    accuracy=accuracy(pruned, tx, ty),
-                    recalibrated=accuracy(recalibrated(pruned, x), tx, ty),
-                    macs=macs_of(pruned) / whole,
+        x, y = decode(sample(train_files, args.samples, seed))
+        for row, cut in wanted(args):
+            if rows.get(row, seed) is not None:
+                continue
+            began = time.process_time()
+            pruned = cut(copy.deepcopy(model), x, y, seed, args.keep * whole)
+            values = {"seconds": time.process_time() - began, "macs": macs_of(pruned) / whole}
+            state = digest(pruned)
+            values["accuracy"] = scored(state, None, "plain", lambda: pruned)  # noqa: B023
+            if row.startswith("torch-pruning"):
+                values["recalibrated"] = scored(state, seed, "recalibrated", lambda: recalibrated(pruned, x))  # noqa: B023
+            if everything is not None:
+                values["trained"] = scored(
+                    state,
+                    seed,
+                    "trained",
+                    lambda: train(copy.deepcopy(pruned), *everything, epochs=args.epochs, seed=seed),  # noqa: B023
                 )
-    return {
-        "depth": args.depth,
-        "keep": args.keep,
-        "seeds": args.seeds,
-        "calibration_images": args.samples,
-        "test_images": len(ty),
-        "before": before,
-        "macs_before": whole,
-        "rows": {row: {key: statistics.median(found) for key, found in values.items()} for row, values in rows.items()},
-        "all": rows,
-        "versions": {name: importlib.metadata.version(name) for name in ("actprune", "torch", "torch-pruning")},
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-    }
+            rows.put(row, seed, values)
+    rows.write(before=before, medians=rows.medians(args.seeds), commit=commit(), python=platform.python_version())
+    return rows, before
+
+
+def digest(model: nn.Module) -> str:
+    """The same for networks with the same tensors."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode() + str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def commit() -> str:
@@ -223,28 +289,27 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def table(result: dict) -> str:
+def table(args: argparse.Namespace, medians: dict[str, dict[str, float]], before: float) -> str:
     lines = [
-        f"ResNet-{result['depth']} / CIFAR-10 (JPEG copy), MACs left {result['keep']:.0%}, unpruned {result['before']:.2f} %,",
-        f"{result['calibration_images']:,} calibration and {result['test_images']:,} test images, no gradient step,",
-        f"median of seeds {', '.join(map(str, result['seeds']))}",
+        f"ResNet-{args.depth} / CIFAR-10 (JPEG copy), MACs left {args.keep:.0%}, unpruned {before:.2f} %,",
+        f"{args.samples:,} calibration and {args.test or 10_000:,} test images, no gradient step before the last column,",
+        f"median of seeds {', '.join(map(str, args.seeds))}",
         "",
-        f"{'':<52}{'MACs':>9}{'accuracy':>12}{'recalibrated':>15}",
+        f"{'':<52}{'MACs':>9}" + "".join(f"{column:>15}" for column in COLUMNS),
     ]
-    for row, values in sorted(result["rows"].items(), key=lambda item: -item[1]["accuracy"]):
-        again = f"{values['recalibrated']:.2f}" if "recalibrated" in values else ""
-        lines.append(f"{row:<52}{values['macs']:>9.1%}{values['accuracy']:>12.2f}{again:>15}")
-    ours = result["rows"][f"actprune: {FINAL}"]["accuracy"]
-    peer = [values for row, values in result["rows"].items() if row.startswith("torch-pruning")]
-    if not peer:
-        return "\n".join([*lines, "", f"under the unpruned network: {result['before'] - ours:.2f} points"])
-    plain, again = max(v["accuracy"] for v in peer), max(v["recalibrated"] for v in peer)
-    lines += [
-        "",
-        f"under the unpruned network: {result['before'] - ours:.2f} points",
-        f"over the peer's best as it comes ({plain:.2f}): {ours - plain:.2f} points",
-        f"over the peer's best with recalibration ({again:.2f}): {ours - again:.2f} points",
-    ]
+    for row, values in sorted(medians.items(), key=lambda item: -item[1]["accuracy"]):
+        shown = [f"{values[column]:.2f}" if column in values else "" for column in COLUMNS]
+        lines.append(f"{row:<52}{values['macs']:>9.1%}" + "".join(f"{text:>15}" for text in shown))
+    ours = medians.get(f"actprune: {FINAL}")
+    peer = [values for row, values in medians.items() if row.startswith("torch-pruning")]
+    if ours is None:
+        return "\n".join(lines)
+    lines += ["", f"under the unpruned network: {before - ours['accuracy']:.2f} points"]
+    for column in COLUMNS:
+        found = [values[column] for values in peer if column in values]
+        if found:
+            mine = ours.get(column, ours["accuracy"])
+            lines.append(f"over the peer's best, {column} ({max(found):.2f}): {mine - max(found):.2f} points")
     return "\n".join(lines)
 
 
@@ -258,17 +323,17 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=None, help="test images; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=0, help="of training after the cut, for both sides")
+    parser.add_argument("--images", type=int, default=None, help="training images of an epoch; all by default")
     parser.add_argument("--all", action="store_true", help="also the ablations of actprune")
     parser.add_argument("--peer", nargs="*", choices=list(PEER), default=list(PEER), help="criteria of Torch-Pruning")
+    parser.add_argument("--rows", nargs="*", default=None, help="only rows whose name has one of these in it")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    result = measure(args)
-    print("\n" + table(result))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    rows, before = measure(args)
+    print("\n" + table(args, rows.medians(args.seeds), before))
 
 
 if __name__ == "__main__":

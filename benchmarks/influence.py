@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--images", type=int, default=1000, help="test images on which effects are measured")
     parser.add_argument("--observed", type=int, default=2000, help="training images that criteria observe")
-    parser.add_argument("--units", type=int, default=16, help="units per group that are replaced alone")
+    parser.add_argument("--units", type=int, default=32, help="units per group that are replaced alone")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="of a group, replaced together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
         list(zip(ox.split(BATCH), oy.split(BATCH), strict=True)),
         list(zip(mx.split(BATCH), my.split(BATCH), strict=True)),
         criteria=CRITERIA,
-        removals=Removals(n_units=args.units, seed=args.seed),
+        removals=Removals(args.shares, n_units=args.units, seed=args.seed),
         folder=args.out / "pieces",
         progress=lambda done, total, name: print(f"{time.monotonic() - began:7.0f} s  {done}/{total} {name}", flush=True),
     )

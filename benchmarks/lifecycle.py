@@ -184,30 +184,34 @@ def spell(cell):
     return cell.split(":")[0]
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategies", nargs="+", default=["single"], choices=["single", "ddp", "fork"])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.out is not None:  # one strategy in a process of its own: Lightning runs it once more for the second process
-        rows = matrix(arguments.strategies[0], arguments.optimizers, arguments.precisions, arguments.out)
-        (arguments.out / f"rows{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.json").write_text(
-            json.dumps(rows)
-        )
+    if arguments.out is not None:  # Lightning runs this process once more for the second one
+        rows = matrix("ddp", arguments.optimizers, arguments.precisions, arguments.out)
+        (arguments.out / f"rows{torch.distributed.get_rank()}.json").write_text(json.dumps(rows))
         return 0
     rows = []
     for strategy in arguments.strategies:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--strategies", strategy, "--optimizers", *arguments.optimizers,
-                       "--precisions", *arguments.precisions, "--out", folder]  # fmt: skip
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            rows += json.loads((Path(folder) / "rows0.json").read_text())
+            if strategy == "ddp":
+                rows += by_script(arguments, Path(folder))
+            else:
+                rows += matrix(strategy, arguments.optimizers, arguments.precisions, Path(folder))
     return 0 if show(rows) else 1
+
+
+def by_script(arguments, folder):
+    command = [sys.executable, __file__, "--optimizers", *arguments.optimizers, "--precisions", *arguments.precisions]
+    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "rows0.json").read_text())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/overhead.py [--weights resnet56-jpeg.th --data DIR] [--threads 2] [--repeats 5] [--positions 64]
 
-ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, in turns, so
-that what else the machine does weighs on both alike; the ratio is that of the medians. Bars: entropy 1.10, linear Rademacher
+ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, batch by batch
+in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
+processors others used meanwhile is printed beside it. Bars: entropy 1.10, linear Rademacher
 complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria at once, without
-HRank, 1.35. The last rows have the default compensation on, which observes for itself. Below: Spearman's rho, mean over
+HRank, 1.35. Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over
 groups, of the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in
 memory. DIR holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times
 only.
@@ -14,13 +15,15 @@ only.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -63,25 +66,47 @@ def pruner_of(model: CifarResNet, criterion: Criterion, positions: int | None, c
     return Pruner(model, example, criterion, Budget(params=0.5), compensation=compensation, positions=positions)
 
 
-def epoch(model: CifarResNet, batches: list[Tensor], pruner: Pruner | None) -> float:
-    """Seconds of one epoch as a trainer's validation runs it."""
+def epoch(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner) -> tuple[float, float]:
+    """Seconds of one epoch as a trainer's validation runs it, plain and observed, batch by batch in turns."""
+    seconds = [0.0, 0.0]
     began = time.perf_counter()
-    with torch.inference_mode(), pruner.observe() if pruner else nullcontext() as observation:
+    with torch.inference_mode(), pruner.observe() as observation:
+        seconds[1] += time.perf_counter() - began
         for number, x in enumerate(batches):
-            if observation is not None:
-                observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
-            model(x)
-    return time.perf_counter() - began
+            for side in (0, 1) if number % 2 else (1, 0):
+                began = time.perf_counter()
+                if side:
+                    observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
+                (watched if side else plain)(x)
+                seconds[side] += time.perf_counter() - began
+    return seconds[0], seconds[1]
 
 
-def times(model: CifarResNet, batches: list[Tensor], pruner: Pruner, repeats: int) -> tuple[float, float]:
-    """Median seconds of the plain and of the observed epoch."""
-    plain, observed = [], []
-    epoch(model, batches[:1], pruner)
-    for _ in range(repeats):
-        plain.append(epoch(model, batches, None))
-        observed.append(epoch(model, batches, pruner))
-    return statistics.median(plain), statistics.median(observed)
+def times(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, repeats: int) -> dict[str, float]:
+    """Medians over the epochs of their seconds and of their ratio, and the share of the processors that others used."""
+    epoch(plain, watched, batches[:1], pruner)
+    before, others = time.perf_counter(), used_by_others()
+    found = [epoch(plain, watched, batches, pruner) for _ in range(repeats)]
+    others = (used_by_others() - others) / (time.perf_counter() - before) / (os.cpu_count() or 1)
+    ratios = [b / a for a, b in found]
+    return {
+        "plain": statistics.median(a for a, _ in found),
+        "observed": statistics.median(b for _, b in found),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "others": others,
+    }
+
+
+def used_by_others() -> float:
+    """Processor seconds that other processes have used since the machine was started (Linux; NaN elsewhere)."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return math.nan
+    busy = sum(int(fields[k]) for k in (0, 1, 2, 5, 6, 7))
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: int | None) -> dict[str, dict[str, Tensor]]:
@@ -92,6 +117,20 @@ def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: int | None) -
             model(batch)
     pruner.scores(observation)
     return panel.scores
+
+
+def agreement(model: CifarResNet, x: Tensor, positions: int) -> dict[str, dict[str, float]]:
+    """Spearman's rho of the scores from a few positions and from all: mean over groups, and least."""
+    full, few = (
+        scores(model, x, Panel({name: criterion() for name, criterion in ALONE.items()}), k) for k in (None, positions)
+    )
+    print(f"\nSpearman, {positions} positions against all, {len(full)} groups, {len(x):,} images; bar {AGREES}")
+    agreed = {}
+    for name in ALONE:
+        each = [spearman(few[group][name], full[group][name]) for group in full]
+        agreed[name] = {"mean": statistics.mean(each), "least": min(each)}
+        print(f"{name:<28}{agreed[name]['mean']:>8.4f}   least group {agreed[name]['least']:.3f}", flush=True)
+    return agreed
 
 
 def memory(model: CifarResNet, criterion: Criterion) -> int:
@@ -107,8 +146,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=20, help="per epoch that is timed")
-    parser.add_argument("--images", type=int, default=2000, help="behind the rank correlations")
+    parser.add_argument("--batches", type=int, default=20, help="per epoch")
+    parser.add_argument("--images", type=int, default=2000, help="behind the rank correlations; 0: none are taken")
     parser.add_argument("--positions", type=int, default=POSITIONS, help="per map")
     parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
@@ -124,31 +163,28 @@ def main() -> None:
     made["all at once"] = Panel({name: criterion() for name, criterion in ALONE.items()})
     batches = list(x[: args.batches * BATCH].split(BATCH))
 
+    plain = copy.deepcopy(model)
     print(
-        f"ResNet-56, batches of {BATCH}, {args.threads} threads, {args.positions} positions per map; seconds per epoch, medians"
+        f"ResNet-56, batches of {BATCH}, {args.threads} threads, {args.positions} positions per map; medians of "
+        f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most)"
     )
-    print(f"{'':<34}{'plain':>8}{'observed':>10}{'ratio':>8}{'bar':>7}{'bytes':>13}", flush=True)
+    print(f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}", flush=True)
     rows = {}
     for name in args.only:
-        plain, observed = times(model, batches, pruner_of(model, made[name], args.positions, None), args.repeats)
-        rows[name] = {"plain": plain, "observed": observed, "ratio": observed / plain, "bytes": memory(model, made[name])}
-        bar = f"{BARS[name]:.2f}" if name in BARS else ""
-        print(f"{name:<34}{plain:>8.2f}{observed:>10.2f}{observed / plain:>8.3f}{bar:>7}{rows[name]['bytes']:>13,}", flush=True)
-    for name in (name for name in ("entropy", "all at once") if name in args.only):
-        plain, observed = times(model, batches, pruner_of(model, made[name], args.positions, Mean()), args.repeats)
-        rows[f"{name}, mean compensation"] = {"plain": plain, "observed": observed, "ratio": observed / plain}
-        print(f"{name + ', mean compensation':<34}{plain:>8.2f}{observed:>10.2f}{observed / plain:>8.3f}", flush=True)
+        kinds = {"": None, ", mean compensation": Mean()} if name in ("entropy", "all at once") else {"": None}
+        for extra, compensation in kinds.items():
+            row = times(plain, model, batches, pruner_of(model, made[name], args.positions, compensation), args.repeats)
+            rows[name + extra] = row
+            row["bytes"] = memory(model, made[name])
+            bar = f"{BARS[name]:.2f}" if name in BARS and not extra else ""
+            spread = f"({row['least']:.3f}, {row['most']:.3f})"
+            print(
+                f"{name + extra:<28}{row['plain']:>8.2f}{row['observed']:>10.2f}{row['ratio']:>8.3f}{spread:>16}{bar:>7}"
+                f"{row['others']:>8.1%}{row['bytes']:>13,}",
+                flush=True,
+            )
 
-    panel = Panel({name: criterion() for name, criterion in ALONE.items()})
-    full = scores(model, x[: args.images], panel, None)
-    panel = Panel({name: criterion() for name, criterion in ALONE.items()})
-    few = scores(model, x[: args.images], panel, args.positions)
-    print(f"\nSpearman, {args.positions} positions against all, {len(full)} groups, {args.images:,} images; bar {AGREES}")
-    agreed = {}
-    for name in ALONE:
-        each = [spearman(few[group][name], full[group][name]) for group in full]
-        agreed[name] = {"mean": statistics.mean(each), "least": min(each)}
-        print(f"{name:<34}{agreed[name]['mean']:>8.4f}   least group {agreed[name]['least']:.3f}", flush=True)
+    agreed = agreement(model, x[: args.images], args.positions) if args.images else {}
     if args.out is not None:
         result = {
             "rows": rows,

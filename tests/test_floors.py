@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "actprune"
 FLOORS = [
     {"core"},
     {"statistics", "graph", "schedule", "data", "models"},
-    {"criteria", "compensation", "surgery", "sparsity"},
+    {"criteria", "compensation", "surgery", "sparsity", "capacity"},
     {"pruning"},
     {"training"},
     {"report"},

@@ -1,15 +1,14 @@
 import logging
-import os
-import subprocess
-import sys
 import warnings
+from functools import partial
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from actprune.cli import schema
-from paths import CONF, ROOT
+from paths import CONF
+from processes import run_py
 
 SMALL = ("debug=fast", "data.batch_size=16", "trainer.num_sanity_val_steps=1")
 
@@ -37,19 +36,7 @@ def fast(config):
 @pytest.fixture
 def command(tmp_path):
     """Run run.py in a process of its own, in an empty folder."""
-
-    def run(*overrides):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
-        return subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *overrides],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-
-    return run
+    return partial(run_py, folder=tmp_path, COLUMNS="200")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,10 @@
 """run.py in a process of its own: exit codes, sweeps, messages."""
 
 import json
+import subprocess
+import sys
+
+from paths import ROOT
 
 
 def test_sweep_goes_on_after_a_failed_job_and_exits_with_an_error(command, tmp_path):
@@ -20,8 +24,10 @@ def test_sweep_goes_on_after_a_failed_job_and_exits_with_an_error(command, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_one_message_and_no_traceback(command, tmp_path):
-    done = command("debug=fast", "budget.params=1.5")
+def test_one_message_and_no_traceback(tmp_path):
+    """In an interpreter of its own, as on the command line."""
+    line = [sys.executable, str(ROOT / "run.py"), "debug=fast", "budget.params=1.5"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "params=1.5 must be a share left in (0, 1]" in done.stderr
     assert "Traceback" not in done.stderr

@@ -19,7 +19,11 @@ FILES = sorted(
     if path.parent.name not in WHOLE and not path.stem.startswith("_")
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-FITTING = {"vgg16_bn": ["data.image_size=32"], "torchvision": ["data.in_channels=3", "data.image_size=32"]}
+FITTING = {
+    "lenet5": ["data.image_size=28"],
+    "vgg16_bn": ["data.image_size=32"],
+    "torchvision": ["data.in_channels=3", "data.image_size=32"],
+}
 
 
 def folder_of_images(root, size=32):
@@ -98,12 +102,32 @@ def test_every_criterion_has_a_file(config):
         if isinstance(getattr(criteria, name), type) and issubclass(getattr(criteria, name), Criterion)
     }  # fmt: skip
     files = [name for group, name in FILES if group == "pruner" and name != "none"]
-    used = {config(f"pruner={name}").pruner.criterion._target_.rpartition(".")[2] for name in files}
+    nodes = [config(f"pruner={name}").pruner for name in files]
+    used = {node.criterion._target_.rpartition(".")[2] for node in nodes if "criterion" in node}
     assert used == classes
 
 
-@pytest.mark.parametrize("name", [name for group, name in FILES if group == "pruner" and name != "none"])
+BY_THRESHOLD = {"zero_units", "serene"}
+"""Not driven by the budget; their runs are below."""
+
+
+@pytest.mark.parametrize("name", [n for group, n in FILES if group == "pruner" and n not in BY_THRESHOLD | {"none"}])
 def test_every_criterion_prunes_the_default_network(name, fast, tmp_path):
     run_job(fast(f"pruner={name}", "budget.params=0.3"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["params_after"] <= 0.3 * summary["params_before"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pruner=zero_units", "optimizer=prox_adamw", "optimizer.lam=0.01", "budget.params=0.2"],
+        ["pruner=serene", "pruner.decay=0.1", "pruner.sensitivity=lower_bound", "pruner.tolerance=0.5", "budget.params=0.2"],
+    ],
+)
+def test_training_decides_what_leaves_and_the_budget_is_a_limit(overrides, fast, tmp_path):
+    run_job(fast(*overrides))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0.2 <= summary["params_left"] < 1
+    assert summary["stopped"]["reason"] == "threshold"
+    assert summary["criterion"] == "zerounits"  # outside of Hydra's own job

@@ -13,7 +13,6 @@ from actprune.surgery import load_pruned
 TASK = (
     "task=prune",
     "pruner=reconstruction",
-    "compensation=least_squares",
     "budget.params=0.5",
     "logger=none",
     "calibration=100",
@@ -40,6 +39,7 @@ def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):
     assert summary["params_after"] <= 0.5 * summary["params_before"]
     assert summary["budget"] == {"params": 0.5}
     assert summary["calibration"] == 100
+    assert summary["compensation"] == "LeastSquares"
     assert set(summary["latency_ms"]) == {"1", "64"}
     assert {"test_accuracy_before", "test_accuracy_cut", "val_accuracy", "seconds", "commit"} <= summary.keys()
     printed = capsys.readouterr().out
@@ -61,6 +61,22 @@ def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):
 def test_what_cannot_work_says_so(config, override, message):
     with pytest.raises(ConfigError, match=message):
         run_job(config(*TASK, override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "Mean"),
+        (["task=plan"], "Mean"),
+        (["task=prune"], "LeastSquares"),
+        (["task=prune", "compensation=mean"], "Mean"),
+        (["compensation=least_squares"], "LeastSquares"),
+    ],
+)
+def test_what_no_training_follows_is_refitted_by_default(overrides, expected, config):
+    node = resolved(config(*overrides))
+    assert type(build(node.compensation, "compensation")).__name__ == expected
+    assert type(build(node.pruner, "pruner").compensation).__name__ == expected
 
 
 @pytest.mark.parametrize("pruner", ["taylor", "sensitivity", "label_information", "flap", "wanda", "batch_norm_scale"])

@@ -1,10 +1,6 @@
 """``resume=DIR``: a job or a sweep that was cut off goes on in its own folder."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +8,7 @@ import torch
 
 from actprune.cli.resuming import command_line
 from actprune.core.errors import ConfigError
-from paths import ROOT
+from processes import needs_fork, start_run_py
 
 SMALL = ("debug=fast", "data.batch_size=16", "pruner=magnitude", "logger=csv", "trainer.max_epochs=6", "schedule.start=1")
 
@@ -29,17 +25,15 @@ def same(one, other):
 
 def kill_when(path, command, cwd, timeout=120):
     """Start run.py and kill -9 it as soon as ``path`` exists."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *command], cwd=cwd, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = start_run_py(*command, folder=cwd)
     end = time.monotonic() + timeout
     while not list(cwd.glob(path)) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert list(cwd.glob(path))
 
 
+@needs_fork
 def test_a_killed_sweep_goes_on_where_it_was(command, tmp_path):
     """The first job is not run again, the second goes on from its checkpoint, the third starts; the same networks come out."""
     sweep = ("-m", *SMALL, "seed=1,2,3")
@@ -61,6 +55,7 @@ def test_a_killed_sweep_goes_on_where_it_was(command, tmp_path):
 
 
 @pytest.mark.slow
+@needs_fork
 def test_one_job_goes_on_and_takes_new_settings(command, tmp_path):
     kill_when("run/checkpoints/last.ckpt", [*SMALL, "hydra.run.dir=run"], tmp_path)
     again = command("resume=run", "trainer.max_epochs=7")

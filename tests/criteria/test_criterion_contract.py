@@ -38,6 +38,7 @@ from actprune.criteria import (
     Variance,
     Wanda,
     ZeroRate,
+    ZeroUnits,
 )
 
 torch.set_num_threads(1)
@@ -210,6 +211,8 @@ CASES = [
     Case(Magnitude(p=1), lambda x, w: np.abs(w).sum(1)),
     Case(FPGM(), lambda x, w: scipy.spatial.distance_matrix(w, w).sum(1)),
     Case(Reconstruction(ridge=0.01), greedy_reconstruction),
+    Case(ZeroUnits(), lambda x, w: np.sqrt((w**2).mean(1))),
+    Case(ZeroUnits(threshold=0.5), lambda x, w: np.sqrt((w**2).mean(1))),
     Case(Random(), None),  # draws by position: its own reference is in test_weight_criteria
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -239,6 +242,7 @@ def view_of(criterion, *sites, weights=None, name="layer1.conv1", seed=0):
         lambda: readers,
         columns=lambda: columns,
         norms=lambda: weights,
+        own=lambda: weights,
     )
 
 

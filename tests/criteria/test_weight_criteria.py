@@ -1,4 +1,5 @@
 import hashlib
+import math
 
 import pytest
 import scipy.stats
@@ -6,7 +7,7 @@ import torch
 
 from actprune.core.errors import ConfigError
 from actprune.core.views import GroupView
-from actprune.criteria import FPGM, Magnitude, Random
+from actprune.criteria import FPGM, Magnitude, Random, ZeroUnits
 
 MASK = (1 << 64) - 1
 
@@ -50,3 +51,13 @@ def test_twins_in_the_middle_leave_first_with_fpgm():
     score = FPGM().score(GroupView("conv", 6, slices=lambda: [weight + 1e4]))
     assert score[:2].tolist() == pytest.approx([40, 40], abs=1e-6)
     assert score[2:].tolist() == pytest.approx([40 + 20 * 2**0.5] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.inf, math.nan])
+def test_zero_units_refuses_thresholds_that_make_no_sense(threshold):
+    with pytest.raises(ConfigError, match=r"threshold=.* must be a finite number of at least 0"):
+        ZeroUnits(threshold)
+
+
+def test_zero_units_has_no_score_where_units_own_nothing():
+    assert ZeroUnits().score(GroupView("stream", 3)) is None

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from actprune.core.errors import ConfigError
 from actprune.data.digits import Digits
+from actprune.models.lenet import LeNet5
 from actprune.models.mlp import MLP
 from actprune.models.small_cnn import SmallCNN
 from actprune.models.vgg import VGG16BN
@@ -78,3 +79,15 @@ def test_vgg_has_thirteen_convolutions_and_five_pools():
 def test_vgg_refuses_small_images():
     with pytest.raises(ConfigError, match="image_size=28 must be at least 32 .*set data.image_size=32"):
         VGG16BN(image_size=28)
+
+
+def test_lenet5_is_its_layers():
+    torch.manual_seed(0)
+    model, x = LeNet5(num_classes=3, in_channels=2, image_size=20).double(), torch.randn(4, 2, 20, 20).double()
+    w = dict(model.named_parameters())
+    h = F.max_pool2d(F.conv2d(x, w["features.0.weight"], w["features.0.bias"]).clamp(min=0), 2)
+    h = F.max_pool2d(F.conv2d(h, w["features.3.weight"], w["features.3.bias"]).clamp(min=0), 2).reshape(4, -1)
+    h = (h @ w["hidden.weight"].T + w["hidden.bias"]).clamp(min=0)
+    torch.testing.assert_close(model(x), h @ w["classifier.weight"].T + w["classifier.bias"])
+    with pytest.raises(ConfigError, match="image_size=8 must be at least 16 for LeNet-5; set data.image_size=28"):
+        LeNet5(image_size=8)

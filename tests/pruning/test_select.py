@@ -11,7 +11,7 @@ from actprune import Budget, Pruner, Selection, criteria, trace
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.core.views import Criterion
 from actprune.pruning.plans import draft
-from actprune.pruning.select import normalise, select
+from actprune.pruning.select import normalise, select, select_below
 from actprune.surgery import cut
 from zoo import build
 
@@ -248,3 +248,57 @@ def test_scores_that_are_not_finite_or_of_another_shape_are_refused():
         pruner = Pruner(model, example, Bad(value), Budget(params=0.5), compensation=None)
         with pytest.raises(ObservationError, match="Bad must give 8 finite scores for group '0'"):
             pruner.plan(None)
+
+
+def below(graph, scores, threshold, limit, max_ratio):
+    """Remove units that score at most the threshold, lowest first, until the next one would go below the limit."""
+    caps = {g.name: g.size - max(1, int(np.ceil(g.size * (1 - max_ratio) - 1e-9))) for g in graph.unlocked}
+    queue = []
+    for rank, group in enumerate(graph.unlocked):
+        values = scores[group.name]
+        lowest = sorted(range(group.size), key=lambda i: (values[i].item(), i))[: caps[group.name]]
+        queue += [(values[i].item(), rank, k, group.name, i) for k, i in enumerate(lowest) if values[i] <= threshold]
+    gone = {}
+    for _, _, _, name, i in sorted(queue):
+        if cost(graph, "params", {**gone, name: [*gone.get(name, []), i]}) < limit:
+            break
+        gone.setdefault(name, []).append(i)
+    return {name: sorted(units) for name, units in gone.items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_threshold_takes_what_is_below_it_and_the_budget_is_a_limit(name):
+    model, example = build(name)
+    graph = trace(model, example)
+    for seed, threshold, share in itertools.product(range(3), (-1.0, 0.0, 0.3, 2.0), (0.0, 0.6, 1.0)):
+        scores = drawn(graph, seed)
+        for score in scores.values():
+            score[: len(score) // 3] = 0
+        limit = share * graph.params
+        chosen = select_below(graph, scores, threshold, "params", limit, Selection(max_ratio=0.95), sizes(graph))
+        assert chosen == below(graph, scores, threshold, limit, 0.95)
+        assert bool(chosen) == (threshold >= 0 and share < 1)
+        assert cost(graph, "params", chosen) >= limit
+
+
+def test_a_threshold_keeps_the_rounding_and_one_unit_of_every_group():
+    model, example = build("ConvBn")
+    graph = trace(model, example)
+    zeros = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes(graph).items()}
+    chosen = select_below(graph, zeros, 0.0, "params", 0.0, Selection(max_ratio=0.999), sizes(graph))
+    assert {name: size - len(chosen[name]) for name, size in sizes(graph).items()} == dict.fromkeys(zeros, 1)
+    rounded = select_below(graph, zeros, 0.0, "params", 0.0, Selection(max_ratio=0.999, round_to=4), sizes(graph))
+    assert {name: size - len(rounded[name]) for name, size in sizes(graph).items()} == dict.fromkeys(zeros, 4)
+
+
+def test_a_pruner_with_a_threshold_heeds_neither_the_schedule_nor_a_budget_out_of_reach():
+    model, example = build("ConvBn")
+    pruner = Pruner(model, example, criteria.ZeroUnits(), Budget(params=1e-6), compensation=None)
+    assert pruner.plan(None) is None
+    group = pruner.graph.unlocked[0]
+    with torch.no_grad():
+        for (tensor, dim), positions in group.members.items():
+            if dim == 0 and tensor in dict(model.named_parameters()):
+                model.get_parameter(tensor)[positions[2]] = 0
+    assert pruner.plan(None, due=0.0).groups == {group.name: 1}
+    assert Pruner(model, example, criteria.ZeroUnits(), Budget(params=1.0), compensation=None).plan(None) is None

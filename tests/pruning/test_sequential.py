@@ -10,9 +10,9 @@ from torch import nn
 
 import actprune
 from actprune import Budget, Pruner, criteria
-from actprune.compensation import LeastSquares
+from actprune.compensation import LeastSquares, Mean
 from actprune.core.views import Criterion
-from actprune.pruning.finishing import bytes_per_sample, has_finish, together
+from actprune.pruning.finishing import bytes_per_sample, has_finish, held, together
 from actprune.pruning.sequential import refit
 
 ALL = LeastSquares(ridge=1e-9, positions=10**6)
@@ -308,7 +308,35 @@ def test_batches_are_joined_up_to_the_memory_limit_and_it_is_said(caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert torch.equal(together(model, x.split(4), 7 * 64), x[:7])
-    assert "takes 7 of 10 samples: more need over 448 bytes" in caplog.text
+    assert "takes the first 7 samples: more need over 448 bytes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (LeastSquares(memory=7 * 64), 2),  # seven samples are taken; the second batch of four holds the last of them
+        (LeastSquares(), 5),
+        (LeastSquares(memory=7 * 64, recalibrate=True), 5),
+        (LeastSquares(refit="once", recalibrate=False), 0),
+        (Mean(), 0),
+    ],
+)
+def test_no_more_of_the_data_is_held_than_is_needed_afterwards(how, expected):
+    model, x = chain(), torch.randn(20, 6)
+    pairs, inputs = held(((part, None) for part in x.split(4)), model, how, x[:2])
+    assert torch.equal(torch.cat([part for part, _ in pairs]), x)
+    assert len(inputs) == expected
+
+
+def test_prune_refits_by_default_and_needs_no_data_to_cut_plainly():
+    x = correlated(200, 6, 6)
+    options = {"criterion": criteria.Magnitude(), "budget": Budget(params=0.6)}
+    models = [chain() for _ in range(3)]
+    actprune.prune(models[0], x[:1], [x], **options)
+    actprune.prune(models[1], x[:1], [x], compensation=LeastSquares(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    actprune.prune(models[2], x[:1], **options)
+    assert torch.equal(models[2][4].bias, chain()[4].bias)
 
 
 def test_tuples_and_dicts_of_tensors_are_joined_and_other_batches_refused():

@@ -91,6 +91,22 @@ def test_flags_dtype_grad_attributes_and_buffers_are_kept():
     assert model.unused.weight.shape == (5, 5)
 
 
+def test_gradient_hooks_are_kept_and_can_still_be_removed():
+    model, example, plan = planned("Residual")
+    seen = {}
+    handles = [p.register_hook(lambda g, n=n: seen.update({n: g.shape})) for n, p in model.named_parameters()]
+    handles += [p.register_post_accumulate_grad_hook(lambda p: seen.update({p: p.grad.shape})) for p in model.parameters()]
+    cut(model, plan, example)
+    model(example).sum().backward()
+    expected = {n: p.shape for n, p in model.named_parameters()} | {p: p.shape for p in model.parameters()}
+    assert seen == expected
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(example).sum().backward()
+    assert seen == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtype_is_kept(dtype):
     model, example, plan = planned("Residual", dtype=dtype)

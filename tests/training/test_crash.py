@@ -1,27 +1,23 @@
 """kill -9 at any moment: the next run goes on, and ends with the network of the run that was left alone."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from paths import ROOT
+import crashes
+from processes import Fork, needs_fork
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = needs_fork
 
 
-def crashes(folder, kills, seed):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, str(ROOT / "tests" / "training" / "crashes.py"), str(folder), str(kills), str(seed)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+def killed(folder, kills, seed):
+    done = Fork(crashes.main, folder, kills, seed, folder=folder).wait(timeout=1500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_few_kills(tmp_path):
-    found = crashes(tmp_path, 4, seed=5)
+    found = killed(tmp_path, 4, seed=5)
     assert sum(found["kills"].values()) == 4
     assert found["difference"] == 0.0
     assert found["went_back"] > 0  # the guarded run does take a step back
@@ -30,7 +26,7 @@ def test_a_few_kills(tmp_path):
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
     """With and without the quality guard, among them kills inside surgery and inside the writing of checkpoints."""
-    found = crashes(tmp_path, 50, seed=1)
+    found = killed(tmp_path, 50, seed=1)
     assert sum(found["kills"].values()) == 50
     assert min(found["kills"][moment] for moment in ("any", "surgery", "write", "rename")) >= 3
     assert found["difference"] == 0.0

@@ -1,59 +1,59 @@
-"""Two processes: one plan, the same network on both, and the wrapper knows the new parameters."""
+"""Two processes: one plan, the same network on both, the statistics of all samples, and the wrapper knows the new parameters.
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+``strategy="ddp"`` runs the script once more for the second process; all runs of this file share one such start.
+"""
 
 import pytest
 import torch
 
+import ddp_runs
 from foreign import OwnForward
-from paths import ROOT
 
-SCRIPT = """
-import os
-import sys
-import torch
-from lightning import Trainer, seed_everything
-from foreign import OwnForward, loader
-from actprune.core.budget import Budget
-from actprune.criteria import Entropy
-from actprune.training import PruningCallback
-
-torch.set_num_threads(1)
-seed_everything(0, verbose=False)
-module, callback = OwnForward(), PruningCallback(Entropy(bins=16), Budget(params=0.4))
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, logger=False, callbacks=[callback],
-                  enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(module, loader(), loader(36, 1, batch_size=4))
-torch.save({"state": module.state_dict(), "removed": callback.pruner.record.to_dict(), "epochs": len(callback.history)},
-           f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
-"""
+RUNS = [{"run": "as usual", "name": "usual"}, {"run": "train", "name": "train"}, {"run": "observe", "name": "observe"}]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ran(tmp_path_factory):
+    """What the first process printed, and the folder."""
     folder = tmp_path_factory.mktemp("ddp")
-    (folder / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "script.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return ddp_runs.script([{**run, "devices": 2} for run in RUNS], folder), folder
 
 
-def test_both_processes_hold_the_same_smaller_network(ranks):
-    _, (zero, one) = ranks
-    assert zero["removed"] == one["removed"]
-    assert len(zero["removed"]["steps"]) >= 2
-    assert all(torch.equal(value, one["state"][name]) for name, value in zero["state"].items())
+@pytest.fixture(scope="module")
+def usual(ran):
+    return ddp_runs.found(ran[1], "usual")
+
+
+def test_both_processes_hold_the_same_smaller_network(usual):
+    zero, one = usual
+    assert ddp_runs.same(zero, one)
+    assert len(zero["record"]["steps"]) >= 2
     before = sum(p.numel() for p in OwnForward().parameters())
-    assert zero["removed"]["steps"][-1]["params_after"] <= 0.4 * before
-    assert zero["epochs"] == 5
+    assert zero["record"]["steps"][-1]["params_after"] <= 0.4 * before
+    assert len(zero["history"]) == 5
 
 
-def test_one_process_speaks(ranks):
-    out, (zero, _) = ranks
-    assert out.count("pruning step 1,") == 1
-    assert out.count("pruning step") == len(zero["removed"]["steps"])
+def test_one_process_speaks(ran, usual):
+    runs = 2 + 3  # "observe" looks at three criteria
+    assert ran[0].count("pruning step 1,") == runs
+    assert ran[0].count("pruning step 2,") == 2  # its schedule has one step
+    assert ran[0].count("pruning step") == runs + len(usual[0]["record"]["steps"])
+
+
+def test_two_processes_with_half_the_batch_are_one_process(ran, tmp_path):
+    zero, one = ddp_runs.found(ran[1], "train")
+    (alone,) = ddp_runs.start(tmp_path, devices=1)
+    assert ddp_runs.same(zero, one)
+    ddp_runs.assert_close(zero, alone)
+    assert len(zero["record"]["steps"]) == 2
+
+
+def test_two_processes_observe_what_one_does(ran, tmp_path):
+    """Criteria of gradients and labels: counts equal, gradients to rounding, and one plan; a repeated sample counts once."""
+    (alone,) = ddp_runs.start(tmp_path, devices=1, run="observe")
+    for whole, zero, one in zip(alone, *ddp_runs.found(ran[1], "observe"), strict=True):
+        assert zero["removed"] == one["removed"] == whole["removed"]
+        assert whole["kept"][-1] == zero["kept"][-1] == 33
+        for a, b, c in zip(whole["kept"], zero["kept"], one["kept"], strict=True):
+            assert torch.equal(b, c)
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-9)

@@ -1,6 +1,7 @@
 """What loggers, the console and summaries are told of every step, and of every epoch."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from actprune.core.budget import Budget
 from actprune.criteria import Magnitude
 from actprune.schedule import Schedule
 from actprune.training import MetricsCSV
-from actprune.training.events import broke_after_cut, peak_memory
+from actprune.training.events import broke_after_cut, peak_memory, step_line
 from foreign import OneNetwork, OwnForward, loader
 
 SCHEDULE = Schedule("linear", start=0, interval=2, steps=2)
@@ -32,6 +33,15 @@ def test_an_event_says_what_was_cut_where_and_what_it_took(pruning, trainer, lis
     assert [step for step, _ in calls] == [6, 18]
     assert [call["surgery/width/conv1"] for _, call in calls] == [event["widths"]["conv1"][1] for event in callback.events]
     assert {"surgery/observing_seconds", "surgery/planning_seconds"} < set(calls[0][1])
+
+
+def test_a_line_of_a_large_network_fits_into_100_columns():
+    pruner = SimpleNamespace(params_before=125_557_032, macs_before=41_100_000_000)
+    event = {"epoch": 98, "step": 12, "params": [0, 112_345_678], "macs": [0, 20_500_000_000],
+             "widths": dict.fromkeys(range(33)), "seconds": {"cutting": 112.31}}  # fmt: skip
+    expected = "pruning step 12, before epoch 99: params 112,345,678 (89.5%), MACs 20.5G (49.9%), 33 groups, 112.3 s"
+    assert step_line(event, [pruner]) == expected
+    assert len(expected) <= 100
 
 
 def test_sizes_and_memory_are_gauges_of_every_epoch(pruning, trainer, tmp_path):

@@ -1,9 +1,5 @@
 """Criteria of labels and gradients in the callback: what they are given, what they leave alone, what they refuse."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +18,6 @@ from actprune.schedule import Schedule
 from actprune.training import ClassificationTask
 from foreign import CLASSES, Adam, OneNetwork, OwnForward, SeveralParts, dataset, loader
 from foreign import network as build_network
-from paths import ROOT
 
 EVERY = [
     criteria.Taylor(),
@@ -257,7 +252,9 @@ class Digits(LightningDataModule):
         return self.part(slice(1000, 1300))
 
 
-@pytest.mark.parametrize("criterion", [criteria.Taylor(), criteria.LabelInformation()], ids=repr)
+@pytest.mark.parametrize(
+    "criterion", [criteria.Taylor(), pytest.param(criteria.LabelInformation(), marks=pytest.mark.slow)], ids=repr
+)
 def test_the_digits_end_to_end(criterion, pruning, trainer):
     torch.manual_seed(0)
     module = ClassificationTask(SmallCNN(num_classes=10), lambda p: torch.optim.Adam(p, lr=3e-3), num_classes=10)
@@ -297,57 +294,3 @@ def test_several_networks_do_not_see_each_others_second_run(criterion, pruning, 
         assert statistics
         assert all(s.n_samples == 36 for s in [*statistics, *(s for _, s in observation.folds.values())])
     assert all(p.params <= 0.4 * p.params_before for p in callback.pruners.values())
-
-
-SCRIPT = """
-import sys
-import torch
-from lightning import Trainer, seed_everything
-from foreign import OwnForward, loader
-from actprune import criteria
-from actprune.core.budget import Budget
-from actprune.schedule import Schedule
-from actprune.training import PruningCallback
-
-torch.set_num_threads(1)
-devices, folder = int(sys.argv[1]), sys.argv[2]
-for number, criterion in enumerate((criteria.Taylor(), criteria.LabelInformation(classes=4), criteria.Sensitivity())):
-    seed_everything(0, verbose=False)
-    module = OwnForward()
-    module.norm.momentum = 0.0  # nothing is learnt: the same network on any number of processes
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
-    callback = PruningCallback(criterion, Budget(params=0.5), Schedule(steps=1, start=0), compensation=None)
-    decide, kept = type(callback).on_validation_end, []
-
-    def spy(self, trainer, pl_module):
-        if self._observer is not None:
-            scores = self._observer.observations[""].scores
-            statistics = [s for by in scores.values() for sites in by.values() for s in sites]
-            kept.extend([*(s.compute() for s in statistics), statistics[0].n_samples])
-        decide(self, trainer, pl_module)
-
-    callback.on_validation_end = spy.__get__(callback)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, logger=False, callbacks=[callback],
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, loader(64, batch_size=16 // devices), loader(32, 1, batch_size=16 // devices))
-    found = {"kept": kept, "removed": callback.pruner.record.removed}
-    torch.save(found, f"{folder}/{devices}-{trainer.global_rank}-{number}.pt")
-"""
-
-
-def test_two_processes_observe_what_one_does(tmp_path):
-    """Through DDP's wrapper: counts equal, gradients to rounding, and one plan."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    for devices in ("1", "2"):
-        command = [sys.executable, str(tmp_path / "script.py"), devices, str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for number in range(3):
-        alone, zero, one = (torch.load(tmp_path / f"{name}-{number}.pt") for name in ("1-0", "2-0", "2-1"))
-        assert zero["removed"] == one["removed"] == alone["removed"]
-        assert alone["kept"][-1] == zero["kept"][-1] == 32
-        for a, b, c in zip(alone["kept"], zero["kept"], one["kept"], strict=True):
-            assert torch.equal(b, c)
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-9)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -113,15 +114,20 @@ def test_a_step_that_costs_too_much_is_taken_back_with_everything(guarded, train
     assert module.conv1.out_channels == module.norm.num_features == 12
     assert callback.stopped["reason"] == "metric"
     out = capsys.readouterr().out
-    assert "quality is" in out
+    value = callback.guard.lost[0]["value"]
+    assert f"quality {value:.4g} after recovery, 1 before, max_metric_drop=0.001: back to 2,172 parameters" in out
     assert out.count("back to 2,172 parameters") == 3
     assert "the budget params=0.2 was not reached" in out
 
 
 def test_training_goes_on_after_the_way_back(guarded, trainer):
-    module, callback, look = Judged(), guarded(), Look()
+    """With the optimizer's moments, and with gradient hooks, of which wandb.watch registers one for every parameter."""
+    module, callback, look, calls = Judged(), guarded(), Look(), Counter()
     module.needed = WHOLE
+    for name, parameter in module.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: calls.update([name]))
     fitted = run(module, callback, trainer, look)
+    assert calls == {name: fitted.global_step for name, _ in module.named_parameters()}
     held = [p for group in fitted.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in module.parameters()}
     for name, value in look.before[13].items():
@@ -158,6 +164,13 @@ def test_no_loss_is_a_limit_of_zero(guarded, pruning):
     assert pruning().max_metric_drop is None
 
 
+def moment(checkpoint):
+    """What a checkpoint waits for: a step to be taken, a verdict, the way back, or nothing; and how often it went back."""
+    (state,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("PruningCallback")]
+    guard = state["guard"]
+    return bool(state["_plans"]), guard["trial"] is not None, guard["snapshot"] is not None, min(len(guard["lost"]), 2)
+
+
 @pytest.mark.parametrize("at_train_end", [True, False])
 def test_resume_is_exact_whatever_the_guard_waits_for(at_train_end, guarded, trainer, tmp_path):
     """Checkpoints with a step decided, a verdict awaited, a way back decided, and all of it over."""
@@ -168,12 +181,15 @@ def test_resume_is_exact_whatever_the_guard_waits_for(at_train_end, guarded, tra
     run(whole, full, trainer, saved, enable_checkpointing=True)
     assert full.guard.lost
     assert full.guard.good > 0
+    moments = {}
     for epoch in range(13):
         path = tmp_path / "all" / f"epoch={epoch}.ckpt"
-        torch.load(path, weights_only=True)
+        moments.setdefault(moment(torch.load(path, weights_only=True)), path)
+    assert len(moments) >= 5
+    for kind, path in moments.items():
         resumed, callback = copy.deepcopy(start), guarded()
         trainer(callback, max_epochs=14).fit(resumed, loader(), loader(32, 1), ckpt_path=path)
-        assert same(resumed.state_dict(), whole.state_dict()), epoch
+        assert same(resumed.state_dict(), whole.state_dict()), kind
         assert callback.history == full.history
         assert callback.guard.lost == full.guard.lost
         assert callback.stopped == full.stopped

@@ -1,9 +1,13 @@
 import csv
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import wandb
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from wandb.integration.torch.wandb_torch import TorchHistory
 
 from actprune.schedule import Schedule
 from actprune.training import EpochLines, MetricsCSV, progress_bar
@@ -86,6 +90,21 @@ def test_weights_and_biases_plots_against_parameters(pruning, trainer, tmp_path)
     fitted = trainer(pruning(), logger=logger)
     define_axes(fitted)
     assert logger.experiment.defined == {"prune/params": None, "prune/*": "prune/params"}
+
+
+def test_wandb_watch_goes_on_and_is_not_told_of_traces(pruning, trainer, monkeypatch):
+    """Its hooks on the module log histograms of the parameters, those on the parameters histograms of their gradients."""
+    logged, module = Counter(), OwnForward()
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(_log=lambda content, commit: logged.update(content.keys())))
+    history = TorchHistory()
+    history.add_log_parameters_hook(module, log_freq=1)
+    history.add_log_gradients_hook(module, log_freq=1)
+    fitted = trainer(pruning(), num_sanity_val_steps=2)
+    fitted.fit(module, loader(), loader(32, 1))
+    names = [name for name, _ in module.named_parameters()]
+    assert module.conv1.out_channels < 12
+    batches = {"gradients": fitted.global_step, "parameters": fitted.global_step + 2 + 6 * 2}
+    assert logged == {f"{kind}/{name}": n for kind, n in batches.items() for name in names}
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, trainer):

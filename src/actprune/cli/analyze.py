@@ -74,21 +74,22 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     settings: Settings = build(config.analyze, "analyze")
     if config.calibration < 1:
         raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
-    criteria = {name: _criterion(name, config) for name in (_all() if settings.criteria is None else settings.criteria)}
+    names = _all() if settings.criteria is None else settings.criteria
+    criteria = {name: criterion_named(name, config, "analyze.criteria") for name in names}
     if config.weights is not None:
         load_network(net, config.weights)
     elif config.model.get("weights") is None:
         _LOG.warning("weights=null: this network has learned nothing, and nor have its units; give weights=FILE")
     data.prepare_data()
     data.setup("fit")
-    observed = _first(data.train_dataloader(), config.calibration)
+    observed = first_samples(data.train_dataloader(), config.calibration)
     folder = Path(config.paths.output_dir)
     with _shown() as progress:
         influence = analyze(
             net,
             observed[0][0][:1],
             observed,
-            _first(data.val_dataloader(), settings.images),
+            first_samples(data.val_dataloader(), settings.images),
             criteria=criteria,
             removals=settings.removals,
             compensation=settings.compensation,
@@ -116,9 +117,7 @@ def load_network(net: nn.Module, path: str) -> None:
         ConfigError: the file is missing, is none of these, or does not fit.
         SurgeryError: the network is not the one that was pruned.
     """
-    content = None
-    with suppress(OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):  # load_weights says why
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_network(path)
     if isinstance(content, dict) and "surgery_record" in content:
         load_pruned(net, path)
         return
@@ -127,18 +126,30 @@ def load_network(net: nn.Module, path: str) -> None:
     load_weights(net, path)
 
 
+def read_network(path: str) -> Any:
+    """What a file holds; None where it cannot be read, which ``load_weights`` tells of."""
+    with suppress(OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return None
+
+
 def _all() -> list[str]:
     """Every file of the pruner folder that holds a criterion."""
     names = GlobalHydra.instance().config_loader().get_group_options("pruner", ObjectType.CONFIG)
     return [name for name in names if not name.startswith("_") and "criterion" in _file(name)]
 
 
-def _criterion(name: str, config: DictConfig) -> Criterion:
+def criterion_named(name: str, config: DictConfig, key: str) -> Criterion:
+    """The criterion of a file of ``conf/pruner``, with the settings that the configuration gives it.
+
+    Raises:
+        ConfigError: there is no such file, or it has no criterion; the message begins with ``key``, where it was asked for.
+    """
     if name not in GlobalHydra.instance().config_loader().get_group_options("pruner", ObjectType.CONFIG):
-        raise ConfigError(f"analyze.criteria: there is no pruner={name}; choose from {', '.join(_all())}, or null for all")
+        raise ConfigError(f"{key}: there is no pruner={name}; choose from {', '.join(_all())}")
     node = _file(name).get("criterion")
     if node is None:
-        raise ConfigError(f"analyze.criteria: pruner={name} has no criterion; choose from {', '.join(_all())}")
+        raise ConfigError(f"{key}: pruner={name} has no criterion; choose from {', '.join(_all())}")
     # what the file takes from other places of the configuration is found there
     known: Any = OmegaConf.to_container(config, enum_to_str=True)
     whole = OmegaConf.create({**known, "asked": node})
@@ -158,7 +169,7 @@ def _row(agreed: Agreement, k: int) -> dict[str, float | None]:
     return {key: None if math.isnan(matrix[effect][k]) else matrix[effect][k] for key, matrix in parts.items()}
 
 
-def _first(loader: Any, n: int | None) -> list[Any]:
+def first_samples(loader: Any, n: int | None) -> list[Any]:
     """The first n samples of a loader, in batches of images and labels; all where n is None."""
     if n is None:
         return [(images, labels) for images, labels in loader]

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
-from actprune.cli import analyze, output, post_training, resuming, wandb
+from actprune.cli import analyze, capacity, output, post_training, resuming, wandb
 from actprune.cli.build import build, check, resolved
 from actprune.cli.console import console, print_config
 from actprune.cli.names import describe_run, sweep_name
@@ -41,7 +41,7 @@ def run_job(config: DictConfig) -> float | None:
     """Run one job.
 
     Returns:
-        The number that the job is judged by (``config.optimize``); None for ``task=plan`` and ``task=analyze``.
+        The number that the job is judged by (``config.optimize``); None for ``task=plan``, ``analyze`` and ``capacity``.
 
     Raises:
         ActPruneError: the configuration is wrong, data are missing, or the network cannot be pruned as asked.
@@ -60,7 +60,8 @@ def run_job(config: DictConfig) -> float | None:
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
-    for key in ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger", "analyze"):
+    groups = ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger")
+    for key in (*groups, "analyze", "capacity"):
         check(config[key], key)
     check_formats(list(config.export))
     print_config(config)
@@ -74,6 +75,10 @@ def run_job(config: DictConfig) -> float | None:
         if config.task is Task.analyze:
             found = analyze.analyze_network(config, parts.data, parts.module.get_submodule("net"))
             analyze.show(*found, Path(config.paths.output_dir), console())
+            return None
+        if config.task is Task.capacity:
+            measured = capacity.measure_networks(config, parts.data, parts.module.get_submodule("net"), parts.pruning)
+            capacity.show(measured, Path(config.paths.output_dir), console())
             return None
         if config.task is Task.prune:
             summary = post_training.prune_network(config, parts.data, parts.module.get_submodule("net"), parts.pruning)

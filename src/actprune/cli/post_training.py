@@ -113,7 +113,7 @@ def _summary(config: DictConfig, done: PostTraining) -> dict[str, Any]:
         "calibration": config.calibration,
         "seed": config.seed,
         "criterion": choice("pruner"),
-        "compensation": choice("compensation"),
+        "compensation": None if config.compensation is None else config.compensation._target_.rpartition(".")[2],
         "data": choice("data"),
         "model": choice("model"),
         "budget": {unit: share for unit, share in config.budget.items() if share is not None},

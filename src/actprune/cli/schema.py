@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 class Task(Enum):
@@ -25,6 +25,8 @@ class Task(Enum):
     """Load weights, prune without training, test, report."""
     analyze = "analyze"
     """Load weights and measure what every group of units contributes, and which criterion sees it."""
+    capacity = "capacity"
+    """Load weights and measure Lipschitz constants and distances to initialisation, before and after pruning."""
 
 
 @dataclass
@@ -39,10 +41,10 @@ class Config:
     resume: str | None = None
     """Output folder of a job or a sweep that was cut off: go on there, with the settings it was started with."""
     weights: str | None = None
-    """File of trained weights for ``task=prune`` and ``task=analyze`` (which takes checkpoints and pruned networks too);
-    null: what the model's own ``weights`` says."""
+    """File of trained weights for ``task=prune``, ``analyze`` and ``capacity`` (these two take checkpoints and pruned networks
+    too); null: what the model's own ``weights`` says."""
     calibration: int = 2000
-    """Training images that ``task=prune`` and ``task=analyze`` observe, at least 1."""
+    """Training images that ``task=prune``, ``analyze`` and ``capacity`` observe, at least 1."""
     export: list[str] = field(default_factory=list)
     """Formats that the network is written in at the end: onnx, torch_export, state_dict."""
     optimize: str = "val_accuracy"
@@ -61,8 +63,16 @@ class Config:
     logger: Any = None
     trainer: Any = MISSING
     analyze: Any = MISSING
+    capacity: Any = MISSING
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name ``schema``."""
+    """Make the schema known to Hydra under the name ``schema``, and ``${by_task:...}`` to configurations."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("by_task", _by_task, replace=True)
+
+
+def _by_task(task: Task | str, training: str, other: str) -> str:
+    """One value for tasks that train the network, or say how training will go; another where no training follows."""
+    name = task if isinstance(task, str) else task.name
+    return training if name in (Task.train.name, Task.plan.name) else other

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actprune.core.views import Statistic
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layer:
     """One consumer of cuttable units, as compensation sees it."""
 
@@ -23,6 +23,8 @@ class Layer:
     """The weight's dimension that is summed over."""
     runs: int = 1
     """How often one forward uses the weight."""
+    space: tuple[int, ...] | None = None
+    """Extent of the maps that it read last; None before it was observed."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from actprune.compensation.base import Compensation, Fold, Layer
-from actprune.compensation.mean import Mean, constant_response
-from actprune.compensation.patches import n_positions, patches_at, reads_patches
+from actprune.compensation.mean import Mean, constant_response, fold_mean
+from actprune.compensation.patches import n_positions, pads_zeros, patches_at, reads_patches, taps_seen
 from actprune.compensation.solve import ridge_solve
 from actprune.core.errors import ConfigError
 from actprune.core.views import Statistic
@@ -142,21 +142,30 @@ class LeastSquares(Compensation):
         return Fold(bias=bias, weight=shift.reshape(weight.shape).movedim(1, layer.reads_dim))
 
     def _over_channels(self, layer: Layer, weight: Tensor, mean: Tensor, covariance: Tensor, gone: Tensor) -> Fold:
+        left = torch.where(gone, mean, torch.zeros_like(mean))
         by_channel = prediction(covariance, gone, self.ridge)
         flat = weight.flatten(2)
         removed = flat[:, gone].movedim(1, 2).flatten(0, 1)
         delta = removed @ by_channel
-        if excess(removed, delta, covariance, gone) > 0:
-            _LOG.warning("%s: the refit explains nothing of what leaves: the mean is folded instead", layer.name)
-            by_channel, delta = torch.zeros_like(by_channel), torch.zeros_like(delta)
-        shift = torch.zeros_like(flat)
-        shift[:, ~gone] = delta.unflatten(0, (len(flat), -1)).movedim(2, 1)
         constant = torch.zeros_like(mean)
         constant[gone] = mean[gone] - by_channel @ mean[~gone]
-        return Fold(
-            bias=constant_response(layer, constant),
-            weight=shift.reshape(weight.shape).movedim(1, layer.reads_dim),
-        )
+        bias, border, _ = constant_response(layer, constant, left)
+        gained = excess(removed, delta, covariance, gone)
+        # taps that meet the padding read nothing of what stays either, but the constant is added there too
+        if gained > 0 or gained * _share_seen(layer) + border > 0:
+            _LOG.warning("%s: the refit explains nothing of what leaves: the mean is folded instead", layer.name)
+            return Fold(bias=fold_mean(layer, left))
+        shift = torch.zeros_like(flat)
+        shift[:, ~gone] = delta.unflatten(0, (len(flat), -1)).movedim(2, 1)
+        return Fold(bias=bias, weight=shift.reshape(weight.shape).movedim(1, layer.reads_dim))
+
+
+def _share_seen(layer: Layer) -> float:
+    """Of all taps at all positions, the share that meets the map and not its padding."""
+    if layer.space is None or not pads_zeros(layer.module, layer.weight):
+        return 1.0
+    seen, share = taps_seen(layer.module, layer.space)
+    return float(share @ seen.mean(1))
 
 
 def prediction(

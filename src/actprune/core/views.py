@@ -91,6 +91,8 @@ class GroupView:
     """The weights that read each unit, (U, n_elements) for every site in order; None where no layer's own weight reads it."""
     norms: Callable[[], list[Tensor]] = list
     """The scales gamma of the batch norms that the units go through, one (U, k) per norm."""
+    own: Callable[[], list[Tensor]] = list
+    """The elements that belong to each unit and to no other, (U, n_elements) per parameter: with all of them 0 it is off."""
 
 
 class Criterion(ABC):
@@ -100,6 +102,9 @@ class Criterion(ABC):
     """True: scores of different groups mean the same as they are, and are not normalised unless one asks for it."""
     unscored: str = "nothing to score it by"
     """Why a group may have no score, and what to do about it."""
+    threshold: float | None = None
+    """None: as many units leave as the budget asks for. A number: at every step all units that score at most that leave, and no
+    others; the budget is what is left at least."""
 
     def statistics(self) -> dict[str, Callable[[int], Statistic]]:
         """The statistics to accumulate at every site: key -> constructor taking the number of units (default: none)."""

@@ -16,6 +16,7 @@ from actprune.criteria.sensitivity import Sensitivity
 from actprune.criteria.taylor import Taylor
 from actprune.criteria.wanda import Wanda
 from actprune.criteria.zero_rate import ZeroRate
+from actprune.criteria.zero_units import ZeroUnits
 
 __all__ = [
     "FLAP",
@@ -36,6 +37,7 @@ __all__ = [
     "Variance",
     "Wanda",
     "ZeroRate",
+    "ZeroUnits",
     "combine",
     "score_sites",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,52 @@ def has_finish(how: Compensation | None) -> bool:
 
 def _recalibrates(how: LeastSquares) -> bool:
     return how.refit == "once" if how.recalibrate is None else how.recalibrate
+
+
+def held(
+    pairs: Iterable[tuple[Example, Any]], model: nn.Module, how: Compensation | None, example: Example
+) -> tuple[Iterator[tuple[Example, Any]], list[Example]]:
+    """Pass batches on, and hold the inputs that ``finish`` will need; nothing else of the data stays in memory.
+
+    Args:
+        pairs: inputs and targets of every batch.
+        model: the model that will read them.
+        how: the compensation.
+        example: a batch that the model is known to take.
+
+    Returns:
+        The same pairs, and a list that fills with inputs while they are read: all of them where batch norms are
+        recalibrated, else as many as the sequential refit takes.
+    """
+    inputs: list[Example] = []
+    if not has_finish(how):
+        return iter(pairs), inputs
+    assert isinstance(how, LeastSquares)
+    limit = math.inf if _recalibrates(how) else _most(model, example, how.memory)
+
+    def passing() -> Iterator[tuple[Example, Any]]:
+        seen = 0
+        for batch, targets in pairs:
+            if seen <= limit:
+                inputs.append(batch)
+                seen += batch_size(batch)
+            yield batch, targets
+
+    return passing(), inputs
+
+
+def _most(model: nn.Module, batch: Example, memory: int) -> int:
+    """How many samples a sequential refit takes; 0 where batches cannot be joined."""
+    if not _joinable(batch):
+        return 0
+    return max(1, memory // bytes_per_sample(model, tree_map(lambda x: x[:2], batch)))
+
+
+def _joinable(batch: Example) -> bool:
+    if callable(batch) or isinstance(batch, list):
+        return False
+    n = batch_size(batch)
+    return all(isinstance(x, Tensor) and x.dim() > 0 and len(x) == n for x in tree_leaves(batch))
 
 
 def finish(
@@ -60,17 +107,13 @@ def together(model: nn.Module, batches: Sequence[Example], memory: int) -> Examp
         batches: each as one call takes it.
         memory: bytes that the largest input of any layer may take.
     """
-    sizes = [batch_size(batch) for batch in batches]
-    leaves, spec = tree_flatten(batches[0])
-    if callable(batches[0]) or isinstance(batches[0], list) or not all(isinstance(x, Tensor) for x in leaves):
+    if not all(_joinable(batch) for batch in batches):
         return None
-    flat = [tree_leaves(batch) for batch in batches]
-    if any(x.dim() == 0 or len(x) != n for part, n in zip(flat, sizes, strict=True) for x in part):
-        return None
-    limit = max(1, memory // bytes_per_sample(model, tree_map(lambda x: x[:2], batches[0])))
-    if limit < sum(sizes):
-        _LOG.warning("the sequential refit takes %d of %d samples: more need over %d bytes", limit, sum(sizes), memory)
-    joined = [torch.cat(parts)[:limit] for parts in zip(*flat, strict=True)]
+    limit = _most(model, batches[0], memory)
+    if limit < sum(batch_size(batch) for batch in batches):
+        _LOG.warning("the sequential refit takes the first %d samples: more need over %d bytes", limit, memory)
+    spec = tree_flatten(batches[0])[1]
+    joined = [torch.cat(parts)[:limit] for parts in zip(*(tree_leaves(batch) for batch in batches), strict=True)]
     return tree_unflatten(joined, spec)
 
 

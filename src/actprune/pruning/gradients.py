@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.gates import Gates, Place, Reading
 from actprune.core.labels import is_class_vector, targets_of
+from actprune.core.outputs import logits_of
 from actprune.statistics.sensitivity import mean_gradients
 
 _MODES = {"outputs": "full", "output_sum": "lower_bound"}
@@ -100,24 +100,6 @@ def _checked_loss(loss: Any) -> Tensor:
         graph = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
         raise ObservationError(f"the loss must be one number with a gradient, the mean over the batch; got {given}{graph}")
     return loss.reshape(())
-
-
-def logits_of(said: Any, n: int) -> Tensor:
-    """What the network says of ``n`` samples.
-
-    A tensor; of a mapping its ``logits``; else the first floating-point tensor in it whose first dimension counts the samples.
-
-    Raises:
-        ObservationError: there is none.
-    """
-    if isinstance(said, Mapping):
-        said = dict(said) if said.get("logits") is None else said["logits"]
-    tensors = [x for x in tree_leaves(said) if isinstance(x, Tensor)]
-    for x in tensors:
-        if x.is_floating_point() and x.dim() > 0 and len(x) == n:
-            return x
-    shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "no tensor"
-    raise ObservationError(f"the network returned {shapes}; one output must be floating-point and begin with the {n} samples")
 
 
 def default_loss(outputs: Any, targets: Any) -> Tensor:

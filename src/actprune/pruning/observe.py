@@ -26,7 +26,7 @@ from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
 from actprune.pruning.gradients import differentiated
-from actprune.statistics import POSITIONS, all_reduce, sample_positions
+from actprune.statistics import POSITIONS, all_reduce, at_positions, sample_positions
 
 Reads = tuple[Site, Tensor | None, list[Statistic]]
 """A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them."""
@@ -55,6 +55,8 @@ class Observation:
         self._positions = positions
         self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
         self._sample_ids = torch.empty(0, dtype=torch.int64)
+        self._first_time: Tensor | None = None
+        self._counted_ids = self._sample_ids
         self._labels: Tensor | None = None
         self._next_id = 0
         self._paused = False
@@ -130,6 +132,8 @@ class Observation:
     def _see(self, reads: list[Reads], x: Tensor, dim: int) -> None:
         """Hand what one place reads to the statistics of all groups that are read there."""
         x, ids = self._samples(x, dim, reads[0][0].module)
+        if not len(ids):
+            return
         x = x.reshape(*x.shape[:2], -1)
         channels = None
         for site, index, statistics in reads:
@@ -140,11 +144,11 @@ class Observation:
             if few and width == 1:
                 if channels is None:
                     drawn = self._draw(ids, seen, x.device)
-                    channels = x.gather(2, drawn.unsqueeze(1).expand(-1, x.shape[1], -1))
+                    channels = at_positions(x, drawn)
                 part = channels[:, first] if index is None else channels.index_select(1, index[:, 0].to(x.device))
             elif few:
                 assert index is not None
-                part = _sampled(x, index.to(x.device), self._draw(ids, seen, x.device))
+                part = at_positions(x, self._draw(ids, seen, x.device), index.to(x.device))
             for statistic in few:
                 self._update(statistic, part, ids)
             whole = [s for s in statistics if not few or s.whole_maps]
@@ -159,7 +163,7 @@ class Observation:
     def _update(self, statistic: Statistic, x: Tensor, ids: Tensor) -> None:
         if not statistic.needs_labels:
             statistic.update(x, ids)
-        elif ids is self._sample_ids:
+        elif ids is self._counted_ids:
             statistic.update(x, ids, self._labels)
         else:
             raise ObservationError(
@@ -180,6 +184,9 @@ class Observation:
         if self._paused:
             return
         x, ids = self._samples(x, consumer.dim, consumer.module)
+        if not len(ids):
+            return
+        layer.space = tuple(x.shape[2:])
         compensation.observe(statistic, layer, x, ids)
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
@@ -200,14 +207,17 @@ class Observation:
             x = x.movedim(-1, 1)
             if rows[0] != n:
                 start = int(ids[0]) if n else 0
-                ids = torch.arange(start, start + rows[0])
+                return x, torch.arange(start, start + rows[0])
+        if self._first_time is not None:
+            return x[self._first_time.to(x.device)], self._counted_ids
         return x, ids
 
     def begin_batch(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next.
 
         Args:
-            sample_ids: (N,) int64, the same for the same sample whatever the batch or the rank.
+            sample_ids: (N,) int64, the same for the same sample whatever the batch or the rank; -1 for a sample that another
+                batch or rank has as well, which is not counted here.
             labels: (N,) integers, the samples' classes; only where ``needs_labels``.
 
         Raises:
@@ -221,8 +231,13 @@ class Observation:
                 f"the criterion needs the class of each of {len(sample_ids)} samples as a vector of integers, got {given}; "
                 "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
             )
-        self._sample_ids, self._labels = sample_ids, labels
-        self._next_id += len(sample_ids)
+        self._sample_ids = self._counted_ids = sample_ids
+        self._labels, self._first_time = labels, None
+        if (sample_ids < 0).any():
+            self._first_time = (sample_ids >= 0).nonzero().flatten()
+            self._counted_ids = sample_ids[self._first_time]
+            self._labels = None if labels is None else labels[self._first_time]
+        self._next_id += len(self._counted_ids)
 
     def differentiate(self, outputs: Callable[[], Any] | None = None, loss: Callable[[], Tensor] | None = None) -> None:
         """Run the batch that was named once more, for statistics of gradients; nothing to do where there are none.
@@ -319,17 +334,6 @@ def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
 
 def _is_identity(positions: np.ndarray) -> bool:
     return positions.shape[1] == 1 and np.array_equal(positions[:, 0], np.arange(len(positions)))
-
-
-def _sampled(
-    x: Tensor,  # (N, C, P)
-    index: Tensor,  # (U, k) channels of every unit
-    drawn: Tensor,  # (N, n) of a unit's k P positions
-) -> Tensor:
-    """What the samples have at their positions, (N, U, n)."""
-    channels = index[:, drawn // x.shape[2]].transpose(0, 1)  # (N, U, n)
-    rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x[rows, channels, (drawn % x.shape[2]).unsqueeze(1)]
 
 
 def _all(watchers: list[Watcher]) -> Watcher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from actprune.compensation import Compensation, Mean
+from actprune.compensation import Compensation, LeastSquares, Mean
 from actprune.core.budget import Budget
 from actprune.core.calling import Example
 from actprune.core.errors import BudgetError, ObservationError
@@ -21,21 +22,22 @@ from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
-from actprune.pruning.batches import Pair, observe_pairs, pairs_of
-from actprune.pruning.finishing import finish, has_finish
+from actprune.pruning.batches import observe_pairs, pairs_of
+from actprune.pruning.finishing import finish, has_finish, held
 from actprune.pruning.gradients import Loss
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
-from actprune.pruning.select import Selection, select
+from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import rehearse, traced, with_locks
-from actprune.pruning.weights import columns_of, norms_of
+from actprune.pruning.weights import columns_of, norms_of, owned
 from actprune.statistics import POSITIONS
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT = Mean()
+_REFIT = LeastSquares()
 
 
 class Pruner:
@@ -138,7 +140,7 @@ class Pruner:
         return self.budget.due(due) * original
 
     def check_budget(self) -> None:
-        """Fail now if the whole budget cannot be reached.
+        """Fail now if the whole budget cannot be reached; where it is only a limit, if no unit may leave.
 
         Raises:
             BudgetError: locked groups and ``max_ratio`` keep more than the budget.
@@ -149,6 +151,8 @@ class Pruner:
                 f"{type(self.model).__name__} has no group whose units may leave ({reasons or 'no layers found'}); "
                 "print(actprune.trace(model, example_inputs)) shows every lock"
             )
+        if self.criterion.threshold is not None:
+            return
         anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in self.graph.unlocked}
         select(self.graph, anything, self.budget.unit, self.target(1.0), self.selection, self._original_widths)
 
@@ -174,6 +178,7 @@ class Pruner:
         elif self.criterion.statistics():
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
+        own = functools.cache(lambda: owned(self.model, self.graph))
         whole = self.graph.cost.evaluate(self.budget.unit)
         for group in self.graph.unlocked:
             one = self.graph.cost.evaluate(self.budget.unit, self.graph.removed({group.name: [0]}))
@@ -187,6 +192,7 @@ class Pruner:
                 cost=max(whole - one, 1) / whole,
                 columns=lambda group=group: columns_of(self.model, self.graph, group),  # type: ignore[misc]
                 norms=lambda group=group: norms_of(self.model, group),  # type: ignore[misc]
+                own=lambda group=group: own().get(group.name, []),  # type: ignore[misc]
             )
             said = self.criterion.score(view)
             if said is None:
@@ -229,10 +235,10 @@ class Pruner:
 
         Args:
             observation: statistics of the model as it is; None suffices for criteria and compensations that need none.
-            due: share of the whole reduction that is due now, in [0, 1].
+            due: share of the whole reduction that is due now, in [0, 1]; no matter to a criterion with a threshold.
 
         Returns:
-            The plan, or None where the target is met already.
+            The plan, or None where the target is met already or no unit scores below the threshold.
 
         Raises:
             BudgetError: the target is out of reach.
@@ -244,16 +250,22 @@ class Pruner:
                 "or pass compensation=None"
             )
         scores = self.scores(observation)
-        selection = self.selection
-        if selection.normalise is None and self.criterion.comparable:
-            selection = dataclasses.replace(selection, normalise="none")
-        units = select(self.graph, scores, self.budget.unit, self.target(due), selection, self._original_widths)
+        units = self._units(scores, due)
         if not units:
             return None
         plan = draft(self.model, self.graph, units)
         if self.compensation is not None and observation is not None:
             plan = compensated(plan, self.model, self.graph, units, observation, self.compensation)
         return plan
+
+    def _units(self, scores: dict[str, Tensor], due: float) -> dict[str, list[int]]:
+        unit, originals, threshold = self.budget.unit, self._original_widths, self.criterion.threshold
+        if threshold is not None:
+            return select_below(self.graph, scores, threshold, unit, self.target(1.0), self.selection, originals)
+        selection = self.selection
+        if selection.normalise is None and self.criterion.comparable:
+            selection = dataclasses.replace(selection, normalise="none")
+        return select(self.graph, scores, unit, self.target(due), selection, originals)
 
     def execute(self, plan: Plan, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the model and the optimizers' state; extend the record; trace anew.
@@ -278,7 +290,7 @@ def prune(
     criterion: Criterion,
     budget: Budget,
     selection: Selection | None = None,
-    compensation: Compensation | None = _DEFAULT,
+    compensation: Compensation | None = _REFIT,
     optimizers: Iterable[Optimizer] = (),
     seed: int = 0,
     loss: Loss | None = None,
@@ -294,7 +306,8 @@ def prune(
         criterion: scores units.
         budget: what is left.
         selection: how units of different groups compete.
-        compensation: what is folded into the layers that stay; None cuts plainly.
+        compensation: what is folded into the layers that stay; None cuts plainly. By default ``LeastSquares()``, where there
+            are data.
         optimizers: optimizers that train the model's parameters and shall go on.
         seed: seed of criteria that draw.
         loss: for criteria that differentiate it: a function of outputs and targets that returns the mean over the batch's
@@ -310,23 +323,21 @@ def prune(
         ObservationError: data or labels are missing, or activations are NaN or infinite.
         SurgeryError: the cut model does not run; it was put back as it was.
     """
-    if data is None and has_finish(compensation):
+    if data is None and has_finish(compensation) and compensation is not _REFIT:
         raise ObservationError(
             f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
         )
     if data is None and criterion.statistics():
         raise ObservationError(f"{type(criterion).__name__} scores activations: pass data=, an iterable of input batches")
     pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
-    observation = None
-    if data is not None:
-        pairs: Iterable[Pair] = pairs_of(data, example_inputs)
-        finishes = has_finish(compensation)
-        pairs = list(pairs) if finishes else pairs
-        observation = observe_pairs(pruner, pairs, loss)
-    plan = pruner.plan(observation, due=1.0)
+    if data is None:
+        plan, batches = pruner.plan(None), list[Example]()
+    else:
+        pairs, batches = held(pairs_of(data, example_inputs), model, compensation, example_inputs)
+        plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     if plan is not None:
-        original = copy.deepcopy(model) if data is not None and finishes else None
+        original = copy.deepcopy(model) if batches else None
         pruner.execute(plan, optimizers)
         if original is not None:
-            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)  # type: ignore[arg-type]
+            finish(model, original, pruner.graph, plan, batches, compensation)  # type: ignore[arg-type]
     return pruner.record

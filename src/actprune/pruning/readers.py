@@ -8,6 +8,8 @@ variance of the outputs themselves.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ def _weight(model: nn.Module, consumer: Consumer, layer: Layer) -> Tensor:
     weight = layer.weight.detach().double().movedim(layer.reads_dim, 1)
     weight = weight.reshape(*weight.shape[:2], -1)
     if consumer.batch_norm is not None:
-        norm = model.get_submodule(consumer.batch_norm)
+        norm: Any = model.get_submodule(consumer.batch_norm)
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight.detach().double().abs()

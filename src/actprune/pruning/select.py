@@ -2,11 +2,13 @@
 
 Units of all groups are put in one order and the shortest prefix of it that meets the budget leaves. ``global`` orders by
 scores that are comparable across groups after normalisation, ``uniform`` by rank within the group (every group loses the
-same share). Costs are exact, so the prefix is found by bisection: the budget is met to within one unit's worth.
+same share). Costs are exact, so the prefix is found by bisection: the budget is met to within one unit's worth. A
+criterion with a threshold says itself which units leave; there the budget is a limit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,38 +94,106 @@ def select(
             f"max_ratio={selection.max_ratio} leaves; print(actprune.trace(model, example_inputs)) shows the locks"
         )
     caps = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in groups]
-    order = _order(groups, scores, caps, selection)
-
-    def counts(prefix: int) -> NDArray[np.int64]:
-        taken = np.bincount([g for g, _ in order[:prefix]], minlength=len(groups))
-        if selection.round_to > 1:
-            kept = np.array([g.size for g in groups]) - taken
-            kept = -(-kept // selection.round_to) * selection.round_to
-            taken = np.maximum(0, np.array([g.size for g in groups]) - kept)
-        return taken
-
-    ranked: list[list[int]] = [[] for _ in groups]
-    for index, chosen in order:
-        ranked[index].append(chosen)
-
-    def cost(prefix: int) -> int:
-        removed = np.zeros(graph.n_classes, dtype=bool)
-        for group, units, n in zip(groups, ranked, counts(prefix), strict=True):
-            removed[group.classes[units[:n]]] = True
-        return graph.cost.evaluate(unit, removed)
-
-    least = cost(len(order))
+    order = _Order(graph, groups, _order(groups, scores, caps, selection), unit, selection.round_to)
+    least = order.cost(len(order))
     if least > target:
         raise BudgetError(
             f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.cost.evaluate(unit):,}: "
             f"max_ratio={selection.max_ratio} and locked groups keep the rest{_unscored(graph, scores)}; raise the budget or "
             "max_ratio"
         )
-    low, high = 0, len(order)  # cost(low) > target >= cost(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return {g.name: sorted(units[:n]) for g, units, n in zip(groups, ranked, counts(high), strict=True) if n}
+    return order.units(order.first_within(target))
+
+
+def select_below(
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    threshold: float,
+    unit: str,
+    limit: float,
+    selection: Selection,
+    originals: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Choose all units that score at most ``threshold``, lowest first, as long as ``limit`` is left.
+
+    Args:
+        graph: the channel graph of the model as it is.
+        scores: group name -> (U,) scores, compared as they are; groups without scores stay whole.
+        threshold: the largest score that leaves.
+        unit: ``"params"`` or ``"macs"``.
+        limit: how many of them are left at least.
+        selection: ``max_ratio`` and ``round_to`` hold; the rest has no effect.
+        originals: group name -> width before any pruning.
+
+    Returns:
+        Group name -> sorted indices of the units that leave; empty where none does.
+    """
+    plain = dataclasses.replace(selection, scope="global", normalise="none")
+    scored = [g for g in graph.unlocked if g.name in scores and (scores[g.name] <= threshold).any()]
+    below = [int((scores[g.name] <= threshold).sum()) for g in scored]
+    may = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in scored]
+    leaving = [(g, min(n, most)) for g, n, most in zip(scored, below, may, strict=True) if most]
+    if not leaving:
+        return {}
+    groups, caps = zip(*leaving, strict=True)
+    order = _Order(graph, groups, _order(groups, scores, caps, plain), unit, selection.round_to)
+    if order.cost(len(order)) >= limit:
+        return order.units(len(order))
+    first = order.first_within(limit)
+    return order.units(first if order.cost(first) >= limit else first - 1)
+
+
+class _Order:
+    """Units in the order in which they leave, and what any prefix of it would leave.
+
+    Args:
+        graph: the channel graph.
+        groups: the groups that lose units.
+        order: (index of the group, unit), from the first to leave.
+        unit: ``"params"`` or ``"macs"``.
+        round_to: widths that are cut are left at a multiple of this.
+    """
+
+    def __init__(
+        self, graph: Graph, groups: Sequence[Group], order: Sequence[tuple[int, int]], unit: str, round_to: int
+    ) -> None:
+        self._graph, self._groups, self._order = graph, groups, order
+        self._unit, self._round_to = unit, round_to
+        self._ranked: list[list[int]] = [[] for _ in groups]
+        for index, chosen in order:
+            self._ranked[index].append(chosen)
+
+    def __len__(self) -> int:
+        """Units that may leave."""
+        return len(self._order)
+
+    def units(self, prefix: int) -> dict[str, list[int]]:
+        """Group name -> sorted indices of the units that leave."""
+        parts = zip(self._groups, self._ranked, self._counts(prefix), strict=True)
+        return {g.name: sorted(units[:n]) for g, units, n in parts if n}
+
+    def cost(self, prefix: int) -> int:
+        """Parameters or multiply-adds that would be left."""
+        removed = np.zeros(self._graph.n_classes, dtype=bool)
+        for group, units, n in zip(self._groups, self._ranked, self._counts(prefix), strict=True):
+            removed[group.classes[units[:n]]] = True
+        return self._graph.cost.evaluate(self._unit, removed)
+
+    def first_within(self, target: float) -> int:
+        """The shortest prefix that leaves at most ``target``; the whole order must."""
+        low, high = 0, len(self)  # cost(low) > target >= cost(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.cost(middle) <= target else (middle, high)
+        return high
+
+    def _counts(self, prefix: int) -> NDArray[np.int64]:
+        taken = np.bincount([g for g, _ in self._order[:prefix]], minlength=len(self._groups))
+        if self._round_to > 1:
+            kept = np.array([g.size for g in self._groups]) - taken
+            kept = -(-kept // self._round_to) * self._round_to
+            taken = np.maximum(0, np.array([g.size for g in self._groups]) - kept)
+        return taken
 
 
 def _unscored(graph: Graph, scores: Mapping[str, Tensor]) -> str:

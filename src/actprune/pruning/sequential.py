@@ -10,7 +10,7 @@ sum. A residual branch so corrects what its whole stream has lost so far (He et 
 each branch in isolation). Measured on ResNet-56 / CIFAR-10 (JPEG copy): docs/compensation.md.
 
 Layers that run once, are linear or convolutions, neither transposed nor grouped, are refitted; others keep what the plan
-folded into them.
+folded into them, and are named in the log.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ def refit(model: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batch
         how: ridge and sampled positions.
     """
     layers = {layer.path: layer for layer in _layers(model, graph, plan)}
+    others = dict.fromkeys(c.weight for c in graph.consumers if c.module not in layers)
+    if others:
+        listed = f"{', '.join(list(others)[:5])}{', ...' if len(others) > 5 else ''}"
+        _LOG.warning("%d weights keep what was folded into them once, their layers cannot be refitted: %s", len(others), listed)
     targets = _Targets()
     with evaluating(original), torch.no_grad(), _Reference(original, layers, how, targets):
         call(original, batch)
@@ -269,14 +273,14 @@ class _Refitting(_Walk):
             return func(*args)
         return func(*[again if i == side else a for i, a in enumerate(args)])
 
-    def _fit(self, layer: _Layer, module: nn.Module, x: Tensor, total: Tensor | None) -> None:
+    def _fit(self, layer: _Layer, module: Any, x: Tensor, total: Tensor | None) -> None:
         x = _channels_second(module, x)
         positions = self.sampled(layer, x, n_positions(x, module))
         rows = patches_at(x, module, positions).flatten(0, 1)
         target = self.targets.values.pop(layer.path)
         if layer.kept is not None:
             target = target[:, layer.kept.to(target.device)]
-        norm = self.model.get_submodule(layer.norm) if layer.norm is not None else None
+        norm: Any = self.model.get_submodule(layer.norm) if layer.norm is not None else None
         weight = module.weight.detach()
         if total is None:
             said = rows @ weight.flatten(1).T
@@ -297,7 +301,7 @@ class _Refitting(_Walk):
             norm.running_mean.copy_(norm.running_mean.double() - found.bias)
 
 
-def _before(norm: nn.Module, missed: Tensor) -> Tensor:
+def _before(norm: Any, missed: Tensor) -> Tensor:
     """What is missed behind a batch norm, in the units before it; nothing where the norm's scale is next to zero."""
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -1,4 +1,4 @@
-"""Weights as criteria see them: the columns that read a unit at each of its sites, and the batch norms it goes through."""
+"""Weights as criteria see them: columns that read a unit at each of its sites, batch norms it goes through, what it owns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from actprune.graph import Graph, Group, Site
+from actprune.sparsity import unit_groups
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -55,3 +56,8 @@ def norms_of(model: nn.Module, group: Group) -> list[Tensor]:
             gamma = module.weight.detach().double()
             found.append(gamma[torch.from_numpy(positions).to(gamma.device)])
     return found
+
+
+def owned(model: nn.Module, graph: Graph) -> dict[str, list[Tensor]]:
+    """Group -> the elements that each of its units owns, (U, n_elements) per parameter; frozen ones count too."""
+    return {rows.name: rows.rows() for rows in unit_groups(model, graph, frozen=True)}

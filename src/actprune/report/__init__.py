@@ -1,6 +1,7 @@
 """What a run and a sweep leave behind for people: tables, pictures, and the comparison of many runs."""
 
 from actprune.report.aggregate import Row, Section, Spread, aggregate
+from actprune.report.capacity import CAPACITY_TABLES, Measured, capacity_tables, layer_rows, network_row, write_capacity
 from actprune.report.compare import Comparison, compare
 from actprune.report.influence import influence_tables, write_influence
 from actprune.report.influence_plots import draw_influence
@@ -10,7 +11,9 @@ from actprune.report.sweep import sweep
 from actprune.report.tables import before_after, comparison, write_csv, write_markdown
 
 __all__ = [
+    "CAPACITY_TABLES",
     "Comparison",
+    "Measured",
     "Problem",
     "Row",
     "Run",
@@ -18,14 +21,18 @@ __all__ = [
     "Spread",
     "aggregate",
     "before_after",
+    "capacity_tables",
     "compare",
     "comparison",
     "draw_influence",
     "influence_tables",
+    "layer_rows",
+    "network_row",
     "params_vs_accuracy",
     "read_runs",
     "sweep",
     "widths",
+    "write_capacity",
     "write_csv",
     "write_influence",
     "write_markdown",

@@ -97,13 +97,14 @@ class RowGroup:
         """Elements of one unit."""
         return sum(before * after for before, _, after in (piece.extent for piece in self.pieces))
 
+    def rows(self) -> list[Tensor]:
+        """The elements of every unit, (U, n_elements) per piece, without gradient."""
+        parts = [piece.of(piece.param.detach()).reshape(piece.extent) for piece in self.pieces]
+        return [part.transpose(0, 1).flatten(1) for part in parts]
+
     def zeros(self) -> Tensor:
         """Which units are exactly zero, (U,) bool."""
-        alive = torch.zeros(self.size, dtype=torch.bool)
-        for piece in self.pieces:
-            nonzero = piece.of(piece.param.detach()).ne(0).reshape(piece.extent)
-            alive |= nonzero.any(2).any(0).cpu()
-        return ~alive
+        return ~torch.stack([row.ne(0).any(1).cpu() for row in self.rows()]).any(0)
 
 
 def input_groups(params: Iterable[Tensor]) -> tuple[RowGroup, ...]:
@@ -122,13 +123,13 @@ def input_groups(params: Iterable[Tensor]) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-def unit_groups(model: nn.Module, graph: Graph) -> tuple[RowGroup, ...]:
+def unit_groups(model: nn.Module, graph: Graph, frozen: bool = False) -> tuple[RowGroup, ...]:
     """Everything that leaves with a unit, each element with one owner; see the module's text for the rule.
 
-    Locked groups, buffers and parameters without gradient are left out. A tied parameter counts once. Surgery makes
-    new parameters: call this again afterwards and hand the result to ``optimizer.regroup``.
+    Locked groups, buffers and, unless ``frozen``, parameters without gradient are left out. A tied parameter counts once.
+    Surgery makes new parameters: call this again afterwards and hand the result to ``optimizer.regroup``.
     """
-    params = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    params = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or frozen}
     read = {id(params[c.weight]): c.reads_dim for c in graph.consumers if c.weight in params}
     claims: dict[int, list[tuple[int, Tensor, int]]] = {}
     for number, group in enumerate(graph.groups):

@@ -52,6 +52,17 @@ class Proximal(torch.optim.Optimizer):
             given = {**param_group, **_plain(**{key: param_group.get(key, self._extra[key]) for key in _PENALTY_KEYS})}
         super().add_param_group(given)
 
+    @property
+    def groups(self) -> tuple[RowGroup, ...] | None:
+        """The units that were chosen; None = the paper's."""
+        return self._groups
+
+    def held(self, group: RowGroup) -> RowGroup | None:
+        """The part of some units that lies in parameters of this optimizer; None where there is none."""
+        mine = {id(p) for options in self.param_groups for p in options["params"]}
+        pieces = tuple(piece for piece in group.pieces if id(piece.param) in mine)
+        return RowGroup(group.name, pieces) if pieces else None
+
     def regroup(self, groups: Sequence[RowGroup] | None) -> None:
         """Choose the units that shrink together, e.g. ``unit_groups(model, graph)``; call again after surgery.
 

@@ -9,7 +9,7 @@ from actprune.statistics.class_histogram import ClassHistogram
 from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
-from actprune.statistics.positions import POSITIONS, sample_positions
+from actprune.statistics.positions import POSITIONS, at_positions, sample_positions
 from actprune.statistics.rademacher import LinearRademacher
 from actprune.statistics.rank import MapRank
 from actprune.statistics.reduce import all_reduce, merge_shards
@@ -29,6 +29,7 @@ __all__ = [
     "Moments",
     "Sensitivity",
     "all_reduce",
+    "at_positions",
     "merge_shards",
     "output_sensitivity",
     "sample_positions",

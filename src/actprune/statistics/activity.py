@@ -36,19 +36,15 @@ class Activity(Accumulator):
         """Count a batch's zeros and positive values."""
         rows = x.flatten(1)
         flags = torch.empty_like(rows)  # comparisons into float32: summing bool tensors is several times slower
+        zeros = torch.eq(rows, 0, out=flags).sum(0)
+        positives = torch.gt(rows, 0, out=flags).sum(0)
+        # over samples in float32, then over positions in float64: fast, and exact for flags of under 2^24 samples
+        sums = torch.stack([zeros, positives, rows.sum(0)]).view(3, self.n_units, -1).sum(2, dtype=torch.float64)
         self.n_values.add_(len(x) * x.shape[2])
-        self.zeros.add_(_total(torch.eq(rows, 0, out=flags), x.shape[2]))
-        self.positives.add_(_total(torch.gt(rows, 0, out=flags), x.shape[2]))
-        return _total(rows, x.shape[2])
+        self.zeros.add_(sums[0])
+        self.positives.add_(sums[1])
+        return sums[2]
 
     def evaluate(self) -> Tensor:
         """Share of zeros and share of positive values, float64 (U, 2)."""
         return torch.stack([self.zeros, self.positives], dim=1) / self.n_values
-
-
-def _total(
-    rows: Tensor,  # (N, U P)
-    positions: int,
-) -> Tensor:
-    """Sum over samples in float32, then over positions in float64: fast, and exact for flags of under 2^24 samples."""
-    return rows.sum(0).view(-1, positions).sum(1, dtype=torch.float64)

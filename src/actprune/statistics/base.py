@@ -6,6 +6,7 @@ number back from the device during ``update``: a NaN is counted there and report
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -93,10 +94,10 @@ class Accumulator(Statistic):
             if self.device != x.device:
                 self.to(x.device)
             self.n_samples.add_(len(x))
-            finite = torch.isfinite(self.accumulate(x.float(), sample_ids.to(x.device)))
-            if finite.device.type == "cpu" and finite.all():
+            witness = self.accumulate(x.float(), sample_ids.to(x.device))
+            if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
-            bad = ~finite
+            bad = ~torch.isfinite(witness)
             self.nonfinite.add_(bad)
             number = torch.where(bad.any(), self.update_count - 1.0, torch.inf)
             torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)

@@ -44,3 +44,16 @@ def sample_positions(
     drawn = edges[:-1] + below(edges[1:] - edges[:-1], seed, rows, strata)
     rotation = below(n_positions, seed, rows, torch.full((1,), _ROTATION, device=device))
     return ((drawn + rotation) % n_positions).sort(dim=1).values
+
+
+def at_positions(
+    x: Tensor,  # (N, C, P)
+    drawn: Tensor,  # (N, n) of the P positions; of a unit's k P, where ``channels`` is given
+    channels: Tensor | None = None,  # (U, k) of every unit; None: unit i is channel i
+) -> Tensor:
+    """What samples have at the positions that were drawn for them, (N, U, n)."""
+    if channels is None:
+        return x.gather(2, drawn.unsqueeze(1).expand(-1, x.shape[1], -1))
+    places = channels[:, drawn // x.shape[2]].transpose(0, 1)  # (N, U, n)
+    rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return x[rows, places, (drawn % x.shape[2]).unsqueeze(1)]

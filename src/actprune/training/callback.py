@@ -22,7 +22,7 @@ from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
 from actprune.statistics import POSITIONS
-from actprune.training.deciding import Plans, carry_out, decide, go_back
+from actprune.training.deciding import Plans, carry_out, decide, go_back, regroup
 from actprune.training.events import broke_after_cut, log_gauges, metric_prefix, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
@@ -44,10 +44,9 @@ class PruningCallback(Callback):
     """Prune the network of any LightningModule while it trains.
 
     The network and an example of its inputs are found by watching validation; groups, sites and costs by tracing it.
-    In validation epochs after which a step is due, statistics are observed; the plan made from them is executed
-    before the next training epoch, on the live optimizers. Settings that cannot work (no validation data, an
-    unreachable budget, a network without a cuttable group, a schedule that does not fit) raise before the first
-    training step wherever the network can be run that early, and at the first validation batch otherwise.
+    In validation epochs after which a step is due, statistics are observed; the plan made from them is executed before the
+    next training epoch, on the live optimizers. Settings that cannot work (no validation data, an unreachable budget, nothing
+    to cut, a schedule that does not fit) raise before training where the network can be run that early, else in validation.
 
     Args:
         criterion: scores the units.
@@ -158,6 +157,8 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the networks now if the sanity check was skipped, as it is when a run is resumed in the middle of one."""
         self._find(trainer)
+        if self._hooks is not None:
+            self._hooks.give_saved_types(trainer.optimizers)
 
     # validation
 
@@ -185,7 +186,7 @@ class PruningCallback(Callback):
             ActPruneError: a network cannot be traced, the budget cannot be reached, or a batch has no gradient.
         """
         if self._finder is not None and self._finder.end(batch):
-            self._trace(self._finder)
+            self._trace(trainer, self._finder)
         if self._observer is not None:
             self._observer.done()
 
@@ -288,8 +289,7 @@ class PruningCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written; the networks are traced anew."""
-        for name in _STATE:
-            setattr(self, name, copy.deepcopy(state_dict[name]))
+        vars(self).update(copy.deepcopy({name: state_dict[name] for name in _STATE}))
         if self.guard is not None and state_dict["guard"] is not None:
             self.guard.load_state_dict(state_dict["guard"])
         self.pruners = {}
@@ -305,11 +305,12 @@ class PruningCallback(Callback):
 
     def _find(self, trainer: Trainer) -> None:
         if self._finder is not None and self._finder.probe(trainer):
-            self._trace(self._finder)
+            self._trace(trainer, self._finder)
 
-    def _trace(self, finder: Finder) -> None:
+    def _trace(self, trainer: Trainer, finder: Finder) -> None:
         settings = ("criterion", "budget", "selection", "compensation", "positions")
         self.pruners = finder.pruners(**{name: getattr(self, name) for name in settings})
+        regroup(trainer.optimizers, self.pruners)
 
     def _record(self, trainer: Trainer) -> None:
         """Add a row to the history and to every logger, and let the guard see the metric."""
@@ -336,11 +337,10 @@ class PruningCallback(Callback):
         assert self._finder is not None
         before = sizes(self.pruners.values())
         seconds = {"cutting": go_back(trainer, self._hooks, self.guard)}
-        self._trace(self._finder)
+        self._trace(trainer, self._finder)
         event = step_event(trainer.current_epoch, self.pruners, {}, before, seconds)
-        line = f"{self.guard.verdict()}; back to {event['params'][1]:,} parameters"
         self.events.append({**event, "went_back": True})
-        tell(trainer, event, line)
+        tell(trainer, event, f"{self.guard.verdict()}: back to {event['params'][1]:,} parameters")
 
     def _stop_watching(self) -> None:
         if self._finder is not None:

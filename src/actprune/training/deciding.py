@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning import Trainer
+from torch.optim import Optimizer
 
 from actprune.core.errors import ActPruneError
 from actprune.core.plan import Plan
 from actprune.pruning import Observation, Pruner
+from actprune.sparsity import unit_groups
+from actprune.sparsity.proximal import Proximal
 from actprune.training.copies import copies_of
 from actprune.training.guard import Guard
 from actprune.training.resume import CheckpointHooks
@@ -65,9 +68,26 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
             pruners[path].execute(plan, optimizers=trainer.optimizers)
             for copy in copies:
                 copy.follow(plan, pruners[path].record)
+    regroup(trainer.optimizers, pruners)
     rewrap(trainer)
     restart_best(trainer)
     return time.perf_counter() - began
+
+
+def regroup(optimizers: Iterable[Optimizer], pruners: Mapping[str, Pruner]) -> None:
+    """Give proximal optimizers the units of the networks as they are now.
+
+    Where the criterion has a threshold, every proximal optimizer shrinks what can be removed; else only those that were given
+    units, the others find the paper's by themselves. Units of modules that are not pruned stay.
+    """
+    proximal = [optimizer for optimizer in optimizers if isinstance(optimizer, Proximal)]
+    always = any(pruner.criterion.threshold is not None for pruner in pruners.values())
+    chosen = [optimizer for optimizer in proximal if always or optimizer.groups is not None]
+    units = [group for pruner in pruners.values() for group in unit_groups(pruner.model, pruner.graph)] if chosen else []
+    inside = {id(parameter) for pruner in pruners.values() for parameter in pruner.model.parameters()}
+    for optimizer in chosen:
+        others = [g for g in optimizer.groups or () if not inside & {id(piece.param) for piece in g.pieces}]
+        optimizer.regroup([g for g in (optimizer.held(group) for group in [*units, *others]) if g is not None])
 
 
 def go_back(trainer: Trainer, hooks: CheckpointHooks, guard: Guard) -> float:

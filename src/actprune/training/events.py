@@ -59,14 +59,14 @@ def step_event(
 
 
 def step_line(event: Mapping[str, Any], pruners: Iterable[Pruner]) -> str:
-    """The same for the console."""
+    """The same for the console, within 100 columns: what is left, in numbers and as shares of the whole."""
     pruners = list(pruners)
     whole = {unit: sum(getattr(pruner, f"{unit}_before") for pruner in pruners) for unit in ("params", "macs")}
-    params, macs, n = event["params"], event["macs"], len(event["widths"])
+    n = len(event["widths"])
     return (
         f"pruning step {event['step']}, before epoch {event['epoch'] + 1}: "
-        f"params {params[0]:,} -> {params[1]:,} ({params[1] / whole['params']:.1%}), "
-        f"MACs {metric_prefix(macs[0])} -> {metric_prefix(macs[1])} ({macs[1] / whole['macs']:.1%}), "
+        f"params {event['params'][1]:,} ({event['params'][1] / whole['params']:.1%}), "
+        f"MACs {metric_prefix(event['macs'][1])} ({event['macs'][1] / whole['macs']:.1%}), "
         f"{n} group{'s' if n != 1 else ''}, {event['seconds']['cutting']:.1f} s"
     )
 
@@ -89,8 +89,14 @@ def log_gauges(trainer: Trainer, task: LightningModule, size: Mapping[str, int] 
 
 
 def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guard | None) -> dict[str, str]:
-    """Why pruning stopped: ``reason`` is budget, metric or epochs; ``message`` says it in a sentence."""
+    """Why pruning stopped: ``reason`` is budget, metric, threshold or epochs; ``message`` says it in a sentence."""
     pruners = list(pruners)
+    thresholds = [pruner.criterion.threshold for pruner in pruners if pruner.criterion.threshold is not None]
+    if thresholds and (guard is None or not guard.lost):
+        left = sum(getattr(p, budget.unit) for p in pruners) / sum(getattr(p, f"{budget.unit}_before") for p in pruners)
+        scored = f"at every step the units left that scored at most {max(thresholds):.4g}"
+        limit = f"{left:.1%} of the {budget.unit} remain, the limit was {budget.share:.1%}"
+        return {"reason": "threshold", "message": f"{scored}; {limit}"}
     if pruners and all(getattr(pruner, budget.unit) <= pruner.target(1.0) for pruner in pruners):
         return {"reason": "budget", "message": f"the budget {budget.unit}={budget.share:g} was reached"}
     missed = f"the budget {budget.unit}={budget.share:g} was not reached"

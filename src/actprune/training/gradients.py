@@ -37,14 +37,29 @@ def check_loss(task: LightningModule, criterion: Criterion, loss: Loss | None) -
     Raises:
         ConfigError: the training step optimizes by itself or does not exist, and no loss is given.
     """
-    if loss is not None or all(make(1).differentiates != "loss" for make in criterion.statistics().values()):
+    if any(make(1).differentiates == "loss" for make in criterion.statistics().values()):
+        require_loss(task, loss, f"{type(criterion).__name__} differentiates the loss")
+
+
+def require_loss(task: LightningModule, loss: Loss | None, who: str) -> None:
+    """Refuse where no loss can be had.
+
+    Args:
+        task: the LightningModule.
+        loss: what the user gave.
+        who: the sentence that says who needs it.
+
+    Raises:
+        ConfigError: the training step optimizes by itself or does not exist, and no loss is given.
+    """
+    if loss is not None:
         return
     if task.automatic_optimization and is_overridden("training_step", task, LightningModule):
         return
     why = "has no training_step" if task.automatic_optimization else "steps its optimizers itself in training_step"
     raise ConfigError(
-        f"{type(criterion).__name__} differentiates the loss, and {type(task).__name__} {why}; give PruningCallback loss=, a "
-        "function of the module and a batch that returns the mean loss"
+        f"{who}, and {type(task).__name__} {why}; give PruningCallback loss=, a function of the module and a batch that "
+        "returns the mean loss"
     )
 
 
@@ -94,7 +109,8 @@ class Gradients:
         task: LightningModule = self._trainer.lightning_module
         with isolate_rng(), undisturbed(task), harmless(task):
             self._observation.differentiate(
-                outputs=lambda: self._outputs(_usable(batch)), loss=lambda: self._loss(task, _usable(batch), batch_idx)
+                outputs=lambda: self._outputs(_usable(batch)),
+                loss=lambda: loss_of(self._trainer, task, self._given, _usable(batch), batch_idx),
             )
         self._call = None
 
@@ -107,25 +123,32 @@ class Gradients:
             args, kwargs = _usable(self._call)
             return network.module(*args, **kwargs)
 
-    def _loss(self, task: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-        try:
-            with self._trainer.precision_plugin.train_step_context():
-                said = self._step(task, batch, batch_idx)
-        except ActPruneError:
-            raise
-        except Exception as error:
-            what = "training_step" if self._given is None else "the given loss"
-            raise ObservationError(
-                f"{what} does not run on a validation batch in evaluation mode: {type(error).__name__}: {error}; give "
-                "PruningCallback loss=, a function of the module and a validation batch that returns the mean loss"
-            ) from error
-        return said["loss"] if isinstance(said, dict) and "loss" in said else said
 
-    def _step(self, task: LightningModule, batch: Any, batch_idx: int) -> Any:
-        if self._given is not None:
-            return self._given(task, batch)
-        takes_number = is_param_in_hook_signature(task.training_step, "batch_idx", min_args=2)
-        return task.training_step(batch, batch_idx) if takes_number else task.training_step(batch)
+def loss_of(trainer: Trainer, task: LightningModule, given: Loss | None, batch: Any, batch_idx: int) -> Any:
+    """The loss of a validation batch: what ``given`` or else the training step says, in the mode that the task is in.
+
+    Raises:
+        ObservationError: it does not run.
+    """
+    try:
+        with trainer.precision_plugin.train_step_context():
+            said = _step(task, given, batch, batch_idx)
+    except ActPruneError:
+        raise
+    except Exception as error:
+        what = "training_step" if given is None else "the given loss"
+        raise ObservationError(
+            f"{what} does not run on a validation batch in evaluation mode: {type(error).__name__}: {error}; give "
+            "PruningCallback loss=, a function of the module and a validation batch that returns the mean loss"
+        ) from error
+    return said["loss"] if isinstance(said, dict) and "loss" in said else said
+
+
+def _step(task: LightningModule, given: Loss | None, batch: Any, batch_idx: int) -> Any:
+    if given is not None:
+        return given(task, batch)
+    takes_number = is_param_in_hook_signature(task.training_step, "batch_idx", min_args=2)
+    return task.training_step(batch, batch_idx) if takes_number else task.training_step(batch)
 
 
 def _usable(value: Any) -> Any:

@@ -131,8 +131,8 @@ class Guard:
         """The last loss in words."""
         last = self.lost[-1]
         return (
-            f"{self.monitor} is {last['value']:.4g} after recovery, {last['reference']:.4g} before: more than "
-            f"max_metric_drop={self.max_drop:g} lost"
+            f"{self.monitor} {last['value']:.4g} after recovery, {last['reference']:.4g} before, "
+            f"max_metric_drop={self.max_drop:g}"
         )
 
     def state_dict(self) -> dict[str, Any]:

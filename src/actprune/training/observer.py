@@ -1,11 +1,13 @@
 """Observe the networks of a LightningModule over one validation epoch, and number the samples they see.
 
 The number of a sample is its place in the data set as the sampler deals it out, the same whatever the number of processes:
-process r of R has samples r, r + R, r + 2 R, ... of every loader.
+process r of R has samples r, r + R, r + 2 R, ... of every loader. A ``DistributedSampler`` repeats the first ones until every
+process has as many: those are not counted again.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from torch.utils.data import DistributedSampler
 
 from actprune.pruning import Observation, Pruner
 from actprune.training.example import Call, Network, n_samples
@@ -91,6 +94,14 @@ class Observer:
         batch_idx, dataloader_idx = self._position
         size = self._batch_size.setdefault((path, dataloader_idx), n)
         within = batch_idx * size + torch.arange(n)
-        ids = within * self._ranks + self._rank + (dataloader_idx << 40)
+        ids = within * self._ranks + self._rank
+        repeated = ids >= (self._distinct(dataloader_idx) if n == n_samples(self._batch) else math.inf)
+        ids = torch.where(repeated, -1, ids + (dataloader_idx << 40))
         self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
         self._seen.add(path)
+
+    def _distinct(self, dataloader_idx: int) -> float:
+        """How many samples a loader deals out to all processes before it repeats any."""
+        loaders = self._trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        sampler = None if loaders is None else getattr(loaders.flattened[dataloader_idx], "sampler", None)
+        return len(sampler.dataset) if isinstance(sampler, DistributedSampler) else math.inf  # type: ignore[arg-type]

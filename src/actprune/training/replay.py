@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_OWN = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Replay:
             results[:] = [output]
 
         with harmless(self.task), ExitStack() as stack:
+            stack.enter_context(_others_evaluating(self.task, network))
             for child in self.task.children() if network is self.task else [network]:
                 if is_network_part(child):
                     stack.callback(child.register_forward_hook(keep_last).remove)
@@ -39,23 +43,43 @@ class Replay:
 
 
 @contextmanager
-def harmless(task: LightningModule) -> Iterator[None]:
-    """Let ``validation_step`` run outside the loop: no logging, and lists, dicts, sets and metrics are put back."""
-    logs = {name: vars(task).get(name) for name in ("log", "log_dict")}
-    held = [value for name, value in vars(task).items() if type(value) in _CONTAINERS and not name.startswith("_")]
-    kept = [type(value)(value) for value in held]
-    metrics = [(module, dict(vars(module)), _states(module)) for module in task.modules() if isinstance(module, Metric)]
-    for name in logs:
-        object.__setattr__(task, name, _ignore)
+def _others_evaluating(task: LightningModule, network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in set(task.modules()) - set(network.modules())}
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
-        for name, value in logs.items():
-            put_back(task, name, value)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def harmless(task: LightningModule) -> Iterator[None]:
+    """Let ``validation_step`` run outside the loop: nothing is logged, by ``log`` or to loggers, and nothing is left of it.
+
+    Put back are the LightningModule's attributes, and the content of metrics, lists, sets, dicts and of what these hold.
+    """
+    attributes, trainer = dict(vars(task)), task._trainer
+    loggers = [] if trainer is None else trainer.loggers
+    held = list(_containers(value for name, value in attributes.items() if name not in _OWN))
+    kept = [copy.copy(value) for value in held]
+    metrics = [(module, dict(vars(module)), _states(module)) for module in task.modules() if isinstance(module, Metric)]
+    for name in ("log", "log_dict"):
+        object.__setattr__(task, name, _ignore)
+    if trainer is not None:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        if trainer is not None:
+            trainer.loggers = loggers
+        vars(task).clear()
+        vars(task).update(attributes)
         for value, content in zip(held, kept, strict=True):
             _refill(value, content)
-        for metric, attributes, states in metrics:
-            vars(metric).update(attributes)
+        for metric, fields, states in metrics:
+            vars(metric).update(fields)
             for name, content in states.items():
                 _refill(getattr(metric, name), content)
 
@@ -98,6 +122,14 @@ def copied(value: Any) -> Any:
     return mapped(value, lambda tensor: tensor.detach().clone())
 
 
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if type(value) in _CONTAINERS:
+            yield value
+            if isinstance(value, dict):
+                yield from _containers(value.values())
+
+
 def _states(metric: Metric) -> dict[str, Any]:
     return {name: copied(getattr(metric, name)) for name in metric._defaults}
 
@@ -106,8 +138,9 @@ def _refill(value: Any, content: Any) -> None:
     # In place: a metric collection shares one state among several metrics, and users keep references.
     if isinstance(value, Tensor):
         value.copy_(content)
-    elif isinstance(value, list):
-        value[:] = content
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(content)
     else:
         value.clear()
         value.update(content)

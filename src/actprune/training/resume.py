@@ -7,7 +7,7 @@ those two hooks on the instance; the hooks of its class still run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from actprune.core.errors import ConfigError
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.surgery import apply_record
+from actprune.surgery.tensors import follow_hooks
 from actprune.training.copies import copies_of, inside
 
 KEY = "actprune"
@@ -39,6 +41,7 @@ class CheckpointHooks:
         self.copies: dict[str, str] = {}
         """Dotted name of a copy -> of what it is a copy, as the user said."""
         self._shapes: dict[str, Shapes] = {}
+        self._types: list[list[dict[str, torch.dtype]]] = []
         self._after_load = task.on_load_checkpoint
         self._after_save = task.on_save_checkpoint
 
@@ -79,10 +82,20 @@ class CheckpointHooks:
             ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
         """
         self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
+        self._types = [_types(state) for state in checkpoint.get("optimizer_states", [])]
         trainer = self.task._trainer
         if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
             self.task.double()  # Lightning does so after loading, by which time the weights have been rounded to float32
         self._after_load(checkpoint)
+
+    def give_saved_types(self, optimizers: Iterable[Optimizer]) -> None:
+        """Give loaded numbers of optimizers the types they were saved with: torch loads them in those of the parameters."""
+        for optimizer, types in zip(optimizers, self._types, strict=False):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for parameter, wanted in zip(parameters, types, strict=False):
+                state = optimizer.state.get(parameter, {})
+                state.update({key: state[key].to(kind) for key, kind in wanted.items() if key in state})
+        self._types = []
 
     def reshape(self, wanted: Mapping[str, SurgeryRecord]) -> None:
         """Give networks and their copies the shapes of records; those without a record get their original shape.
@@ -112,6 +125,15 @@ class CheckpointHooks:
             delattr(network, ATTRIBUTE)
         if wanted:
             apply_record(network, wanted)
+
+
+def _types(saved: Mapping[str, Any]) -> list[dict[str, torch.dtype]]:
+    """Of a saved optimizer's parameters, in their order: key -> type of what is one number (NAdam's ``mu_product``)."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    states = [saved["state"].get(number, {}) for number in numbers]
+    return [
+        {key: value.dtype for key, value in state.items() if isinstance(value, Tensor) and not value.dim()} for state in states
+    ]
 
 
 @dataclass(frozen=True)
@@ -170,6 +192,7 @@ class Shapes:
                     continue
                 if id(value) not in made:
                     made[id(value)] = nn.Parameter(value.new_zeros(shape), requires_grad=value.requires_grad)
+                    follow_hooks(value, made[id(value)])
                 module._parameters[key] = made[id(value)]
 
 

@@ -1,9 +1,8 @@
 """Train and prune a tiny network again and again while it is killed: the driver of test_crash.
 
-Usage: crashes.py FOLDER KILLS SEED. Imports once, then forks one process per attempt; each is killed with SIGKILL at a
-moment that is drawn: some milliseconds after its start, inside surgery, while a checkpoint is written, or between writing and
-renaming it. After every kill all checkpoints of the folder are looked at. Prints one JSON line: kills by moment, attempts, and
-the largest difference.
+``main`` forks one process per attempt; each is killed with SIGKILL at a moment that is drawn: some milliseconds after its
+start, inside surgery, while a checkpoint is written, or between writing and renaming it. After every kill all checkpoints are
+looked at. Prints one JSON line: kills by moment, attempts, and the largest difference.
 """
 
 import json
@@ -115,6 +114,9 @@ def look(folder):
 
 
 def main(folder, kills, seed):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     draw, counts = random.Random(seed), Counter()
     worst, attempts, guarded = 0.0, 0, False
     finals = {}
@@ -143,10 +145,3 @@ def main(folder, kills, seed):
         for name, value in expected["state_dict"].items():
             worst = max(worst, float((found["state_dict"][name].double() - value.double()).abs().max()))
     print(json.dumps({"kills": dict(counts), "runs": number, "attempts": attempts, "difference": worst, "went_back": back}))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
