@@ -79,8 +79,21 @@ def test_weights_that_are_not_refitted_are_named(caplog):
     model, x = Attending(), torch.randn(60, 6, 5)
     with caplog.at_level(logging.WARNING):
         actprune.prune(model, x[:1], [x], criterion=criteria.Variance(), budget=Budget(params=0.7), compensation=LeastSquares())
-    assert "keep what was folded into them once, their layers cannot be refitted: attention.in_proj_weight" in caplog.text
-    assert "attention.out_proj.weight" in caplog.text
+    assert (
+        "1 weights keep what was folded into them once, their layers cannot be refitted: attention.out_proj.weight"
+        in caplog.text
+    )
+
+
+def test_what_no_weight_of_its_own_reads_is_named(caplog):
+    """A pruned attention takes its packed projection apart, so that a second step has nothing there to fold into."""
+    model, x = Attending(), torch.randn(60, 6, 5)
+    heads = next(g.name for g in actprune.trace(model, x[:1]).unlocked if g.size == 4)
+    cut_first(model, x, 1, heads)
+    assert "without a weight of its own" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        Pruner(model, x[:1], First(), Budget(params=0.9), compensation=LeastSquares()).observation()
+    assert "nothing is folded where units are read without a weight of its own: attention" in caplog.text
 
 
 def test_a_new_bias_enters_optimizer_and_record_and_is_refitted():
@@ -91,7 +104,7 @@ def test_a_new_bias_enters_optimizer_and_record_and_is_refitted():
     model(x).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    options = {"criterion": criteria.Variance(), "budget": Budget(params=0.6), "compensation": LeastSquares()}
+    options = {"criterion": First(), "budget": Budget(params=0.6), "compensation": LeastSquares()}
     record = actprune.prune(model, x[:1], [x], optimizers=[optimizer], **options)
     bias = model[2].bias
     assert record.biases == ["2"]
