@@ -232,6 +232,12 @@ def test_sharding_strategies_are_refused(strategy, pruning, monkeypatch, trainer
         fitted.callbacks[0].setup(fitted, OwnForward(), "fit")
 
 
+def test_a_trainer_of_the_other_package_is_refused(pruning):
+    foreign = type("Trainer", (), {"__module__": "pytorch_lightning.trainer"})()
+    with pytest.raises(ConfigError, match="the trainer is a pytorch_lightning.trainer.Trainer, .* write `import lightning"):
+        pruning().setup(foreign, OwnForward(), "fit")
+
+
 def test_processes_that_end_before_the_network_is_used_are_refused(pruning, trainer):
     fitted = trainer(pruning(), devices=2, strategy="ddp_fork")
     with pytest.raises(

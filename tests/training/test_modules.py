@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from actprune.core.budget import Budget
-from actprune.core.errors import ConfigError
+from actprune.core.errors import BudgetError, ConfigError
 from actprune.core.record import record_of
 from actprune.schedule import Schedule
 from foreign import CLASSES, Adam, OneNetwork, OwnForward, dataset, loader, network
@@ -254,6 +254,60 @@ def test_dataclass_batches(sanity, pruning, trainer):
     (example,) = callback.pruner.example_inputs
     assert example.image.shape == (1, 3, 8, 8)
     assert example.note == "kept"
+
+
+class Pictures(OneNetwork):
+    """Takes a list of images, as detection models do: no tensor of it has a dimension of samples."""
+
+    def forward(self, images):
+        return self.model(torch.stack(images))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), torch.stack([target["label"] for target in batch[1]]))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch[0]))
+
+
+class InParts(Pictures):
+    """The step calls two networks, so it is replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.head = self.model[:-1], nn.Linear(64, CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        logits = self.head(torch.relu(self.model(torch.stack(batch[0]))))
+        return F.cross_entropy(logits, torch.stack([target["label"] for target in batch[1]]))
+
+
+@pytest.mark.parametrize("kind", [Pictures, InParts])
+def test_lists_of_images(kind, pruning, trainer):
+    def collate(rows):
+        return [image for image, _ in rows], [{"label": label} for _, label in rows]
+
+    loaders = [DataLoader(dataset(n), batch_size=16, collate_fn=collate) for n in (96, 32)]
+    module, callback = kind(), pruning()
+    before = n_params(module)
+    fit(module, callback, trainer, *loaders)
+    assert n_params(module) <= 0.4 * before
+
+
+class Distilled(OwnForward):
+    """forward is the student; the teacher is no less a part of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = network().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), self.teacher(batch[0]))
+
+
+def test_a_budget_that_a_part_keeps_out_of_reach_names_the_setting(pruning, trainer):
+    advice = r"if not all of Distilled is to be pruned, modules=\[...\] names what is, of conv1, norm, conv2, fc, teacher"
+    with pytest.raises(BudgetError, match=advice):
+        fit(Distilled(), pruning(budget=Budget(params=0.3)), trainer)
 
 
 # networks that are copies of others

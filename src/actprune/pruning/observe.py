@@ -7,7 +7,6 @@ reported.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,9 +26,8 @@ from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
 from actprune.pruning.gradients import differentiated
+from actprune.pruning.unfolded import tell_unfolded
 from actprune.statistics import POSITIONS, all_reduce, at_positions, sample_positions
-
-_LOG = logging.getLogger(__name__)
 
 Reads = tuple[Site, Tensor | None, list[Statistic]]
 """A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them."""
@@ -109,7 +107,7 @@ class Observation:
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)
         for group in graph.unlocked:
             cuttable[group.classes] = True
-        self._tell_unfolded(graph)
+        tell_unfolded(self._model, graph)
         runs = Counter(consumer.weight for consumer in graph.consumers)
         for number, consumer in enumerate(graph.consumers):
             if not cuttable[consumer.reads].any():
@@ -122,15 +120,6 @@ class Observation:
             self.folds[number] = (layer, statistic)
             watcher = partial(self._channels, consumer, layer, statistic, compensation)
             self._at(consumer.module, consumer.ordinal, consumer.operand, watcher)
-
-    def _tell_unfolded(self, graph: Graph) -> None:
-        known = {(consumer.site, consumer.operand) for consumer in graph.consumers}
-        sites = [site for group in graph.unlocked for site in group.sites if (site.name, site.operand) not in known]
-        # whole groups of a grouped convolution leave with what they write
-        names = [s.name for s in sites if getattr(self._model.get_submodule(s.module), "groups", 1) == 1]
-        if names:
-            listed = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            _LOG.warning("nothing is folded where units are read without a weight of its own: %s", listed)
 
     def _at(self, module: str, ordinal: int | None, operand: int, watcher: Watcher) -> None:
         if ordinal is None:

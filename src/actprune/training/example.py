@@ -22,6 +22,7 @@ from typing import Any
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ConfigError, TraceError
 from actprune.training.copies import submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped, put_back
@@ -108,17 +109,17 @@ class Watcher:
         if self.wanted:
             return None if self.missing else [self._named(path) for path in self.wanted]
         if self.own_forward is not None:
-            return [Network(self.task, "", _as_example(self.own_forward))]
+            return [Network(self.task, "", _as_example(self.task, self.own_forward))]
         if not self.called:
             raise TraceError(
                 f"validation_step of {type(self.task).__name__} called no module that has parameters; "
                 "call the network in validation_step, or set example_input_array"
             )
         if len(self.called) == 1:
-            ((module, call),) = self.called.items()
+            ((module, called),) = self.called.items()
             path = next(name for name, candidate in self.task.named_modules() if candidate is module)
-            return [Network(module, path, _as_example(call))]
-        return [Network(self.task, "", Replay(self.task, first_sample(batch)))]
+            return [Network(module, path, _as_example(module, called))]
+        return [Network(self.task, "", _replay(self.task, self.task, batch))]
 
     @property
     def missing(self) -> list[str]:
@@ -128,8 +129,8 @@ class Watcher:
     def _named(self, path: str) -> Network:
         module = self.task.get_submodule(path)
         if module in self.called:
-            return Network(module, path, _as_example(self.called[module]))
-        return Network(module, path, Replay(self.task, first_sample(self.inside[path])))
+            return Network(module, path, _as_example(module, self.called[module]))
+        return Network(module, path, _replay(self.task, module, self.inside[path]))
 
     def _watch(self, path: str, batch: Any) -> None:
         module = self.task.get_submodule(path)
@@ -244,11 +245,27 @@ def _watch_forward(task: LightningModule, on_call: OnCall) -> Iterator[None]:
         put_back(task, "forward", before)
 
 
-def _as_example(call: Call) -> Any:
-    args, kwargs = first_sample(call)
-    if not kwargs:
-        return args
-    return partial(_call, args, kwargs) if args else kwargs
+def _as_example(module: nn.Module, called: Call) -> Any:
+    def example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs:
+            return args
+        return partial(_call, args, kwargs) if args else kwargs
+
+    return _smallest(module, example(*first_sample(called)), lambda: example(*copied(called)))
+
+
+def _replay(task: LightningModule, module: nn.Module, batch: Any) -> Replay:
+    return _smallest(module, Replay(task, first_sample(batch)), lambda: Replay(task, copied(batch)))
+
+
+def _smallest(module: nn.Module, example: Any, whole: Callable[[], Any]) -> Any:
+    """The example of one sample, or of the whole batch where the module does not run on one (as with a list of images)."""
+    with undisturbed(module):
+        try:
+            call(module, example)
+        except Exception:
+            return whole()
+    return example
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from actprune.core.errors import ConfigError
+from actprune.core.errors import BudgetError, ConfigError
 from actprune.pruning import Pruner
 from actprune.training.copies import check_copies, copies_of
 from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
 from actprune.training.probe import validation_networks
+from actprune.training.replay import is_network_part
 from actprune.training.resume import CheckpointHooks
 
 
@@ -99,14 +100,26 @@ class Finder:
         Raises:
             ActPruneError: a network cannot be traced, or the budget cannot be reached.
         """
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return {n.path: Pruner(n.module, n.example_inputs, seed=seed, **settings) for n in self.networks.values()}
+        seed, made = int(os.environ.get("PL_GLOBAL_SEED", 0)), {}
+        for network in self.networks.values():
+            try:
+                made[network.path] = Pruner(network.module, network.example_inputs, seed=seed, **settings)
+            except BudgetError as error:
+                raise BudgetError(f"{error}{self._advice(network)}") from error
+        return made
 
     def stop(self) -> None:
         """Remove hooks; harmless when there are none."""
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
+
+    def _advice(self, network: Network) -> str:
+        parts = [name for name, child in self._task.named_children() if is_network_part(child)]
+        if network.module is not self._task or len(parts) < 2:
+            return ""
+        some = ", ".join([*parts[:8], *(["..."] if len(parts) > 8 else [])])
+        return f"; if not all of {type(self._task).__name__} is to be pruned, modules=[...] names what is, of {some}"
 
     def _take(self, found: Sequence[Network] | None) -> bool:
         if found is None:

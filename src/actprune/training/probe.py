@@ -36,6 +36,7 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
             with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context():
                 watcher.start(batch)
                 task.validation_step(batch, 0)
+                watcher.stop()
             return watcher.networks(batch)
         except ActPruneError:
             raise

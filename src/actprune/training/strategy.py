@@ -22,8 +22,14 @@ def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies that hold parameters in pieces, or whose processes cannot hand a smaller network back.
 
     Raises:
-        ConfigError: the strategy is neither a single device nor DDP in processes of their own.
+        ConfigError: the trainer is of another package, or the strategy is neither a single device nor DDP in processes of
+            their own.
     """
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(
+            f"the trainer is a {type(trainer).__module__}.{type(trainer).__name__}, and PruningCallback works with that of the "
+            "package lightning; write `import lightning.pytorch as pl` for `import pytorch_lightning as pl`"
+        )
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ConfigError(
             f"PruningCallback cannot change the shapes of parameters that {type(trainer.strategy).__name__} holds; "
