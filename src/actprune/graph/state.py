@@ -172,6 +172,10 @@ class TraceState:
         """Tie ids; the reason names the operator and module."""
         self.space.tie(a, b, f"{why} ({self.where})")
 
+    def tie_all(self, leaders: NDArray[np.int64], grid: NDArray[np.int64], why: str = "meets a fixed width") -> None:
+        """Tie every id of a grid to its leader, which is broadcast over the grid."""
+        self.tie(np.broadcast_to(leaders, grid.shape).ravel(), grid.ravel(), why)
+
     def lock(self, ids: Ids, why: str) -> None:
         """Lock ids; the reason names the operator and module."""
         self.space.lock(ids, f"{why} ({self.where})")

@@ -58,12 +58,12 @@ def _tie_groups(t: TraceState, x: Ids, outer: Ids, groups: int) -> None:
     assert outer is not None
     rows = outer.reshape(groups, -1)
     leader = rows[:, :1]
-    t.tie(np.broadcast_to(leader, rows.shape).ravel(), rows.ravel())
+    t.tie_all(leader, rows)
     if x is None:
         t.lock(outer, "grouped convolution of a fixed width")
     else:
         columns = x.reshape(groups, -1)
-        t.tie(np.broadcast_to(leader, columns.shape).ravel(), columns.ravel())
+        t.tie_all(leader, columns)
 
 
 def _whole_groups(t: TraceState, x: Ids, outer: Ids, inner: Ids, groups: int, width: int) -> Ids:
@@ -150,7 +150,7 @@ def grouped_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     for width in (reads, right[2]):
         if width is not None and len(width) % 8 == 0:
             eights = width.reshape(-1, 8)
-            t.tie(np.broadcast_to(eights[:, :1], eights.shape).ravel(), width, "rows of whole 16 bytes")
+            t.tie_all(eights[:, :1], eights, "rows of whole 16 bytes")
         else:
             t.lock(width, "rows of whole 16 bytes")
     t.set(out, [None, right[2]])

@@ -75,7 +75,7 @@ def group_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
             t.tie(x[1], t.ids(tensor)[0])
     if x[1] is not None and a.group > 1:
         rows = x[1].reshape(a.group, -1)
-        t.tie(np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel())
+        t.tie_all(rows[:1], rows)
     t.set(out[0], x)
 
 

@@ -140,7 +140,7 @@ def _leave_evenly(t: TraceState, ids: np.ndarray, sizes: list[int], why: str) ->
         t.lock(ids, why)
         return
     parts = ids.reshape(len(sizes), -1)
-    t.tie(np.broadcast_to(parts[:1], parts.shape).ravel(), parts.ravel())
+    t.tie_all(parts[:1], parts)
     _bind_sizes(t, sizes[0], parts[0])
 
 

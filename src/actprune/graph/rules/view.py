@@ -62,8 +62,7 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
         t.guessed.add(t.frames[-1].path)
         heads = axes[-2] if t.frames[-1].path in t.outer else axes[-1]
     chosen = axes[-1] if heads is None else heads
-    line = np.broadcast_to(_merged_line(grid, chosen), grid.shape)
-    t.tie(line.ravel(), grid.ravel(), "split of a dimension that is partly fixed")
+    t.tie_all(_merged_line(grid, chosen), grid, "split of a dimension that is partly fixed")
     return _only(grid, chosen)
 
 
@@ -192,7 +191,7 @@ def pixel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if kept is not None:
             blocks = kept.reshape(narrow, wide // narrow)
             line = _merged_line(blocks, 0)
-            t.tie(np.broadcast_to(line, blocks.shape).ravel(), kept, "pixel shuffle of a dimension that is partly fixed")
+            t.tie_all(line, blocks, "pixel shuffle of a dimension that is partly fixed")
             kept = line.ravel()
     else:
         kept = None if x[-3] is None else np.repeat(x[-3], narrow // wide)
@@ -205,7 +204,7 @@ def channel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids = list(t.ids(a.input))
     if ids[1] is not None:
         rows = ids[1].reshape(a.groups, -1)
-        t.tie(np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel(), "channel shuffle")
+        t.tie_all(rows[:1], rows, "channel shuffle")
         ids[1] = rows.T.ravel()
     t.set(out, ids)
 
