@@ -12,7 +12,9 @@ cell is the largest difference of any weight: 0 is what is asked for. `-` : Ligh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import logging
 import subprocess
@@ -204,7 +206,8 @@ def main(given=None):
             if strategy == "ddp":
                 rows += by_script(arguments, Path(folder))
             else:
-                rows += matrix(strategy, arguments.optimizers, arguments.precisions, Path(folder))
+                with contextlib.redirect_stdout(io.StringIO()):  # a line per step
+                    rows += matrix(strategy, arguments.optimizers, arguments.precisions, Path(folder))
     return 0 if show(rows) else 1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actprune import Budget, Pruner, SurgeryRecord, apply_record, criteria, load_pruned, prune, save_pruned, trace
+from actprune.compensation import Mean
 from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.plan import Plan
 from actprune.core.record import record_of
@@ -154,6 +155,17 @@ def test_new_biases_are_in_record_and_file(tmp_path):
     assert torch.equal(outputs(loaded, x)[0], outputs(model, x)[0])
     assert loaded[2].bias.shape == (loaded[2].out_channels,)
     assert record.steps[-1]["params_after"] == sum(p.numel() for p in loaded.parameters())
+
+
+def test_new_biases_are_cut_again_and_the_file_still_loads(tmp_path):
+    """A bias that the first step gave is no tensor of a fresh model; it follows its weight."""
+    model, x = biased(), torch.randn(8, 3, 6, 6)
+    for share in (0.8, 0.3):
+        record = prune(model, x, [x], criterion=criteria.Random(), budget=Budget(params=share), compensation=Mean())
+    assert "2" in record.biases
+    assert "2" in record.steps[-1]["groups"]
+    loaded = load_pruned(biased(), save_pruned(model, tmp_path / "pruned.pt"))
+    assert torch.equal(outputs(loaded, x)[0], outputs(model, x)[0])
 
 
 def test_new_bias_of_the_model_itself():

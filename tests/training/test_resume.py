@@ -2,18 +2,22 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
+from torch.nn import functional as F
 
+from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of
 from actprune.schedule import Schedule
+from actprune.training import RandomState
 from actprune.training.resume import CheckpointHooks, Shapes
-from foreign import OneNetwork, OwnForward, SeveralParts, loader
+from foreign import CLASSES, Adam, OneNetwork, OwnForward, SeveralParts, loader
 
 # the run that goes on writes no checkpoints of its own
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -48,6 +52,61 @@ def test_resume_is_exact_from_every_epoch(kind, load, at_train_end, pruning, tra
         assert_same_weights(resumed, whole)
         assert callback.history == full.history
         assert record_of(callback.pruner.model).to_dict() == record_of(full.pruner.model).to_dict()
+
+
+class WithoutBiases(OneNetwork):
+    """Compensation gives it biases; they end up in the group of the weights, where a fresh module would not put them."""
+
+    def __init__(self, grouped):
+        super().__init__()
+        self.grouped = grouped
+        self.model = nn.Sequential(nn.Conv2d(3, 12, 3, bias=False), nn.ReLU(), nn.Conv2d(12, 16, 3, bias=False), nn.ReLU(),
+                                   nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES, bias=False))  # fmt: skip
+        self.scale = nn.Parameter(torch.ones(CLASSES))
+
+    def configure_optimizers(self):
+        if not self.grouped:
+            return torch.optim.AdamW(self.parameters(), 0.01)
+        weights, others = ([p for p in self.parameters() if (p.dim() > 1) == large] for large in (True, False))
+        return torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], 0.01)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0]) * self.scale, batch[1]))
+
+
+class Tokens(Adam):
+    """An encoder whose heads may not leave; a trace of the cut network alone would let them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Linear(48, 32), nn.Parameter(torch.zeros(1, 1, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, "gelu", batch_first=True, norm_first=True)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        x = self.embed(x.reshape(len(x), 4, 48))
+        return self.fc(self.encoder(torch.cat([self.first.expand(len(x), -1, -1), x], 1))[:, 0])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize("make", [partial(WithoutBiases, False), partial(WithoutBiases, True), Tokens])
+def test_resume_between_steps_of_a_network_that_looks_different_once_cut(make, pruning, trainer, checkpoints, tmp_path):
+    schedule = Schedule("linear", start=1, interval=2, steps=2)
+    whole, full = make(), pruning(schedule=schedule, budget=Budget(params=0.5))
+    start = copy.deepcopy(whole)
+    trainer(full, RandomState(), checkpoints(), enable_checkpointing=True).fit(whole, loader(), loader(32, 1))
+    assert len(full.events) == 2
+    for epoch in (2, 4):
+        resumed, callback = copy.deepcopy(start), pruning(schedule=schedule, budget=Budget(params=0.5))
+        path = tmp_path / "all" / f"epoch={epoch}.ckpt"
+        trainer(callback, RandomState()).fit(resumed, loader(), loader(32, 1), ckpt_path=path)
+        assert_same_weights(resumed, whole)
+        assert callback.history == full.history
 
 
 def test_checkpoint_reloads_into_a_fresh_module(pruning, trainer, checkpoints, tmp_path):

@@ -176,6 +176,11 @@ def test_the_newest_whole_checkpoint_is_found(run, tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_a_checkpoint_that_holds_a_class_is_not_passed_over(tmp_path):
+    torch.save({"optimizer_states": [], "hyper_parameters": {"kind": OneNetwork}}, tmp_path / "whole.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "whole.ckpt"
+
+
 def test_a_write_that_breaks_leaves_the_old_file(tmp_path, monkeypatch):
     writer, path = AtomicCheckpoints(), tmp_path / "deep" / "one.ckpt"
     writer.save_checkpoint({"value": 1}, path)

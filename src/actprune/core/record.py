@@ -40,7 +40,10 @@ class SurgeryRecord:
             shapes: shapes before the plan, of every tensor it cuts.
             sizes: widths before the plan, of every group it cuts.
         """
+        given = {f"{path}.bias" if path else "bias" for path in self.biases}  # these have no original; they follow the weight
         for name, dims in plan.removed.items():
+            if name in given:
+                continue
             known = self.removed.setdefault(name, {})
             original = self.shapes.setdefault(name, list(shapes[name]))
             for dim, positions in dims.items():

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select, select_below
-from actprune.pruning.verify import rehearse, traced, with_locks
+from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
 from actprune.statistics import POSITIONS
 from actprune.surgery import cut
@@ -53,6 +53,7 @@ class Pruner:
         compensation: what is folded into the layers that stay; None cuts plainly.
         seed: seed of criteria that draw.
         positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+        known: what ``known`` of an earlier pruner of this model said, whose groups these shall be; nothing is rehearsed then.
 
     Raises:
         TraceError: the model fails on the example inputs.
@@ -69,6 +70,7 @@ class Pruner:
         compensation: Compensation | None = _DEFAULT,
         seed: int = 0,
         positions: int | None = POSITIONS,
+        known: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.example_inputs = example_inputs
@@ -78,7 +80,11 @@ class Pruner:
         self.compensation = compensation
         self.seed = seed
         self.positions = positions
-        self.graph, self._repairs = rehearse(model, example_inputs)
+        if known is None:
+            self.graph, self._repairs = rehearse(model, example_inputs)
+        else:
+            self._repairs = Repairs.from_dict(known["repairs"])
+            self.graph = traced(model, example_inputs, self._repairs)
         record = record_of(model)
         first = record.steps[0] if record.steps else None
         self.params_before = first["params_before"] if first else self.graph.params
@@ -86,9 +92,14 @@ class Pruner:
         self.macs_before = first["macs_before"] if first else self.graph.macs
         """Multiply-adds of one call on the example before any pruning."""
         self.graph = self._without_unseen(self.graph)
-        self._original_widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
+        widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
+        self._original_widths: dict[str, int] = widths if known is None else dict(known["widths"])
         self.graph = self._without_strangers(self.graph)
         self.check_budget()
+
+    def known(self) -> dict[str, Any]:
+        """What the rehearsal found out, in plain containers: a trace of a cut model may see other groups."""
+        return {"repairs": self._repairs.to_dict(), "widths": dict(self._original_widths)}
 
     def _traced(self) -> Graph:
         return self._without_strangers(self._without_unseen(traced(self.model, self.example_inputs, self._repairs)))
@@ -99,10 +110,7 @@ class Pruner:
         return {name: widths.get(name, [before, before])[1] for name, before in self._original_widths.items()}
 
     def _without_strangers(self, graph: Graph) -> Graph:
-        """Lock groups that came into being by a cut: a convolution of one group, an attention of one head.
-
-        Their units are finer than those that were counted, so ``max_ratio`` of the original width would not hold.
-        """
+        """Lock groups that came into being by a cut, finer than those counted: ``max_ratio`` of the original would not hold."""
         expected = self._now()
         why = "its units are parts of the last unit of a group that was cut"
         return with_locks(graph, {g.name: why for g in graph.unlocked if expected.get(g.name) != g.size})
@@ -306,8 +314,7 @@ def prune(
         criterion: scores units.
         budget: what is left.
         selection: how units of different groups compete.
-        compensation: what is folded into the layers that stay; None cuts plainly. By default ``LeastSquares()``, where there
-            are data.
+        compensation: what is folded into the layers that stay; None: nothing; by default ``LeastSquares()`` if there are data.
         optimizers: optimizers that train the model's parameters and shall go on.
         seed: seed of criteria that draw.
         loss: for criteria that differentiate it: a function of outputs and targets that returns the mean over the batch's

@@ -47,6 +47,17 @@ class Repairs:
     locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Group -> why it cannot be cut after all."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, in a fixed order."""
+        following = sorted((path, name, sorted(groups)) for path, name, groups in self.following)
+        return {"following": [list(choice) for choice in following], "tied": sorted(self.tied), "locked": dict(self.locked)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Repairs:
+        """Inverse of ``to_dict``."""
+        following = frozenset((path, name, frozenset(groups)) for path, name, groups in state["following"])
+        return cls(following, frozenset(state["tied"]), dict(state["locked"]))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:

@@ -69,6 +69,8 @@ class PruningCallback(Callback):
         ConfigError: an argument is not what it should be.
     """
 
+    _hooks: CheckpointHooks  # from setup on
+
     def __init__(
         self,
         criterion: Criterion,
@@ -113,7 +115,6 @@ class PruningCallback(Callback):
         self._decided = -1
         self._seconds: dict[str, float] = {}
         self._timetable: Timetable | None = None
-        self._hooks: CheckpointHooks | None = None
         self._finder: Finder | None = None
         self._observer: Observer | None = None
 
@@ -151,14 +152,14 @@ class PruningCallback(Callback):
         """
         check_validation(trainer, pl_module)
         define_axes(trainer)
+        self._hooks.give_saved_order(trainer.optimizers)
         if trainer.num_sanity_val_steps == 0:
             self._find(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the networks now if the sanity check was skipped, as it is when a run is resumed in the middle of one."""
         self._find(trainer)
-        if self._hooks is not None:
-            self._hooks.give_saved_types(trainer.optimizers)
+        self._hooks.give_saved_types(trainer.optimizers)
 
     # validation
 
@@ -235,7 +236,7 @@ class PruningCallback(Callback):
         Raises:
             SurgeryError: a cut network does not work; it was put back.
         """
-        if self._hooks is None or not self.pruners:
+        if not self.pruners:
             return
         if self.guard is not None and self.guard.goes_back:
             self._go_back(trainer)
@@ -333,7 +334,6 @@ class PruningCallback(Callback):
 
     def _go_back(self, trainer: Trainer) -> None:
         assert self.guard is not None
-        assert self._hooks is not None
         assert self._finder is not None
         before = sizes(self.pruners.values())
         seconds = {"cutting": go_back(trainer, self._hooks, self.guard)}

@@ -49,6 +49,7 @@ class Finder:
         self.networks: dict[str, Network] = {}
         """Dotted name -> network; empty until all are known."""
         self._task, self._hooks, self._modules, self._copies = task, hooks, modules, copies
+        hooks.known = {}  # of another run; a checkpoint that is resumed brings that of its own
         self._watcher: Watcher | None = None
 
     def probe(self, trainer: Trainer) -> bool:
@@ -103,9 +104,12 @@ class Finder:
         seed, made = int(os.environ.get("PL_GLOBAL_SEED", 0)), {}
         for network in self.networks.values():
             try:
-                made[network.path] = Pruner(network.module, network.example_inputs, seed=seed, **settings)
+                known = self._hooks.known.get(network.path)
+                pruner = Pruner(network.module, network.example_inputs, seed=seed, known=known, **settings)
             except BudgetError as error:
                 raise BudgetError(f"{error}{self._advice(network)}") from error
+            self._hooks.known[network.path] = pruner.known()
+            made[network.path] = pruner
         return made
 
     def stop(self) -> None:

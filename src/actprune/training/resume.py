@@ -7,6 +7,7 @@ those two hooks on the instance; the hooks of its class still run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,10 @@ from actprune.training.copies import copies_of, inside
 
 KEY = "actprune"
 """Where a Lightning checkpoint carries the surgery records: path of a network -> its record."""
+KNOWN = "actprune_known"
+"""And what rehearsals found out: path of a network -> see ``Pruner.known``."""
+ORDER = "actprune_order"
+"""And names of the parameters in the groups of every optimizer, where compensation gave biases."""
 
 
 class CheckpointHooks:
@@ -40,8 +45,11 @@ class CheckpointHooks:
         """Dotted names of the pruned networks in the LightningModule."""
         self.copies: dict[str, str] = {}
         """Dotted name of a copy -> of what it is a copy, as the user said."""
+        self.known: dict[str, dict[str, Any]] = {}
+        """Path -> what the rehearsal of that network found out; a resumed run does not rehearse the cut one."""
         self._shapes: dict[str, Shapes] = {}
         self._types: list[list[dict[str, torch.dtype]]] = []
+        self._order: list[list[list[str]]] = []
         self._after_load = task.on_load_checkpoint
         self._after_save = task.on_save_checkpoint
 
@@ -73,6 +81,14 @@ class CheckpointHooks:
         records = self.records()
         if records:
             checkpoint[KEY] = {path: record.to_dict() for path, record in records.items()}
+        if self.known:
+            checkpoint[KNOWN] = copy.deepcopy(self.known)
+        if any(record.biases for record in records.values()) and self.task._trainer is not None:
+            names = {id(parameter): name for name, parameter in self.task.named_parameters()}
+            checkpoint[ORDER] = [
+                [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+                for optimizer in self.task._trainer.optimizers
+            ]
         self._after_save(checkpoint)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
@@ -82,11 +98,27 @@ class CheckpointHooks:
             ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
         """
         self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
+        self.known = dict(checkpoint.get(KNOWN, {}))
+        self._order = checkpoint.get(ORDER, [])
         self._types = [_types(state) for state in checkpoint.get("optimizer_states", [])]
         trainer = self.task._trainer
         if trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision):
             self.task.double()  # Lightning does so after loading, by which time the weights have been rounded to float32
         self._after_load(checkpoint)
+
+    def give_saved_order(self, optimizers: Iterable[Optimizer]) -> None:
+        """Let fresh optimizers hold their parameters in the order of the checkpoint, by which state is loaded next.
+
+        A bias that compensation gave is the last in the group of its weight; ``configure_optimizers`` meets it elsewhere.
+        """
+        parameters = dict(self.task.named_parameters())
+        for optimizer, groups in zip(optimizers, self._order, strict=False):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            wanted = [[parameters[name] for name in names if name in parameters] for names in groups]
+            if len(wanted) == len(optimizer.param_groups) and {id(p) for group in wanted for p in group} == held:
+                for group, ordered in zip(optimizer.param_groups, wanted, strict=True):
+                    group["params"][:] = ordered
+        self._order = []
 
     def give_saved_types(self, optimizers: Iterable[Optimizer]) -> None:
         """Give loaded numbers of optimizers the types they were saved with: torch loads them in those of the parameters."""
@@ -108,8 +140,8 @@ class CheckpointHooks:
         for path in self.paths:
             record, shapes = wanted.get(path, SurgeryRecord()), self._shapes.get(path)
             self._become(self.task.get_submodule(path), record, shapes)
-            for copy in copies_of(self.task, path, self.copies):
-                self._become(copy.module, copy.of_record(record), None if shapes is None else shapes.inside(copy.part))
+            for twin in copies_of(self.task, path, self.copies):
+                self._become(twin.module, twin.of_record(record), None if shapes is None else shapes.inside(twin.part))
 
     def _become(self, network: nn.Module, wanted: SurgeryRecord, shapes: Shapes | None) -> None:
         present = record_of(network)

@@ -48,12 +48,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest file in a folder that loads as a checkpoint to go on from; None if there is none."""
+    """The newest file in a folder that loads as a checkpoint to go on from; None if there is none.
+
+    One that is whole but holds classes of yours, in its hyperparameters for one, counts: ``fit`` loads it with
+    ``weights_only=False``.
+    """
     files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.name.startswith(".")]  # those are half done
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except _BROKEN:
+        except _BROKEN as error:
+            if "Unsupported global" in str(error):
+                return path
             continue
         if isinstance(content, dict) and "optimizer_states" in content:  # others hold weights only
             return path
