@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from lightning import LightningDataModule
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from actprune.cli import output
-from actprune.cli.build import build, resolved
+from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
+from actprune.cli.scoring import all_criteria, criterion_named
+from actprune.cli.trained import first_samples, load_network
 from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
-from actprune.core.record import SurgeryRecord
-from actprune.core.views import Criterion
-from actprune.models.weights import load_weights
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
 from actprune.report import draw_influence, influence_tables, write_influence
-from actprune.surgery import apply_record, load_pruned
-from actprune.training.resume import KEY
 
 _LOG = logging.getLogger(__name__)
 
@@ -74,7 +66,7 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     settings: Settings = build(config.analyze, "analyze")
     if config.calibration < 1:
         raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
-    names = _all() if settings.criteria is None else settings.criteria
+    names = all_criteria() if settings.criteria is None else settings.criteria
     criteria = {name: criterion_named(name, config, "analyze.criteria") for name in names}
     if config.weights is not None:
         load_network(net, config.weights)
@@ -110,74 +102,11 @@ def show(influence: Influence, agreed: Agreement, folder: Path, console: Console
     console.print(str(folder), soft_wrap=True, highlight=False)
 
 
-def load_network(net: nn.Module, path: str) -> None:
-    """Load weights, a checkpoint of a run, or a pruned network, into a network of the original shape, in place.
-
-    Raises:
-        ConfigError: the file is missing, is none of these, or does not fit.
-        SurgeryError: the network is not the one that was pruned.
-    """
-    content = read_network(path)
-    if isinstance(content, dict) and "surgery_record" in content:
-        load_pruned(net, path)
-        return
-    if isinstance(content, dict) and "net" in content.get(KEY, {}):
-        apply_record(net, SurgeryRecord.from_dict(content[KEY]["net"]))
-    load_weights(net, path)
-
-
-def read_network(path: str) -> Any:
-    """What a file holds; None where it cannot be read, which ``load_weights`` tells of."""
-    with suppress(OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    return None
-
-
-def _all() -> list[str]:
-    """Every file of the pruner folder that holds a criterion."""
-    names = GlobalHydra.instance().config_loader().get_group_options("pruner", ObjectType.CONFIG)
-    return [name for name in names if not name.startswith("_") and "criterion" in _file(name)]
-
-
-def criterion_named(name: str, config: DictConfig, key: str) -> Criterion:
-    """The criterion of a file of ``conf/pruner``, with the settings that the configuration gives it.
-
-    Raises:
-        ConfigError: there is no such file, or it has no criterion; the message begins with ``key``, where it was asked for.
-    """
-    if name not in GlobalHydra.instance().config_loader().get_group_options("pruner", ObjectType.CONFIG):
-        raise ConfigError(f"{key}: there is no pruner={name}; choose from {', '.join(_all())}")
-    node = _file(name).get("criterion")
-    if node is None:
-        raise ConfigError(f"{key}: pruner={name} has no criterion; choose from {', '.join(_all())}")
-    # what the file takes from other places of the configuration is found there
-    known: Any = OmegaConf.to_container(config, enum_to_str=True)
-    whole = OmegaConf.create({**known, "asked": node})
-    return build(resolved(whole).asked, f"pruner.{name}.criterion")
-
-
-def _file(name: str) -> DictConfig:
-    """A file of the pruner folder as it is written, wherever on Hydra's search path."""
-    found = GlobalHydra.instance().config_loader().repository.load_config(f"pruner/{name}")  # type: ignore[attr-defined]
-    return found.config
-
-
 def _row(agreed: Agreement, k: int) -> dict[str, float | None]:
     """One criterion's agreement with the effect; None where no group can tell."""
     effect = list(agreed.names).index(EFFECT)
     parts = {"spearman": agreed.mean, "low": agreed.low, "high": agreed.high, "groups": agreed.n_groups}
     return {key: None if math.isnan(matrix[effect][k]) else matrix[effect][k] for key, matrix in parts.items()}
-
-
-def first_samples(loader: Any, n: int | None) -> list[Any]:
-    """The first n samples of a loader, in batches of images and labels; all where n is None."""
-    if n is None:
-        return [(images, labels) for images, labels in loader]
-    batches = [(images, labels) for images, labels in islice(loader, -(-n // loader.batch_size))]
-    images, labels = batches[-1]
-    left = n - sum(len(y) for _, y in batches[:-1])
-    batches[-1] = (images[:left], labels[:left])
-    return batches
 
 
 @contextmanager

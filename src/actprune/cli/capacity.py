@@ -17,11 +17,11 @@ from torch import nn
 
 from actprune.capacity import measure, sample_of
 from actprune.cli import output
-from actprune.cli.analyze import criterion_named, first_samples, load_network, read_network
 from actprune.cli.build import build
 from actprune.cli.names import choice
-from actprune.cli.post_training import accuracy
 from actprune.cli.recorder import write_json
+from actprune.cli.scoring import criterion_named
+from actprune.cli.trained import accuracy, first_samples, load_network, read_network
 from actprune.core.calling import evaluating
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of

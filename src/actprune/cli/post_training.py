@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
 
 from actprune.cli import output
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, write_json
+from actprune.cli.trained import accuracy, first_samples
 from actprune.core.errors import ConfigError
 from actprune.models.weights import load_weights
 from actprune.pruning import PostTraining, prune_trained
@@ -43,7 +41,7 @@ def prune_network(
         load_weights(net, config.weights)
     data.prepare_data()
     data.setup("fit")
-    batches = _calibration(data, config.calibration)
+    batches = first_samples(data.train_dataloader(), config.calibration)
     test = data.test_dataloader()
     done = prune_trained(
         net,
@@ -76,25 +74,6 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(f"batch of {size}: {before:.2f} ms before, {after:.2f} ms after")
     console.print("everything is in", soft_wrap=True)
     console.print(str(folder), soft_wrap=True, highlight=False)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
-    """Share of samples that the model gets right."""
-    right = seen = 0
-    for images, labels in loader:
-        right += int((model(images).argmax(1) == labels).sum())
-        seen += len(labels)
-    return right / seen
-
-
-def _calibration(data: LightningDataModule, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first n training images of the shuffled loader with their labels, in batches."""
-    loader = data.train_dataloader()
-    batches = [(images, labels) for images, labels in islice(loader, -(-n // loader.batch_size))]
-    left = n - sum(len(labels) for _, labels in batches[:-1])
-    batches[-1] = (batches[-1][0][:left], batches[-1][1][:left])
-    return batches
 
 
 def _summary(config: DictConfig, done: PostTraining) -> dict[str, Any]:
