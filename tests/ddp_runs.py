@@ -14,18 +14,30 @@ from processes import FORKS, Fork
 
 def script(listed, folder):
     """Run ddp_worker as a script, one run after the other; what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
-    line = [sys.executable, ddp_worker.__file__, json.dumps(listed), str(folder)]
+    line, environment = _command(listed, folder)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def _command(listed, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+    return [sys.executable, ddp_worker.__file__, json.dumps(listed), str(folder)], environment
+
+
+def _forked(listed, folder):
+    """Lightning forks no process in which CUDA was asked for, and any Trainer asks: then a fresh one takes this one's place."""
+    if torch.cuda._is_in_bad_fork():
+        line, environment = _command(listed, folder)
+        os.execve(line[0], line, environment)
+    ddp_worker.main(listed, folder)
 
 
 def start(folder, name="run", devices=2, strategy="fork", **settings):
     """One run: in a fork of this process where one process or forked ones are asked for; what every process ended with."""
     run = {"name": name, "devices": devices, "strategy": strategy, **settings}
     if FORKS and strategy == "fork":
-        done = Fork(ddp_worker.main, [run], str(folder), folder=folder).wait()
+        done = Fork(_forked, [run], str(folder), folder=folder).wait()
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     else:
         script([run], folder)

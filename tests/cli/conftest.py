@@ -28,9 +28,24 @@ def config(tmp_path):
 
 
 @pytest.fixture
+def searching_config(tmp_path):
+    """As in a job: Hydra still knows its search path, on which the criteria are looked up."""
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: compose("config", [f"paths.output_dir={tmp_path / 'out'}", *overrides])
+
+
+@pytest.fixture
 def fast(config):
     """The same with a few batches and one pruning step."""
     return lambda *overrides: config(*SMALL, *overrides)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Jobs draw no pictures; test_job looks at them."""
+    monkeypatch.setattr("actprune.cli.output._draw", lambda folder, summary: [])
 
 
 @pytest.fixture

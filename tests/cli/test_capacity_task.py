@@ -5,26 +5,18 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from actprune.cli import schema
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
 from actprune.core.errors import ConfigError
 from actprune.report import CAPACITY_TABLES
-from paths import CONF
 
 TASK = ("task=capacity", "logger=none", "calibration=64", "capacity.criteria=[magnitude,random]")
 
 
 @pytest.fixture
-def config(tmp_path):
-    """As in a job: Hydra still knows its search path, on which the criteria are looked up."""
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides: compose("config", [f"paths.output_dir={tmp_path / 'out'}", *overrides])
+def config(searching_config):
+    return searching_config
 
 
 @pytest.fixture

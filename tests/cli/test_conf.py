@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from actprune.cli import wandb
-from actprune.cli.build import build, resolved
+from actprune.cli.build import build, check, resolved
 from actprune.cli.job import assemble, run_job
 from actprune.core.views import Criterion
 from actprune.training import PruningCallback
 from paths import CONF
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 WHOLE = {"experiment", "debug", "hydra", "paths", "logger", "callbacks", "trainer"}
 FILES = sorted(
@@ -19,6 +22,7 @@ FILES = sorted(
     if path.parent.name not in WHOLE and not path.stem.startswith("_")
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+LARGE = {"cifar100_resnet110_rademacher", "cifar10_vgg16", "imagefolder_resnet18"}
 FITTING = {
     "lenet5": ["data.image_size=28"],
     "vgg16_bn": ["data.image_size=32"],
@@ -70,6 +74,14 @@ def test_every_trainer_composes(name, config):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name, config, tmp_path):
+    """With its own data; the classes of everything in it take the arguments."""
+    node = resolved(config(f"experiment={name}", *(["data.root=images"] if name.startswith("imagefolder") else [])))
+    for key in ("data", "model", "module", "pruner", "optimizer", "scheduler", "trainer"):
+        check(node[key], key)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in EXPERIMENTS])
 def test_every_experiment_runs_fast(name, fast, tmp_path):
     """With its own data where they are here, with the digits in the same shape where they would be downloaded."""
     overrides = [f"experiment={name}", "trainer=cpu", "data.batch_size=8"]
@@ -93,7 +105,7 @@ def test_every_debug_mode_runs(name, config, tmp_path):
     assert (tmp_path / "out" / "summary.json").exists()
 
 
-def test_every_criterion_has_a_file(config):
+def test_every_criterion_has_a_file():
     """Adding a criterion is one .py and one .yaml."""
     from actprune import criteria
 
@@ -102,7 +114,7 @@ def test_every_criterion_has_a_file(config):
         if isinstance(getattr(criteria, name), type) and issubclass(getattr(criteria, name), Criterion)
     }  # fmt: skip
     files = [name for group, name in FILES if group == "pruner" and name != "none"]
-    nodes = [config(f"pruner={name}").pruner for name in files]
+    nodes = [OmegaConf.load(CONF / "pruner" / f"{name}.yaml") for name in files]
     used = {node.criterion._target_.rpartition(".")[2] for node in nodes if "criterion" in node}
     assert used == classes
 

@@ -11,12 +11,14 @@ from actprune.core.errors import ConfigError
 from actprune.surgery import load_pruned
 from actprune.training import load_exported
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("pruner", ["magnitude", "none"])
+@pytest.mark.parametrize("pruner", ["magnitude", pytest.param("none", marks=pytest.mark.slow)])
 def test_export_writes_the_network(pruner, fast, tmp_path, capsys):
     config = fast(f"pruner={pruner}", "export=[onnx,torch_export,state_dict]")
     run_job(config)
