@@ -1,13 +1,14 @@
 """Accuracy after post-training pruning, against Torch-Pruning, at equal MACs on the same data, with no gradient step.
 
-    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--epochs 1] [--out FILE]
+    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--epochs 1] [--device cpu] [--out FILE]
 
 DIR of data holds train/CLASS/*.jpg and test/CLASS/*.jpg (CIFAR-10, JPEG copy); DIR of weights holds resnetDEPTH-jpeg.th.
 Every row is the median over calibration seeds: which training images are observed, and what drawn criteria draw. The peer
 prunes the inner channels of every block, for its cut of the residual stream does not run with parameter-free shortcuts;
 its ratio is bisected until its MACs are the largest that do not exceed the target. Both sides are counted by
 ``actprune.trace``. "recalibrated" is the same cut with batch-norm statistics recomputed on the same calibration images,
-"trained" the same cut after ``--epochs`` on ``--images`` training images (recipe: finetuning.py). FILE keeps every row as
+"trained" the same cut after ``--epochs`` on ``--images`` training images (recipe: finetuning.py). Cuts are made on the CPU;
+``--device`` is where networks are trained and evaluated. FILE keeps every row as
 soon as it is measured, and a run that was broken off goes on; rows that cut the same network share one measurement.
 """
 
@@ -88,6 +89,10 @@ def sample(entries: list[tuple[Path, int]], n: int | None, seed: int) -> list[tu
     if n is None or n >= len(entries):
         return entries
     return [entries[i] for i in torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
+
+
+def placed(data: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
+    return data[0].to(device), data[1].to(device)
 
 
 @torch.no_grad()
@@ -229,19 +234,23 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, Callable]]:
     return [(row, cut) for row, cut in rows if any(part in row for part in only)]
 
 
+def copied(model: nn.Module, device: str) -> nn.Module:
+    return copy.deepcopy(model).to(device)
+
+
 def measure(args: argparse.Namespace) -> tuple[Rows, float]:
     """Every row for every seed that is not measured yet, and the accuracy of the unpruned network."""
     model = CifarResNet(args.depth, weights=str(Path(args.weights) / f"resnet{args.depth}-jpeg.th")).eval()
     train_files, test_files = files(Path(args.data) / "train"), files(Path(args.data) / "test")
-    test = decode(sample(test_files, args.test, 0))
+    test = placed(decode(sample(test_files, args.test, 0)), args.device)
     settings = {
-        **{name: getattr(args, name) for name in ("depth", "keep", "samples", "test", "epochs", "images", "threads")},
+        **{name: getattr(args, name) for name in ("depth", "keep", "samples", "test", "epochs", "images", "device")},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning")},
     }
     rows, whole = Rows(args.out, settings), macs_of(model)
-    before = accuracy(model, *test)
+    before = accuracy(copied(model, args.device), *test)
     print(f"ResNet-{args.depth}: {before:.2f} % on {len(test[1]):,} test images, {whole:,} MACs", flush=True)
-    everything = decode(sample(train_files, args.images, 0)) if args.epochs else None
+    everything = placed(decode(sample(train_files, args.images, 0)), args.device) if args.epochs else None
     known: dict[tuple[str, int | None, str], float] = {}
 
     def scored(state: str, seed: int | None, kind: str, make: Callable[[], nn.Module]) -> float:
@@ -259,15 +268,20 @@ def measure(args: argparse.Namespace) -> tuple[Rows, float]:
             pruned = cut(copy.deepcopy(model), x, y, seed, args.keep * whole)
             values = {"seconds": time.process_time() - began, "macs": macs_of(pruned) / whole}
             state = digest(pruned)
-            values["accuracy"] = scored(state, None, "plain", lambda: pruned)  # noqa: B023
+            values["accuracy"] = scored(state, None, "plain", lambda: copied(pruned, args.device))  # noqa: B023
             if row.startswith("torch-pruning"):
-                values["recalibrated"] = scored(state, seed, "recalibrated", lambda: recalibrated(pruned, x))  # noqa: B023
+                values["recalibrated"] = scored(
+                    state,
+                    seed,
+                    "recalibrated",
+                    lambda: recalibrated(pruned, x).to(args.device),  # noqa: B023
+                )
             if everything is not None:
                 values["trained"] = scored(
                     state,
                     seed,
                     "trained",
-                    lambda: train(copy.deepcopy(pruned), *everything, epochs=args.epochs, seed=seed),  # noqa: B023
+                    lambda: train(copied(pruned, args.device), *everything, epochs=args.epochs, seed=seed),  # noqa: B023
                 )
             rows.put(row, seed, values)
     rows.write(before=before, medians=rows.medians(args.seeds), commit=commit(), python=platform.python_version())
@@ -325,6 +339,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=0, help="of training after the cut, for both sides")
     parser.add_argument("--images", type=int, default=None, help="training images of an epoch; all by default")
+    parser.add_argument("--device", default="cpu", help="where networks are trained and evaluated")
     parser.add_argument("--all", action="store_true", help="also the ablations of actprune")
     parser.add_argument("--peer", nargs="*", choices=list(PEER), default=list(PEER), help="criteria of Torch-Pruning")
     parser.add_argument("--rows", nargs="*", default=None, help="only rows whose name has one of these in it")

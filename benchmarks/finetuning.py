@@ -23,7 +23,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, seed: int) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps)
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(y), generator=generator)
+        order = torch.randperm(len(y), generator=generator).to(y.device)
         for rows in order[: len(y) // BATCH * BATCH].split(BATCH):
             loss = F.cross_entropy(model(augmented(x[rows], generator)), y[rows])
             optimizer.zero_grad()
@@ -36,10 +36,10 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, seed: int) -> 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     """Every image mirrored or not, and shifted; what moves in is zero, the mean colour."""
     n, _, height, width = x.shape
-    mirrored = torch.rand(n, generator=generator) < 0.5
+    mirrored = torch.rand(n, generator=generator).to(x.device) < 0.5
     x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
     padded = F.pad(x, [SHIFT] * 4)
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator)
-    rows = down.view(-1, 1, 1) + torch.arange(height).view(1, -1, 1)
-    columns = right.view(-1, 1, 1) + torch.arange(width)
-    return padded[torch.arange(n).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2).contiguous()
+    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator).to(x.device)
+    rows = down.view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
+    columns = right.view(-1, 1, 1) + torch.arange(width, device=x.device)
+    return padded[torch.arange(n, device=x.device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2).contiguous()
