@@ -1,6 +1,6 @@
 """Accuracy after post-training pruning, against Torch-Pruning, at equal MACs on the same data, with no gradient step.
 
-    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--epochs 1] [--device cpu] [--out FILE]
+    python benchmarks/compensation.py --data DIR --weights DIR [--depth 56] [--keep 0.5] [--epochs 1] [--out FILE]
 
 DIR of data holds train/CLASS/*.jpg and test/CLASS/*.jpg (CIFAR-10, JPEG copy); DIR of weights holds resnetDEPTH-jpeg.th.
 Every row is the median over calibration seeds: which training images are observed, and what drawn criteria draw. The peer

@@ -1,6 +1,6 @@
 """Which models can be pruned as they are, with no configuration, how much of them, and how exactly; beside Torch-Pruning.
 
-    python benchmarks/prunability.py torchvision torchvision-other timm transformers [--peer] [--out runs/prunability.json]
+    python benchmarks/prunability.py torchvision torchvision-other timm transformers [--peer] [--jobs 1] [--out FILE]
 
 Half of every group that may be cut leaves, drawn at random; before that, random plans with uneven shares are tried and taken
 back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, and a fresh
@@ -9,17 +9,21 @@ largest difference to the full-size network whose removed slices are zero, over 
 ``effect``: the same between that network and the whole one, so that a cut without consequences does not pass for an exact one.
 ``trace``: seconds to trace, and of one plain forward. The peer removes half of every layer that it finds; the last layer is
 named to it, and its cuts are checked for running, not for being exact. Every attempt runs in a process of its own and is given
-``--timeout`` seconds. Models that are in ``--out`` already are not run again.
+``--timeout`` seconds, ``--jobs`` of them side by side (the seconds are then those of a busy machine). Models that are already
+in ``--out`` are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,8 +54,15 @@ def _child(pipe: Connection, side: str, build: Any, example: Any, plans: int, th
     pipe.send(result)
 
 
-def attempt(side: str, build: Any, example: Any, args: argparse.Namespace) -> dict[str, Any]:
+@functools.cache
+def entries(collection: str) -> dict[str, tuple[Any, Any]]:
+    """Name -> how to build the model and what to call it with."""
+    return {name: (build, example) for name, build, example in COLLECTIONS[collection]()}
+
+
+def attempt(collection: str, name: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one side in a process of its own, within the time it is given."""
+    build, example = entries(collection)[name]
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     child = context.Process(target=_child, args=(theirs, side, build, example, args.plans, args.threads))
@@ -66,6 +77,20 @@ def attempt(side: str, build: Any, example: Any, args: argparse.Namespace) -> di
     finally:
         child.kill()
         child.join()
+
+
+def attempts(
+    collection: str, wanted: list[tuple[str, str]], args: argparse.Namespace
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Model, side and result, as attempts end."""
+    if args.jobs == 1:
+        for name, side in wanted:
+            yield name, side, attempt(collection, name, side, args)
+        return
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(attempt, collection, name, side, args): (name, side) for name, side in wanted}
+        for done in as_completed(running):
+            yield *running[done], done.result()
 
 
 def table(collection: str, rows: dict[str, Any]) -> Table:
@@ -115,6 +140,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--plans", type=int, default=3, help="random plans beside the half of everything")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one model on one side")
+    parser.add_argument("--jobs", type=int, default=1, help="attempts side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "prunability.json")
     args = parser.parse_args()
@@ -127,23 +153,22 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     results["seed"] = 0
+    sides_run = ("ours", "peer") if args.peer else ("ours",)
     for collection in args.collections or COLLECTIONS:
         rows = results.setdefault(collection, {})
-        for name, build, example in COLLECTIONS[collection]():
-            if args.only not in name:
-                continue
-            row = rows.setdefault(name, {})
-            for side in ("ours", "peer") if args.peer else ("ours",):
-                if side not in row:
-                    row[side] = attempt(side, build, example, args)
-            print(f"{collection} {name}: {row['ours'].get('failure') or 'ok'}", file=sys.stderr, flush=True)
+        wanted = [(name, side) for name in entries(collection) if args.only in name for side in sides_run]
+        missing = [(name, side) for name, side in wanted if side not in rows.get(name, {})]
+        for name, side, result in attempts(collection, missing, args):
+            rows.setdefault(name, {})[side] = result
+            print(f"{collection} {name}, {side}: {result.get('failure') or 'ok'}", file=sys.stderr, flush=True)
             with atomic_path(args.out) as path:
                 path.write_text(json.dumps(results, indent=1))
-        console.print(table(collection, rows))
-        for name, row in rows.items():
+        ordered = {name: rows[name] for name in entries(collection) if name in rows}
+        console.print(table(collection, ordered))
+        for name, row in ordered.items():
             for reason, groups in row["ours"].get("locks", {}).items():
                 console.print(f"{name}: {groups} locked, {reason}", soft_wrap=True, highlight=False)
-        console.print(summary(collection, rows), soft_wrap=True, highlight=False)
+        console.print(summary(collection, ordered), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
