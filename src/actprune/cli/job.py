@@ -70,7 +70,7 @@ def run_job(config: DictConfig) -> float | None:
     try:
         parts = assemble(config)
         if config.task is Task.plan:
-            print_plan(parts.data, parts.module, parts.pruning, parts.trainer)
+            print_plan(parts.data, parts.module, parts.pruning, parts.trainer, Path(config.paths.output_dir))
             return None
         if config.task is Task.analyze:
             found = analyze.analyze_network(config, parts.data, parts.module.get_submodule("net"))

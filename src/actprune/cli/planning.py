@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning import LightningDataModule, LightningModule, Trainer
 from rich import box
 from rich.table import Table
@@ -10,12 +12,16 @@ from actprune.cli.console import console
 from actprune.core.errors import ConfigError
 from actprune.pruning import Pruner
 from actprune.pruning.batches import observe_pairs, pairs_of
-from actprune.report import before_after
+from actprune.report import before_after, structure
 from actprune.training import PruningCallback
 
+GROUPS = "groups.svg"
 
-def print_plan(data: LightningDataModule, module: LightningModule, pruning: PruningCallback | None, trainer: Trainer) -> None:
-    """Observe the untrained network once and print graph, schedule and the plan for the whole budget.
+
+def print_plan(
+    data: LightningDataModule, module: LightningModule, pruning: PruningCallback | None, trainer: Trainer, folder: Path
+) -> None:
+    """Observe the untrained network once and print graph, schedule and the plan for the whole budget; draw the groups.
 
     Raises:
         ActPruneError: the network cannot be pruned as asked.
@@ -30,6 +36,7 @@ def print_plan(data: LightningDataModule, module: LightningModule, pruning: Prun
     pruner = Pruner(net, example, pruning.criterion, pruning.budget, pruning.selection, pruning.compensation, seed=0)
     out = console()
     out.print(str(pruner.graph), highlight=False)
+    structure(pruner.graph, folder / GROUPS, type(net).__name__)
     out.print(_timetable(pruning, pruner, trainer.max_epochs or 0))
     plan = pruner.plan(observe_pairs(pruner, pairs_of(batches, example)), 1.0)
     gone = {} if plan is None else plan.groups
@@ -41,6 +48,7 @@ def print_plan(data: LightningDataModule, module: LightningModule, pruning: Prun
     }
     out.print(before_after(sizes, [(g, before, before - gone.get(g, 0)) for g, before, _ in pruner.widths()]))
     out.print("Scores are those of the untrained network: sizes are what the budget gives, widths will differ.")
+    out.print(f"Who shares a width with whom: {folder / GROUPS}", soft_wrap=True, highlight=False)
 
 
 def _timetable(pruning: PruningCallback, pruner: Pruner, max_epochs: int) -> Table:

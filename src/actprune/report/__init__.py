@@ -7,6 +7,7 @@ from actprune.report.influence import influence_tables, write_influence
 from actprune.report.influence_plots import draw_influence
 from actprune.report.plots import params_vs_accuracy, widths
 from actprune.report.runs import Problem, Run, read_runs
+from actprune.report.structure import structure
 from actprune.report.sweep import sweep
 from actprune.report.tables import before_after, comparison, write_csv, write_markdown
 
@@ -30,6 +31,7 @@ __all__ = [
     "network_row",
     "params_vs_accuracy",
     "read_runs",
+    "structure",
     "sweep",
     "widths",
     "write_capacity",

@@ -45,7 +45,6 @@ def unsqueeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids.insert(a.dim if a.dim >= 0 else a.dim + out.dim(), None)
     t.set(out, ids)
     t.inherit(a.input, out)
-    t.inherit(a.input, out)
 
 
 @rule("squeeze", "squeeze_")
