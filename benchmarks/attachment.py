@@ -5,8 +5,9 @@
 
 Classes and functions are taken from the files as they are (`pytorch_lightning` read as `lightning.pytorch`), sizes are made
 small, data are random. Each module is trained and pruned to half of its parameters in two steps, with shuffled batches; then it
-is resumed in a fresh module from the epochs before, between and after the steps. The last column is the largest difference of
-any weight from the run that was not cut off: 0 is what is asked for.
+is resumed in a fresh module from the epochs before, between and after the steps. The column "resumed" is the largest difference
+of any weight from the run that was not cut off: 0 is what is asked for. Where it is not 0, "unpruned" is the same without the
+pruning callback: what a module keeps out of its checkpoints, a schedule of its own say, is lost either way.
 """
 
 from __future__ import annotations
@@ -219,11 +220,11 @@ def defined(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def fit(case, module, folder, checkpoint=None):
+def fit(case, module, folder, checkpoint=None, pruned=True):
     seed_everything(1, verbose=False)
     schedule = Schedule("linear", start=1, interval=2, steps=2)
     pruning = PruningCallback(Entropy(bins=16), Budget(params=0.5), schedule, modules=case.modules)
-    callbacks = [pruning, RandomState()]
+    callbacks = [pruning, RandomState()] if pruned else [RandomState()]
     if checkpoint is None:
         callbacks.append(ModelCheckpoint(folder, "{epoch}", save_top_k=-1))
     trainer = Trainer(accelerator="cpu", devices=1, max_epochs=6, callbacks=callbacks, enable_checkpointing=checkpoint is None,
@@ -237,17 +238,17 @@ def fit(case, module, folder, checkpoint=None):
     return pruning
 
 
-def judge(case, names):
+def judge(case, names, pruned=True):
     """Parameters before and after, and the largest difference of a resumed run."""
     seed_everything(0, verbose=False)
     start = case.make(names)
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         whole = copy.deepcopy(start)
-        pruning = fit(case, whole, Path(folder))
+        pruning = fit(case, whole, Path(folder), pruned=pruned)
         for epoch in EPOCHS:
             again = copy.deepcopy(start)
-            fit(case, again, Path(folder), Path(folder) / f"epoch={epoch}.ckpt")
+            fit(case, again, Path(folder), Path(folder) / f"epoch={epoch}.ckpt", pruned)
             ours, theirs = again.state_dict(), whole.state_dict()
             if any(value.shape != theirs[name].shape for name, value in ours.items()):
                 worst = float("inf")
@@ -255,7 +256,7 @@ def judge(case, names):
                 worst = max(
                     worst, *(float((v.double() - theirs[n].double()).abs().max()) for n, v in ours.items() if v.numel())
                 )
-    pruners = pruning.pruners.values()
+    pruners = pruning.pruners.values() if pruned else ()
     return sum(p.params_before for p in pruners), sum(p.params for p in pruners), worst
 
 
@@ -272,14 +273,16 @@ def main():
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     failed = 0
-    print(f"{'module':32}{'before':>12}{'after':>12}  resumed")
+    print(f"{'module':32}{'before':>12}{'after':>12}{'resumed':>10}{'unpruned':>10}")
     for name in arguments.only:
         case = CASES[name]
         root, _, path = case.path.partition(":")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                before, after, worst = judge(case, defined(getattr(arguments, root) / path, case.given))
-            print(f"{name:32}{before:12,}{after:12,}  {'0' if worst == 0.0 else f'{worst:.1e}'}", flush=True)
+                names = defined(getattr(arguments, root) / path, case.given)
+                before, after, worst = judge(case, names)
+                shown = [worst] if worst == 0.0 else [worst, judge(case, names, pruned=False)[2]]
+            print(f"{name:32}{before:12,}{after:12,}" + "".join(f"{x:>10.1g}" for x in shown), flush=True)
         except Exception as error:
             failed += 1
             print(f"{name:32}  {type(error).__name__}: {error}".splitlines()[0][:160], flush=True)
