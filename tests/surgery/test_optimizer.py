@@ -75,7 +75,7 @@ def batch(seed):
 
 
 def step(model, optimizer, seed):
-    x, y = batch(seed)
+    x, y = (tensor.to(model.scale.device) for tensor in batch(seed))
 
     def closure():
         optimizer.zero_grad()
@@ -86,9 +86,9 @@ def step(model, optimizer, seed):
     return optimizer.step(closure).item()
 
 
-def started(make, steps=3):
+def started(make, steps=3, device="cpu"):
     torch.manual_seed(0)
-    model = Small().double()
+    model = Small().double().to(device)
     optimizer = make([{"params": model.body.parameters(), "lr": 0.02}, {"params": [*model.head.parameters(), model.scale]}])
     for i in range(steps):
         step(model, optimizer, i)
@@ -96,7 +96,7 @@ def started(make, steps=3):
 
 
 def plan_for(model, seed=3):
-    graph = trace(model, batch(0)[0])
+    graph = trace(model, batch(0)[0].to(model.scale.device))
     return draft(model, graph, random_units(graph, seed))
 
 
@@ -105,7 +105,7 @@ def zero_(model, plan):
     with torch.no_grad():
         for name, dims in plan.removed.items():
             for dim, positions in dims.items():
-                tensors[name].index_fill_(dim, torch.tensor(positions), 0)
+                tensors[name].index_fill_(dim, torch.tensor(positions, device=tensors[name].device), 0)
 
 
 def kept(tensor, dims):
