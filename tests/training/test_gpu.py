@@ -65,6 +65,7 @@ def fit(folder, precision, checkpoint=None):
     return module, pruning
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_training_prunes_and_resumes(precision, tmp_path):
     whole, pruning = fit(tmp_path, precision)
