@@ -1,12 +1,15 @@
 """What observing costs in a validation epoch, and how the ranking from a few positions agrees with that from all.
 
     python benchmarks/overhead.py [--weights resnet56-jpeg.th --data DIR] [--threads 2] [--repeats 5] [--positions 64]
+    python benchmarks/overhead.py --device cuda
 
 ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, batch by batch
 in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
 processors others used meanwhile is printed beside it. Bars: entropy 1.10, linear Rademacher
 complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria at once, without
-HRank, 1.35. Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over
+HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the last column
+says how often a batch, once the first was seen, made the host wait for the device beyond what the plain network does (0 is due;
+where it is more, the lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over
 groups, of the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in
 memory. DIR holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times
 only.
@@ -23,6 +26,8 @@ import os
 import platform
 import statistics
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +40,7 @@ from actprune.compensation import Mean
 from actprune.core.ranks import spearman
 from actprune.core.views import Criterion
 from actprune.models.resnet import CifarResNet
-from actprune.pruning import Panel
+from actprune.pruning import Observation, Panel
 from actprune.statistics import POSITIONS
 from compensation import commit, decode, files, sample
 
@@ -49,6 +54,7 @@ BARS = {
     "rms": 1.05,
     "all at once": 1.35,
 }
+GPU_BAR = 1.05
 ALONE: dict[str, Callable[[], Criterion]] = {
     "entropy": criteria.Entropy,
     "state_entropy": criteria.StateEntropy,
@@ -62,31 +68,66 @@ AGREES = 0.98
 
 
 def pruner_of(model: CifarResNet, criterion: Criterion, positions: int | None, compensation: Mean | None) -> Pruner:
-    example = torch.zeros(1, 3, 32, 32)
+    example = torch.zeros(1, 3, 32, 32, device=model.linear.weight.device)
     return Pruner(model, example, criterion, Budget(params=0.5), compensation=compensation, positions=positions)
 
 
-def epoch(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner) -> tuple[float, float]:
-    """Seconds of one epoch as a trainer's validation runs it, plain and observed, batch by batch in turns."""
+def epoch(
+    plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, first: int = 0
+) -> tuple[float, float]:
+    """Seconds of one epoch as a trainer's validation runs it, plain and observed, in turns: by batch, on a GPU by epoch.
+
+    ``first``: 0 or 1, which side begins.
+    """
     seconds = [0.0, 0.0]
-    began = time.perf_counter()
+    on_gpu = batches[0].is_cuda
+    began = now(on_gpu)
     with torch.inference_mode(), pruner.observe() as observation:
-        seconds[1] += time.perf_counter() - began
-        for number, x in enumerate(batches):
-            for side in (0, 1) if number % 2 else (1, 0):
-                began = time.perf_counter()
-                if side:
-                    observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
-                (watched if side else plain)(x)
-                seconds[side] += time.perf_counter() - began
+        seconds[1] += now(on_gpu) - began
+        for turn in [range(len(batches))] if on_gpu else [range(k, k + 1) for k in range(len(batches))]:
+            for side in (first, 1 - first) if turn.start % 2 else (1 - first, first):
+                began = now(on_gpu)
+                for number in turn:
+                    if side:
+                        announce(observation, number, batches[number])
+                    (watched if side else plain)(batches[number])
+                seconds[side] += now(on_gpu) - began
     return seconds[0], seconds[1]
+
+
+def now(on_gpu: bool) -> float:
+    """The clock, once everything that was launched has been done."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def announce(observation: Observation, number: int, x: Tensor) -> None:
+    observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
+
+
+def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str]:
+    """Where the host waits for the device in observed batches after the first, one entry per time (file and line)."""
+    with torch.inference_mode(), pruner.observe() as observation:
+        announce(observation, 0, batches[0])
+        model(batches[0])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                for number, x in enumerate(batches[1:], 1):
+                    announce(observation, number, x)
+                    model(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
 
 
 def times(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, repeats: int) -> dict[str, float]:
     """Medians over the epochs of their seconds and of their ratio, and the share of the processors that others used."""
     epoch(plain, watched, batches[:1], pruner)
     before, others = time.perf_counter(), used_by_others()
-    found = [epoch(plain, watched, batches, pruner) for _ in range(repeats)]
+    found = [epoch(plain, watched, batches, pruner, k % 2) for k in range(repeats)]
     others = (used_by_others() - others) / (time.perf_counter() - before) / (os.cpu_count() or 1)
     ratios = [b / a for a, b in found]
     return {
@@ -146,43 +187,60 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=20, help="per epoch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batches", type=int, default=None, help="per epoch; 20, on a GPU 100")
     parser.add_argument("--images", type=int, default=2000, help="behind the rank correlations; 0: none are taken")
     parser.add_argument("--positions", type=int, default=POSITIONS, help="per map")
     parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.batches = args.batches or (100 if on_gpu else 20)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = CifarResNet(56, weights=args.weights).eval()
+    model = CifarResNet(56, weights=args.weights).eval().to(args.device)
     if args.data is None:
         x = torch.randn(max(args.images, args.batches * BATCH), 3, 32, 32)
     else:
         x, _ = decode(sample(files(args.data / "test"), max(args.images, args.batches * BATCH), 0))
+        x = x.repeat(-(-args.batches * BATCH // len(x)), 1, 1, 1)  # an epoch may be longer than the test set
+    x = x.to(args.device)
     made: dict[str, Criterion] = {name: ALONE[name]() for name in ALONE}
     made["all at once"] = Panel({name: criterion() for name, criterion in ALONE.items()})
     batches = list(x[: args.batches * BATCH].split(BATCH))
 
     plain = copy.deepcopy(model)
+    device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"{args.threads} threads"
     print(
-        f"ResNet-56, batches of {BATCH}, {args.threads} threads, {args.positions} positions per map; medians of "
+        f"ResNet-56, batches of {BATCH}, {device}, {args.positions} positions per map; medians of "
         f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most)"
     )
-    print(f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}", flush=True)
+    print(
+        f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}{'waits' if on_gpu else '':>8}",
+        flush=True,
+    )
     rows = {}
     for name in args.only:
         kinds = {"": None, ", mean compensation": Mean()} if name in ("entropy", "all at once") else {"": None}
         for extra, compensation in kinds.items():
-            row = times(plain, model, batches, pruner_of(model, made[name], args.positions, compensation), args.repeats)
+            pruner = pruner_of(model, made[name], args.positions, compensation)
+            row = times(plain, model, batches, pruner, args.repeats)
             rows[name + extra] = row
             row["bytes"] = memory(model, made[name])
-            bar = f"{BARS[name]:.2f}" if name in BARS and not extra else ""
+            bar = f"{GPU_BAR if on_gpu else BARS[name]:.2f}" if name in BARS and not extra else ""
             spread = f"({row['least']:.3f}, {row['most']:.3f})"
             print(
                 f"{name + extra:<28}{row['plain']:>8.2f}{row['observed']:>10.2f}{row['ratio']:>8.3f}{spread:>16}{bar:>7}"
                 f"{row['others']:>8.1%}{row['bytes']:>13,}",
+                end="" if on_gpu else "\n",
                 flush=True,
             )
+            if on_gpu:
+                where = waits(model, batches[:6], pruner)
+                row["waits"] = len(where) / 5
+                print(f"{row['waits']:>8.1f}")
+                for line, times_ in Counter(where).most_common(8):
+                    print(f"{'':>6}{times_:>5} in 5 batches at {line}", flush=True)
 
     agreed = agreement(model, x[: args.images], args.positions) if args.images else {}
     if args.out is not None:
@@ -190,6 +248,7 @@ def main() -> None:
             "rows": rows,
             "spearman": agreed,
             "settings": {key: str(value) for key, value in vars(args).items()},
+            "device": device,
             "versions": {name: importlib.metadata.version(name) for name in ("actprune", "torch")},
             "python": platform.python_version(),
             "commit": commit(),

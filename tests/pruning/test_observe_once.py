@@ -6,6 +6,7 @@ import torch
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import Mean
 from actprune.pruning import Panel
+from actprune.statistics import Histogram
 from zoo import build
 
 torch.set_num_threads(1)
@@ -83,3 +84,34 @@ def test_bfloat16_and_autocast(criterion):
     expected = criterion.statistics()[key](statistic.n_units)
     expected.update(read[0].flatten(2).float(), torch.arange(6))
     assert torch.equal(statistic.compute(), expected.compute())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "Flatten"])
+def test_a_gpu_waits_for_nothing_and_sees_the_same(name):
+    """After the first batch, which brings states to the device, nothing is read back and nothing waited for."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, example = build(name)
+    torch.manual_seed(0)
+    x = torch.randn(12, *example.shape[1:])
+    panel = {"entropy": criteria.Entropy(), "rms": criteria.RMS(), "zeros": criteria.ZeroRate()}
+    panel["rademacher"] = criteria.Rademacher(estimate="monte_carlo")
+    found = []
+    for device in ("cpu", "cuda"):
+        model.eval().to(device)
+        batches = x.to(device).split(4)
+        pruner = Pruner(model, batches[0], Panel(panel), Budget(params=0.9), compensation=Mean(), positions=3)
+        try:
+            with pruner.observe() as observation, torch.inference_mode():
+                for number, batch in enumerate(batches):
+                    observation.begin_batch(torch.arange(4 * number, 4 * number + 4))
+                    model(batch)
+                    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append(observation._statistics())
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert on_gpu.device.type == "cuda"
+        if not isinstance(on_gpu, Histogram):  # a value on the edge of a bin may round to either side
+            torch.testing.assert_close(on_gpu.compute().cpu(), on_cpu.compute(), rtol=1e-3, atol=1e-4)

@@ -412,10 +412,11 @@ def test_a_gpu_counts_the_same(case):
         pytest.skip("no CUDA device")
     for kind in ("relu", "growing"):
         x = activations(kind)
-        statistic = case.build()
+        statistic = case.build().to("cuda")
+        batches = list(zip(x.cuda().split(9), IDS.cuda().split(9), strict=True))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for batch, ids in zip(x.cuda().split(9), IDS.cuda().split(9), strict=True):
+            for batch, ids in batches:
                 feed(statistic, batch, ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -54,7 +54,9 @@ class Observation:
     ) -> None:
         self._model = model
         self._positions = positions
-        self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        self._drawn: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._sample_ids = torch.empty(0, dtype=torch.int64)
         self._first_time: Tensor | None = None
         self._counted_ids = self._sample_ids
@@ -147,10 +149,10 @@ class Observation:
                 if channels is None:
                     drawn = self._draw(ids, seen, x.device)
                     channels = at_positions(x, drawn)
-                part = channels[:, first] if index is None else channels.index_select(1, index[:, 0].to(x.device))
+                part = channels[:, first] if index is None else channels.index_select(1, self._placed(index, x.device)[:, 0])
             elif few:
                 assert index is not None
-                part = at_positions(x, self._draw(ids, seen, x.device), index.to(x.device))
+                part = at_positions(x, self._draw(ids, seen, x.device), self._placed(index, x.device))
             for statistic in few:
                 self._update(statistic, part, ids)
             whole = [s for s in statistics if not few or s.whole_maps]
@@ -158,13 +160,13 @@ class Observation:
                 continue
             own = x[:, first]
             if index is not None:
-                own = x.index_select(1, index.to(x.device).flatten()).reshape(len(x), units, seen)
+                own = x.index_select(1, self._placed(index, x.device).flatten()).reshape(len(x), units, seen)
             for statistic in whole:
                 self._update(statistic, own, ids)
 
     def _update(self, statistic: Statistic, x: Tensor, ids: Tensor) -> None:
         if not statistic.needs_labels:
-            statistic.update(x, ids)
+            statistic.update(x, self._on(x.device, ids))
         elif ids is self._counted_ids:
             statistic.update(x, ids, self._labels)
         else:
@@ -173,13 +175,32 @@ class Observation:
                 "its rows have no label; choose a criterion without labels"
             )
 
+    def _placed(self, index: Tensor, device: torch.device) -> Tensor:
+        """Channels on a device, copied there once."""
+        if index.device == device:
+            return index
+        key = (id(index), device)
+        if key not in self._indices:
+            self._indices[key] = index.to(device)
+        return self._indices[key]
+
     def _draw(self, ids: Tensor, seen: int, device: torch.device) -> Tensor:
         """The positions of every sample, (N, k); drawn once per batch for all maps of one size."""
-        known = self._drawn.get(seen)
+        known = self._drawn.get((seen, device))
         if known is None or known[0] is not ids:
             assert self._positions is not None
-            known = (ids, sample_positions(ids.to(device), seen, self._positions, seed=0))
-            self._drawn[seen] = known
+            known = (ids, sample_positions(self._on(device, ids), seen, self._positions, seed=0))
+            self._drawn[seen, device] = known
+        return known[1]
+
+    def _on(self, device: torch.device, ids: Tensor) -> Tensor:
+        """The ids on a device: one copy per batch, which nobody waits for."""
+        if ids.device == device:
+            return ids
+        known = self._there.get(device)
+        if known is None or known[0] is not ids:
+            with torch.inference_mode(False):
+                known = self._there[device] = (ids, ids.to(device, non_blocking=True))
         return known[1]
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
@@ -189,7 +210,7 @@ class Observation:
         if not len(ids):
             return
         layer.space = tuple(x.shape[2:])
-        compensation.observe(statistic, layer, x, ids)
+        compensation.observe(statistic, layer, x, self._on(x.device, ids))
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
@@ -211,7 +232,7 @@ class Observation:
                 start = int(ids[0]) if n else 0
                 return x, torch.arange(start, start + rows[0])
         if self._first_time is not None:
-            return x[self._first_time.to(x.device)], self._counted_ids
+            return x[self._first_time.to(x.device, non_blocking=True)], self._counted_ids
         return x, ids
 
     def begin_batch(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:

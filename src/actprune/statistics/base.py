@@ -94,12 +94,12 @@ class Accumulator(Statistic):
             if self.device != x.device:
                 self.to(x.device)
             self.n_samples.add_(len(x))
-            witness = self.accumulate(x.float(), sample_ids.to(x.device))
+            witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
             bad = ~torch.isfinite(witness)
             self.nonfinite.add_(bad)
-            number = torch.where(bad.any(), self.update_count - 1.0, torch.inf)
+            number = torch.full_like(self.first_nonfinite, self.update_count - 1.0).masked_fill_(~bad.any(), torch.inf)
             torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)
 
     def compute(self) -> Tensor:

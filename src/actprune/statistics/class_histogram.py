@@ -74,8 +74,8 @@ class ClassHistogram(Accumulator):
             x = x.mean(2, keepdim=True)
         low, high = x.amin((0, 2)).double(), x.amax((0, 2)).double()
         witness = low + high  # finite float32 numbers cannot overflow in float64
-        finite = torch.isfinite(witness)
-        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
+        broken = ~torch.isfinite(witness)
+        low, high = low.masked_fill(broken, torch.inf), high.masked_fill(broken, -torch.inf)
         if self.range == "layer":
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
         self._widen(low, high)

@@ -35,11 +35,20 @@ def splitmix64(x: Tensor) -> Tensor:
 
 def hashed(seed: int, *keys: Tensor) -> Tensor:
     """64 random bits for every combination of keys; the int64 keys broadcast against each other."""
-    device = keys[0].device
-    bits = splitmix64(torch.tensor(_signed(seed % (1 << _WORD)), dtype=torch.int64, device=device))
+    bits: Tensor | int = _mixed(seed % (1 << _WORD))  # in Python: a tensor made of a number would stall a device
     for key in keys:
-        bits = splitmix64(bits ^ key)
+        bits = splitmix64(key ^ bits)
+    assert isinstance(bits, Tensor)
     return bits
+
+
+def _mixed(word: int) -> int:
+    """``splitmix64`` of one unsigned word, as a signed one."""
+    mask = (1 << _WORD) - 1
+    z = (word + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return _signed(z ^ (z >> 31))
 
 
 def uniform(seed: int, *keys: Tensor) -> Tensor:

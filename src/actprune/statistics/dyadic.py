@@ -35,7 +35,7 @@ def window(
         (exponent, origin), int64 tensors (R,); a range that saw nothing is taken as [0, 0].
     """
     empty = low > high
-    low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)  # where() with a number would stall a device
     guess = _magnitude((high - low) / n_bins)
     exponent = guess + 1
     for candidate in (guess, guess - 1):  # frexp fixes the answer to within one; the bins that are touched decide
@@ -49,7 +49,7 @@ def window(
 
 def _magnitude(x: Tensor) -> Tensor:
     """The least integer m with x < 2^m, for x >= 0; MIN_EXPONENT where that is less, and for 0."""
-    return torch.where(x > 0, torch.frexp(x).exponent.long(), MIN_EXPONENT).clamp(min=MIN_EXPONENT)
+    return torch.frexp(x).exponent.long().masked_fill(x <= 0, MIN_EXPONENT).clamp(min=MIN_EXPONENT)
 
 
 def columns(

@@ -97,8 +97,8 @@ class Histogram(Accumulator):
         low = _per_unit(rows.amin(0), positions).amin(1)
         high = _per_unit(rows.amax(0), positions).amax(1)
         witness = low + high  # finite float32 numbers cannot overflow in float64
-        finite = torch.isfinite(witness)
-        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
+        broken = ~torch.isfinite(witness)
+        low, high = low.masked_fill(broken, torch.inf), high.masked_fill(broken, -torch.inf)
         if self.range == "layer":
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
         self._widen(low, high)

@@ -33,19 +33,31 @@ class _Latest:
     """The signs that were asked for last: all sites of a network want the same ones for a batch."""
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, int, Tensor] | None = None
+        self._known: tuple[Tensor, int | None, Tensor, int, int, Tensor] | None = None
 
     def signs(self, sample_ids: Tensor, replicates: int, seed: int) -> Tensor:
         """Signs (N, replicates) of pooled maps, whose position counts as 0."""
-        # whether they are the same samples is free to ask on a CPU only
-        if self._known is not None and sample_ids.device.type == "cpu":
-            ids, *settings, known = self._known
-            if settings == [replicates, seed] and torch.equal(ids, sample_ids):
+        if self._known is not None:
+            ids, version, copy, *settings, known = self._known
+            if settings == [replicates, seed] and _same(sample_ids, ids, version, copy):
                 return known
         drawn = signs(hashed(0, sample_ids, torch.zeros_like(sample_ids)), replicates, seed, torch.float64)
-        if sample_ids.device.type == "cpu":
-            self._known = (sample_ids.clone(), replicates, seed, drawn)
+        self._known = (sample_ids, _version(sample_ids), sample_ids.clone(), replicates, seed, drawn)
         return drawn
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written to; None where nobody counts."""
+    return None if x.is_inference() else x._version
+
+
+def _same(sample_ids: Tensor, known: Tensor, version: int | None, copy: Tensor) -> bool:
+    """Whether these are the samples that ``copy`` was made of; only a CPU may look, a device's have to be the same tensor."""
+    if sample_ids.device != copy.device:
+        return False
+    if copy.device.type == "cpu":
+        return torch.equal(sample_ids, copy)
+    return sample_ids is known and version is not None and _version(sample_ids) == version
 
 
 _LATEST = _Latest()
