@@ -159,7 +159,6 @@ def bisect(at: Callable[[float], nn.Module], target: float, steps: int = 8) -> n
 
 
 def recalibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    model = copy.deepcopy(model)
     recalibrate(model, list(x.split(BATCH)))
     return model
 
@@ -274,7 +273,7 @@ def measure(args: argparse.Namespace) -> tuple[Rows, float]:
                     state,
                     seed,
                     "recalibrated",
-                    lambda: recalibrated(pruned, x).to(args.device),  # noqa: B023
+                    lambda: recalibrated(copied(pruned, args.device), x.to(args.device)),  # noqa: B023
                 )
             if everything is not None:
                 values["trained"] = scored(
