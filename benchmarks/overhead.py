@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from images import decode, files, sample
+from provenance import commit
 from torch import Tensor
 
 from actprune import Budget, Pruner, criteria
@@ -37,7 +39,6 @@ from actprune.core.views import Criterion
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import Panel
 from actprune.statistics import POSITIONS
-from compensation import commit, decode, files, sample
 
 BATCH = 256
 BARS = {
