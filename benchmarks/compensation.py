@@ -23,17 +23,16 @@ import json
 import logging
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from finetuning import train
-from PIL import Image
+from images import decode, files, sample
+from provenance import commit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +42,6 @@ from actprune.compensation import LeastSquares, Mean, recalibrate
 from actprune.core.files import atomic_path
 from actprune.models.resnet import CifarResNet
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 250
 PEER = {
     "magnitude L1": lambda: tp.importance.MagnitudeImportance(p=1),
@@ -70,25 +68,7 @@ SCOPES = ("uniform", "global")
 COLUMNS = ("accuracy", "recalibrated", "trained")
 
 
-# --- data and network ---
-
-
-def files(folder: Path) -> list[tuple[Path, int]]:
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [(file, label) for label, path in enumerate(classes) for file in sorted(path.glob("*.jpg"))]
-
-
-def decode(entries: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
-    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in entries])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return x.contiguous(), torch.tensor([label for _, label in entries])
-
-
-def sample(entries: list[tuple[Path, int]], n: int | None, seed: int) -> list[tuple[Path, int]]:
-    if n is None or n >= len(entries):
-        return entries
-    return [entries[i] for i in torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
+# --- network ---
 
 
 def placed(data: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
@@ -293,13 +273,6 @@ def digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         found.update(name.encode() + str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def table(args: argparse.Namespace, medians: dict[str, dict[str, float]], before: float) -> str:

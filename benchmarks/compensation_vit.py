@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from finetuning import augmented
+from images import decode, files
+from provenance import commit
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ from actprune.models.vit import ViTTiny
 from actprune.pruning.batches import observe_pairs, pairs_of
 from actprune.pruning.finishing import finish, has_finish
 from actprune.pruning.verify import with_locks
-from compensation import accuracy, commit, decode, files
+from compensation import accuracy
 
 BATCH = 250
 KEEP = 0.5

@@ -33,13 +33,15 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, seed: int) -> 
     return model.eval()
 
 
-def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image mirrored or not, and shifted; what moves in is zero, the mean colour."""
+def augmented(x: Tensor, generator: torch.Generator, *, shift: int = SHIFT, flip: bool = True, fill: float = 0.0) -> Tensor:
+    """Every image mirrored or not, and shifted; what moves in has the value ``fill``: 0 is the mean colour."""
     n, _, height, width = x.shape
-    mirrored = torch.rand(n, generator=generator).to(x.device) < 0.5
-    x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-    padded = F.pad(x, [SHIFT] * 4)
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator).to(x.device)
+    drawn = {"generator": generator, "device": generator.device}
+    if flip:
+        mirrored = torch.rand(n, **drawn).to(x.device) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+    padded = F.pad(x, [shift] * 4, value=fill)
+    down, right = torch.randint(0, 2 * shift + 1, (2, n), **drawn).to(x.device)
     rows = down.view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
     columns = right.view(-1, 1, 1) + torch.arange(width, device=x.device)
     return padded[torch.arange(n, device=x.device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2).contiguous()

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+from images import decode, files, sample
+from provenance import commit
 from rich.console import Console
 
 import actprune
@@ -25,7 +27,7 @@ from actprune.core.files import atomic_path
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import EFFECT, Removals, agreement
 from actprune.report import draw_influence, influence_tables, write_influence
-from compensation import BATCH, commit, decode, files, sample
+from compensation import BATCH
 
 CRITERIA = {
     "entropy": criteria.Entropy(),

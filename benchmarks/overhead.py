@@ -33,6 +33,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from images import decode, files, sample
+from provenance import commit
 from torch import Tensor
 
 from actprune import Budget, Pruner, criteria
@@ -42,7 +44,6 @@ from actprune.core.views import Criterion
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import Observation, Panel
 from actprune.statistics import POSITIONS
-from compensation import commit, decode, files, sample
 
 BATCH = 256
 BARS = {
