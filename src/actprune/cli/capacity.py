@@ -135,7 +135,7 @@ def _initial(config: DictConfig, settings: Settings, net: nn.Module) -> nn.Modul
             )
     # a run under limits keeps to its first weights as they were scaled to the limit
     for path, weight in initial_weights(read_network(config.weights)).items():
-        initial.get_submodule(path.removeprefix("net.")).weight.data.copy_(weight)
+        initial.get_parameter(f"{path.removeprefix('net.')}.weight").data.copy_(weight)
     return initial
 
 

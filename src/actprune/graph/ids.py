@@ -97,13 +97,13 @@ class IdSpace:
 
 def first(candidates: Sequence[Ids]) -> Ids:
     """Merge id arrays that describe the same positions: ``FIXED`` wins, for what met it is locked; an id wins over ``FREE``."""
-    if any(ids is None for ids in candidates) or not candidates:
+    known = [ids for ids in candidates if ids is not None]
+    if len(known) < len(candidates) or not known:
         return None
-    merged = candidates[0]
-    for ids in candidates[1:]:
+    merged = known[0]
+    for ids in known[1:]:
         if (merged < 0).any() or (ids < 0).any():
-            known = np.where(merged >= 0, merged, ids)
-            merged = np.where((merged == FIXED) | (ids == FIXED), FIXED, known)
+            merged = np.where((merged == FIXED) | (ids == FIXED), FIXED, np.where(merged >= 0, merged, ids))
     return merged
 
 

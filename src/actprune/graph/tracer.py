@@ -148,7 +148,7 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             raise TraceError(f"parameter {name} is not initialised; run the model once before pruning it")
         names[id(tensor)] = name
         if tensor.numel() and tensor.layout == torch.strided:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from actprune.graph.cost import CostModel
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
@@ -161,7 +162,7 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
         seen[path] += 1
         module = state.modules[path]
         own = isinstance(module, _HOOKABLE) and contraction.ordinal == 0
-        dim = (-1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()) if own else contraction.dim
+        dim = (-1 if isinstance(module, nn.Linear) else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))
         sites.append(Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions))
     return sites
@@ -187,9 +188,9 @@ def _groups(
         for group, positions in grouping.positions(column):
             members[group][key] = positions
     read_at: list[list[Site]] = [[] for _ in grouping.classes]
-    for site, column in zip(sites, reads, strict=True):
-        if site is not None and column is not None:
-            for group, positions in grouping.positions(column):
+    for site, read in zip(sites, reads, strict=True):
+        if site is not None and read is not None:
+            for group, positions in grouping.positions(read):
                 read_at[group].append(dataclasses.replace(site, positions=positions))
     producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
     first_use = {name: i for i, name in enumerate(state.tensor_ids)}

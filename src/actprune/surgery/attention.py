@@ -96,7 +96,7 @@ def adopt(module: nn.MultiheadAttention, changes: Transaction) -> None:
         return
     if type(module) is not nn.MultiheadAttention:
         return
-    module.scale = 1 / math.sqrt(module.head_dim)
+    module.scale = 1 / math.sqrt(module.head_dim)  # type: ignore[assignment]
     changes.did(lambda: delattr(module, "scale"))
     module.__class__ = PrunedMultiheadAttention
     changes.did(lambda: setattr(module, "__class__", nn.MultiheadAttention))

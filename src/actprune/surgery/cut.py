@@ -86,9 +86,9 @@ def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: T
             adopt(module, changes)
         for attribute, value in derived(module).items():
             assign(module, attribute, value, changes)
-    for path, values in plan.attributes.items():
-        for attribute, value in values.items():
-            assign(model.get_submodule(path), attribute, value, changes)
+    for path, attributes in plan.attributes.items():
+        for attribute, kept in attributes.items():
+            assign(model.get_submodule(path), attribute, kept, changes)
 
 
 def _keep(name: str, tensor: Tensor, dims: Mapping[int, list[int]]) -> dict[int, Tensor]:

@@ -52,8 +52,7 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
     for path in record.biases:
         module = model.get_submodule(path)
         weight = lookup(model, f"{path}.weight" if path else "weight")
-        width = module.out_channels if hasattr(module, "out_channels") else weight.shape[0]
-        biases[path] = torch.zeros(width)
+        biases[path] = torch.zeros(int(getattr(module, "out_channels", weight.shape[0])))  # type: ignore[arg-type]
     return Plan(
         removed=record.removed,
         groups={},

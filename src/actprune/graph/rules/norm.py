@@ -39,8 +39,8 @@ def batch_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     if producer is None or not isinstance(mean, Tensor) or x[1] is None or producer.writes is None:
         return
     # it normalises what was produced: not another dimension of the same tensor, tokens for one
-    if np.array_equal(x[1], producer.writes) and (name := t.origin(mean)) is not None:
-        producer.batch_norm = name.rpartition(".")[0]
+    if np.array_equal(x[1], producer.writes) and (origin := t.origin(mean)) is not None:
+        producer.batch_norm = origin.rpartition(".")[0]
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")

@@ -206,7 +206,7 @@ def stack(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 @rule("repeat")
 def repeat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Positions are tiled; a repeated dimension of extent 1 follows whatever it meets."""
-    x: list[Ids] = [None] * (out.dim() - a.input.dim()) + list(t.ids(a.input))
+    x: list[Ids] = [*(None for _ in range(out.dim() - a.input.dim())), *t.ids(a.input)]
     extents = [1] * (out.dim() - a.input.dim()) + list(a.input.shape)
     result: list[Ids] = []
     for ids, n, times in zip(x, extents, a.repeats, strict=True):
