@@ -37,6 +37,20 @@ test-all: $(READY)  ## every test, also those that take minutes
 notebooks: $(READY)  ## execute every notebook
 	$(TEST_ENV) $(BIN)/python -m pytest -m notebook tests $(ARGS)
 
-bench: $(READY)  ## the benchmarks
+bench: $(READY)  ## the benchmarks (hours); DATA=DIR WEIGHTS=DIR add those on CIFAR-10 with trained ResNets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
+	$(BIN)/python benchmarks/graph_cost.py --peer
+	$(BIN)/python benchmarks/prunability.py --peer
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/prox_step.py
+	$(BIN)/python benchmarks/serene.py
+	$(BIN)/python benchmarks/compensation_cost.py
+	$(BIN)/python benchmarks/compensation_vit.py
+	$(BIN)/python benchmarks/comparison.py digits
+	$(BIN)/python benchmarks/lifecycle.py --strategies single ddp fork
+ifdef DATA
+	$(BIN)/python benchmarks/compensation.py --data $(DATA) --weights $(WEIGHTS) --depth 56 --keep 0.5
+	$(BIN)/python benchmarks/compensation.py --data $(DATA) --weights $(WEIGHTS) --depth 20 --keep 0.6667 --epochs 1
+	$(BIN)/python benchmarks/influence.py --data $(DATA) --weights $(WEIGHTS) --out runs/influence
+	$(BIN)/python benchmarks/comparison.py resnet20 --data $(DATA) --weights $(WEIGHTS)/resnet20-jpeg.th
+endif
