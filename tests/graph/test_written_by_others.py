@@ -103,6 +103,44 @@ class CrossAttention(nn.Module):
         return self.head(self.attention(self.probe.expand(len(x), -1, -1), x, x)[0]).mean(1)
 
 
+class Bias(nn.Module):
+    """Another module asks it for a table by a method; the table's shape is kept, heads last."""
+
+    def __init__(self, positions, heads):
+        super().__init__()
+        self.num_heads, self.bias_shape = heads, (positions, positions, heads)
+        self.table = nn.Parameter(torch.randn(positions * positions, heads))
+
+    def get(self):
+        return self.table.view(-1, self.num_heads).view(self.bias_shape).permute(2, 0, 1)
+
+
+class BiasedAttention(nn.Module):
+    """Heads are merged to the width of the input, whatever it is, and scaled by a vector that is viewed as itself."""
+
+    def __init__(self, width, heads, positions):
+        super().__init__()
+        self.num_heads, self.head_dim, self.shape = heads, width // heads, (width,)
+        self.qkv, self.proj, self.bias = nn.Linear(width, 3 * width), nn.Linear(width, width), Bias(positions, heads)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-2, -1) * 0.5 + self.bias.get()).softmax(-1) @ v
+        return x * self.scale.view(self.shape) + self.proj(attended.transpose(1, 2).reshape(b, n, c))
+
+
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.blocks = nn.Sequential(BiasedAttention(12, 3, 4), BiasedAttention(12, 3, 4))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x))).mean(1)
+
+
 MODELS = {
     "shape alone": (lambda: AsksForTheShape(reads=False), torch.randn(2, 4, 5)),
     "checks": (Checks, torch.randn(2, 3, 9, 9)),
@@ -111,6 +149,7 @@ MODELS = {
     "experts": (Experts, torch.randn(6, 8)),
     "weight norm": (WeightNorm, torch.randn(2, 5, 8)),
     "cross attention": (CrossAttention, torch.randn(2, 4, 5)),
+    "biased attention": (Biased, torch.randn(2, 4, 5)),
 }
 
 

@@ -199,6 +199,16 @@ class TraceState:
                 if not name.startswith("_") and name != "training":
                     yield path, name, value
 
+    def called(self) -> Iterator[tuple[str, str, object]]:
+        """The same and those of the innermost module's children, whose methods it may call."""
+        yield from self.attributes()
+        path = self.stack[-1]
+        for name in self.modules[path]._modules:
+            child = f"{path}.{name}" if path else name
+            for attribute, value in vars(self.modules.get(child, nn.Identity())).items():
+                if not attribute.startswith("_") and attribute != "training":
+                    yield child, attribute, value
+
     def integers(self, path: str) -> Iterator[tuple[str, int]]:
         """Yield (name, value) of a module's own integer attributes."""
         for name, value in vars(self.modules[path]).items():

@@ -143,7 +143,7 @@ def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]
     """Repair where the cut model fails, as long as that carries it further; whether nothing fails any more.
 
     First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
-    module takes for equal are tied; then the same for the modules around it.
+    module takes for equal are tied; then the same for the modules that it holds, and for those around it.
     """
     repairs = Repairs()
     tried: set[tuple[str, object]] = set()
@@ -154,6 +154,8 @@ def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]
         attempt = _proposal(model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
+        if attempt.tied != repairs.tied:
+            attempt = dataclasses.replace(attempt, following=_renamed(graph, trace.graph(attempt.tied), attempt.following))
         after = _repaired_graph(trace, attempt)
         outcome = _failure(model, example, after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
@@ -166,6 +168,7 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     """What to try next for a failure in a module, for all modules of the same class and place in their block at once."""
     parts = path.split(".") if path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    enclosing[1:1] = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_children()]
     roles = {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
@@ -186,6 +189,13 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
             tried |= {(p, "tied") for p in same}
             return dataclasses.replace(repairs, tied=repairs.tied | same)
     return None
+
+
+def _renamed(before: Graph, after: Graph, chosen: frozenset[Choice]) -> frozenset[Choice]:
+    """The same choices where ties made one group of several: both graphs list the same possible followers."""
+    old, new = _owners(before), _owners(after)
+    pairs = zip(before.possible, after.possible, strict=True)
+    return frozenset(_choice(g, new) for f, g in pairs if _choice(f, old) in chosen)
 
 
 def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:

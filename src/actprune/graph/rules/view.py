@@ -156,13 +156,21 @@ def reshape(t: TraceState, x: list[Ids], source: tuple[int, ...], target: tuple[
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unsafe_view", "flatten", "unflatten")
 def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Any reshape; a view to another dtype of the same width too."""
-    if a.input.shape == out.shape:
-        t.set(out, t.ids(a.input))
-    else:
-        ids = reshape(t, t.ids(a.input), tuple(a.input.shape), tuple(out.shape))
+    ids = list(t.ids(a.input))
+    if a.input.shape != out.shape:
+        ids = reshape(t, ids, tuple(a.input.shape), tuple(out.shape))
         _bind_extents(t, out.shape, ids)
-        t.set(out, ids)
+    _bind_shape(t, out.shape, ids)
+    t.set(out, ids)
     t.inherit(a.input, out)
+
+
+def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
+    """What a view was called with may be a shape that a running module keeps."""
+    for path, name, value in t.called():
+        if isinstance(value, (list, tuple)) and list(value) == list(shape):
+            found = ((index, column) for index, column in enumerate(ids) if column is not None)
+            t.possible += [Binding(path, name, index, column) for index, column in found]
 
 
 def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
@@ -176,7 +184,7 @@ def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
                 other = t.ids(tensor)[-1]
                 if other is not None and other is not column:
                     t.coincidences.setdefault(frame.path, []).append((column, other))
-        for path, name, value in t.attributes():
+        for path, name, value in t.called():
             if type(value) is int and value == n and not type(t.modules[path]).__module__.startswith("torch.nn"):
                 t.possible.append(Binding(path, name, None, column))
 
