@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ def heat_map(influence: Influence, agreement: Agreement, path: str | os.PathLike
 
 
 def curves(influence: Influence, path: str | os.PathLike[str]) -> Figure:
-    """Draw accuracy against the share of every group that is replaced: the lowest, and the highest, by each criterion."""
+    """Draw accuracy against the share of every group that is replaced: the lowest, and the highest, by each criterion.
+
+    The legend begins with the criterion that keeps most when the lowest are replaced, on average over the shares.
+    """
     figure = new_figure(9.6, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, end in zip(panels, ("lowest", "highest"), strict=True):
@@ -70,7 +73,11 @@ def curves(influence: Influence, path: str | os.PathLike[str]) -> Figure:
         axes.set_title(f"the {end} of every group are their means", color=INK, fontsize=10, loc="left")
         axes.set_xlabel("share of every group, %", color=INK, fontsize=10)
     accuracy_axis(panels[0], "accuracy, %")
-    _legend(figure, panels[0], "outside right center", 1)
+    kept: dict[str, list[float]] = {plain(name): [] for name in influence.criteria}
+    for removal in influence.whole:
+        if removal.end != "highest":
+            kept[plain(removal.criterion)].append(removal.accuracy)
+    _legend(figure, panels[0], "outside right center", 1, lambda label: -float(np.mean(kept[label] or [0.0])))
     save(figure, path)
     return figure
 
@@ -133,6 +140,8 @@ def _draw(axes: Axes, influence: Influence, removals: Sequence[Removal], end: st
         axes.plot(x, y, marker=mark, markersize=4, markeredgewidth=0, label=plain(name), **style)
 
 
-def _legend(figure: Figure, axes: Axes, place: Any, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, place: Any, columns: int, order: Callable[[str], Any] | None = None) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    if order is not None:
+        handles, labels = zip(*sorted(zip(handles, labels, strict=True), key=lambda pair: order(pair[1])), strict=True)
     figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=7, labelcolor=INK)
