@@ -133,6 +133,7 @@ def _summary(config: DictConfig, influence: Influence, agreed: Agreement, second
         "val_accuracy": influence.accuracy,
         "observed": influence.n_observed,
         "measured": influence.n_measured,
+        "measured_alone": max((group.n_alone for group in influence.groups), default=0),
         "groups": len(influence.groups),
         "halves": _known(agreed.halves),
         "ceiling": _known(agreed.ceiling),

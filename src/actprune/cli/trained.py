@@ -52,16 +52,13 @@ def first_samples(loader: Any, n: int | None) -> list[Any]:
 
 
 def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any]:
-    """As many samples of a loader that does not shuffle, drawn: data that lie in the order of their classes keep all classes.
+    """As many samples of a loader that does not shuffle, drawn: where data lie in the order of their classes, any part has all.
 
     Returns:
-        Batches of images and labels, in the loader's order; all where n is None or more than there are.
+        Batches of images and labels, in the order of the draw; all where n is None or more than there are.
     """
-    total = len(loader.dataset)  # type: ignore[arg-type]
-    if n is None or n >= total:
-        return first_samples(loader, None)
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n].sort().values.tolist()
-    return first_samples(DataLoader(Subset(loader.dataset, chosen), loader.batch_size, num_workers=loader.num_workers), None)
+    drawn = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist()  # type: ignore[arg-type]
+    return first_samples(DataLoader(Subset(loader.dataset, drawn), loader.batch_size, num_workers=loader.num_workers), None)
 
 
 @torch.no_grad()

@@ -56,13 +56,16 @@ class Removals:
     """Random rankings behind a random share, at least 1."""
     seed: int = 0
     """Of all draws."""
+    samples: int | None = None
+    """Validation samples on which shares are measured, the first ones, whole batches; None: all, as units alone always are:
+    their effects are small, and rank only where samples are many."""
 
     def __post_init__(self) -> None:
         """Check before any work is done."""
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        for name, value in (("n_units", self.n_units), ("draws", self.draws)):
-            if value < 1:
+        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", self.samples)):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
 
 
@@ -102,6 +105,8 @@ class GroupInfluence:
     removals: Sequence[Removal]
     unit_loss_halves: Sequence[Sequence[float]] = ()
     """(2, units): ``unit_loss`` on every other sample, and on those between; how far they differ is noise."""
+    n_alone: int = 0
+    """Samples on which these were measured."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,12 @@ class Influence:
     params: int
     macs: int
     loss: float
-    """Mean loss of the whole network on the validation samples."""
+    """Mean loss of the whole network on the samples on which shares are measured."""
     accuracy: float
     n_observed: int
     """Samples that the criteria saw."""
     n_measured: int
-    """Samples on which loss and accuracy were measured."""
+    """Samples on which the whole network and shares were measured."""
     criteria: Sequence[str]
     groups: Sequence[GroupInfluence]
     """The groups that can be cut and are read in evaluation mode, in execution order."""
@@ -229,18 +234,21 @@ class _Measure:
     def __init__(self, model: nn.Module, replacement: Replacement, pairs: Sequence[Any], judge: Judge) -> None:
         self.model, self.replacement, self.pairs, self.judge = model, replacement, pairs, judge
 
-    def __call__(self, choices: Sequence[Units], first: Iterable[str]) -> tuple[Tensor, Tensor, int]:
-        """Mean loss and accuracy, of the whole network and then of every choice, and how many samples there were.
-
-        Returns:
-            (choices + 1, 2) over all samples; (choices + 1, 2, 2) over every other sample and those between; their number.
+    def __call__(self, choices: Sequence[Units], first: Iterable[str], limit: int | None = None) -> tuple[Tensor, Tensor, int]:
+        """Mean loss and accuracy, of the whole network and then of every choice.
 
         Args:
             choices: what to replace, each in a forward of its own.
             first: the modules that read what the choices replace.
+            limit: of samples, after which no further batch is measured.
+
+        Returns:
+            (choices + 1, 2) over all samples; (choices + 1, 2, 2) over every other sample and those between; their number.
         """
         sums, n = torch.zeros(len(choices) + 1, 2, 2, dtype=torch.float64), 0
         for inputs, targets in self.pairs:
+            if limit is not None and n >= limit:
+                break
             self.replacement.choose({})
             with prefixed(self.model, list(first), partial(call, self.model, inputs)) as (plain, forward):
                 judged = self._judged(plain, targets)
@@ -263,12 +271,12 @@ def _group(
 ) -> dict[str, Any]:
     alone = sorted(_order(torch.zeros(group.size), removals.seed, group)[: removals.n_units])
     rows = _rows({group.name: scores}, [group], removals)
-    wanted = {frozenset([unit]) for unit in alone} | {choice[group.name] for _, choices in rows for choice in choices}
-    sets = sorted(wanted, key=sorted)
-    results, halves, _ = measure([{group.name: units} for units in sets], measure.replacement.reads(group.name))
+    reads = measure.replacement.reads(group.name)
+    single, halves, n_alone = measure([{group.name: [unit]} for unit in alone], reads)
+    rise, halves = (single - single[0])[1:], (halves - halves[0])[1:]
+    sets = sorted({choice[group.name] for _, choices in rows for choice in choices}, key=sorted)
+    results, _, _ = measure([{group.name: units} for units in sets], reads, removals.samples)
     place = {units: k for k, units in enumerate(sets, start=1)}
-    singles = [place[frozenset([unit])] for unit in alone]
-    rise = results[singles] - results[0]
     everything = pruner.graph.removed({group.name: range(group.size)})
     cost = pruner.graph.cost
     return {
@@ -280,7 +288,8 @@ def _group(
         "units": alone,
         "unit_loss": rise[:, 0].tolist(),
         "unit_accuracy": rise[:, 1].tolist(),
-        "unit_loss_halves": (halves[singles] - halves[0])[..., 0].T.tolist(),
+        "unit_loss_halves": halves[..., 0].T.tolist(),
+        "n_alone": n_alone,
         "removals": [_removal(row, results[[place[choice[group.name]] for choice in choices]]) for row, choices in rows],
     }
 
@@ -291,7 +300,7 @@ def _whole(
     rows = _rows(scores, groups, removals)
     choices = [choice for _, several in rows for choice in several]
     first = {path for group in groups for path in measure.replacement.reads(group.name)}
-    results, _, n = measure(choices, first)
+    results, _, n = measure(choices, first, removals.samples)
     left = iter(results[1:])
     return {
         "loss": float(results[0][0]),

@@ -24,8 +24,9 @@ WHOLE = "whole network"
 TABLES = ("groups.csv", "units.csv", "removals.csv", "spearman.csv")
 _LEGEND = (
     "params, MACs: what leaves with the whole group. Loss of one unit: its rise when one unit alone is its mean, median to "
-    "most. The rest: change of the accuracy, in points, when the lowest {share} are their means: drawn at random, by the "
-    "criterion (named) that loses least, and by the one that loses most. The best of many is partly luck: compare with random."
+    "most, on {alone} samples. The rest: change of the accuracy, in points, when the lowest {share} are their means: drawn at "
+    "random, by the criterion (named) that loses least, and by the one that loses most. The best of many is partly luck: "
+    "compare with random."
 )
 _LABEL, _ACROSS = 20, 20
 SHOWN = 24
@@ -35,9 +36,10 @@ SHOWN = 24
 def influence_tables(influence: Influence, agreement: Agreement) -> RenderableType:
     """Show what every group carries and what its removal costs, and how criteria agree with it and with each other."""
     share = percent(middle_share(influence), 0)
+    alone = max((group.n_alone for group in influence.groups), default=0)
     return Group(
         _groups(influence),
-        Text(_LEGEND.format(share=share), style="dim"),
+        Text(_LEGEND.format(share=share, alone=count(alone)), style="dim"),
         Text(),
         _effects(agreement),
         Text(_noise(agreement), style="dim"),
@@ -178,6 +180,7 @@ def _wide(influence: Influence, group: GroupInfluence) -> dict[str, Any]:
         "loss": influence.loss,
         "accuracy": influence.accuracy,
         "units_alone": len(group.units),
+        "samples_alone": group.n_alone,
     }
     row |= {f"unit_loss_{key}": value for key, value in distribution(group.unit_loss).items()}
     for name, scores in group.scores.items():
