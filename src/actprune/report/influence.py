@@ -150,7 +150,7 @@ def _matrix(agreement: Agreement) -> Group:
         lines.append(" " * _LABEL + "".join(f"{j + 1:>4}" for j in columns))
         for i in range(first, len(names)):
             cells = (agreement.mean[i][j] for j in columns if j <= i)
-            lines.append(f"{names[i]:<{_LABEL}}" + "".join("   ·" if math.isnan(x) else f"{100 * x:>4.0f}" for x in cells))
+            lines.append(f"{names[i]:<{_LABEL}}" + "".join("   ·" if math.isnan(x) else f"{round(100 * x):>4}" for x in cells))
     title = Text("rank correlation of every two, in hundredths · mean over groups", style="bold")
     return Group(title, Text("\n".join(lines), no_wrap=True))
 

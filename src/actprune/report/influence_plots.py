@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from actprune.pruning import EFFECT, RANDOM, Agreement, Influence, Removal
 from actprune.report.figure import COLOURS, INK, MARKERS, accuracy_axis, new_figure, plain, save, tidy
 
 PICTURES = ("heat_map.png", "curves.png", "curves_by_group.png", "spearman.png")
 _ACROSS = 4
+_LEAST_RANGE = 2.0
+"""Points of accuracy that an axis spans at least."""
 _ALIKE = "RdBu_r"
 
 
@@ -83,19 +86,22 @@ def curves(influence: Influence, path: str | os.PathLike[str]) -> Figure:
 
 
 def curves_by_group(influence: Influence, path: str | os.PathLike[str]) -> Figure:
-    """Draw the same for the lowest units of one group at a time."""
+    """Draw the same for the lowest units of one group at a time, each on an axis of its own: groups differ by far."""
     across = min(_ACROSS, len(influence.groups))
     down = math.ceil(len(influence.groups) / across)
     figure = new_figure(0.8 + 2.5 * across, 0.9 + 1.8 * down)
-    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(down, across, sharex=True, squeeze=False)
     for axes, group in zip(panels.flat, influence.groups, strict=False):
         _draw(axes, influence, group.removals, "lowest")
         axes.set_title(plain(f"{group.name} ({group.size})"), color=INK, fontsize=8, loc="left", pad=3)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - _LEAST_RANGE), high)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     for axes in list(panels.flat)[len(influence.groups) :]:
         axes.set_axis_off()
     figure.supxlabel("share of the group, lowest first, %", color=INK, fontsize=9)
     figure.supylabel("accuracy, %", color=INK, fontsize=9)
-    _legend(figure, panels[0][0], "outside upper center", 2 * across)
+    _legend(figure, panels[0][0], "outside upper center", max(2, 3 * across // 2))
     save(figure, path)
     return figure
 
@@ -109,7 +115,7 @@ def matrix(agreement: Agreement, path: str | os.PathLike[str]) -> Figure:
     image = axes.imshow(values, cmap=_ALIKE, vmin=-1, vmax=1)
     _label(axes, agreement.names, agreement.names)
     for (i, j), value in np.ndenumerate(values):
-        text = "·" if math.isnan(value) else f"{100 * value:.0f}"
+        text = "·" if math.isnan(value) else str(round(100 * value))
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if abs(value) > 0.6 else INK)
     groups = max(map(max, agreement.n_groups))
     axes.set_title(f"Spearman's rho in hundredths, mean over {groups} groups", color=INK, fontsize=9, loc="left")
