@@ -147,7 +147,8 @@ def _draw(axes: Axes, influence: Influence, removals: Sequence[Removal], end: st
 
 
 def _legend(figure: Figure, axes: Axes, place: Any, columns: int, order: Callable[[str], Any] | None = None) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if order is not None:
-        handles, labels = zip(*sorted(zip(handles, labels, strict=True), key=lambda pair: order(pair[1])), strict=True)
-    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=7, labelcolor=INK)
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = sorted(lines, key=order) if order is not None else list(lines)
+    figure.legend(
+        [lines[label] for label in labels], labels, loc=place, ncols=columns, frameon=False, fontsize=7, labelcolor=INK
+    )
