@@ -1,6 +1,6 @@
 """What the groups of a CIFAR ResNet contribute, and which criterion sees it: the figures of docs/analysis.md.
 
-    python benchmarks/influence.py --data DIR --weights DIR --out FOLDER [--depth 20] [--images 1000] [--observed 2000]
+    python benchmarks/influence.py --data DIR --weights DIR --out FOLDER [--depth 20] [--images 5000] [--observed 1000]
 
 DIR of data holds train/CLASS/*.jpg and test/CLASS/*.jpg (CIFAR-10, JPEG copy); DIR of weights holds resnetDEPTH-jpeg.th, which
 was trained on the training images. Criteria observe training images, effects are measured on test images. FOLDER gets the
@@ -37,6 +37,7 @@ CRITERIA = {
     "rademacher": criteria.Rademacher(),
     "rademacher_64_signs": criteria.Rademacher(estimate="monte_carlo"),
     "rademacher_positions": criteria.Rademacher(pool="positions"),
+    "rademacher_layer": criteria.Rademacher(function_class="layer"),
     "rademacher_threshold": criteria.Rademacher(function_class="threshold"),
     "zero_rate": criteria.ZeroRate(),
     "mean_activation": criteria.MeanActivation(),
@@ -48,6 +49,7 @@ CRITERIA = {
     "reconstruction": criteria.Reconstruction(),
     "taylor": criteria.Taylor(),
     "sensitivity": criteria.Sensitivity(),
+    "sensitivity_lower_bound": criteria.Sensitivity("lower_bound"),
     "magnitude": criteria.Magnitude(),
     "fpgm": criteria.FPGM(),
     "batch_norm_scale": criteria.BatchNormScale(),
@@ -61,10 +63,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--images", type=int, default=1000, help="test images on which effects are measured")
-    parser.add_argument("--observed", type=int, default=2000, help="training images that criteria observe")
-    parser.add_argument("--units", type=int, default=32, help="units per group that are replaced alone")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="of a group, replaced together")
+    parser.add_argument("--images", type=int, default=5000, help="test images on which units alone are measured")
+    parser.add_argument("--samples", type=int, default=1000, help="of these, on which shares are measured")
+    parser.add_argument("--observed", type=int, default=1000, help="training images that criteria observe")
+    parser.add_argument("--units", type=int, default=16, help="units per group that are replaced alone")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25], help="of a group, replaced together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -79,7 +82,7 @@ def main() -> None:
         list(zip(ox.split(BATCH), oy.split(BATCH), strict=True)),
         list(zip(mx.split(BATCH), my.split(BATCH), strict=True)),
         criteria=CRITERIA,
-        removals=Removals(args.shares, n_units=args.units, seed=args.seed),
+        removals=Removals(args.shares, n_units=args.units, seed=args.seed, samples=args.samples),
         folder=args.out / "pieces",
         progress=lambda done, total, name: print(f"{time.monotonic() - began:7.0f} s  {done}/{total} {name}", flush=True),
     )
@@ -93,6 +96,9 @@ def main() -> None:
         "loss": influence.loss,
         "accuracy": influence.accuracy,
         "effect": dict(zip(agreed.names, agreed.mean[row], strict=True)),
+        "measured": [influence.n_measured, influence.groups[0].n_alone],
+        "halves": agreed.halves,
+        "ceiling": agreed.ceiling,
         "versions": {name: importlib.metadata.version(name) for name in ("actprune", "torch")},
         "python": platform.python_version(),
         "commit": commit(),

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
-from actprune.cli.trained import load_network
+from actprune.cli.trained import drawn_samples, load_network
 from actprune.core.errors import ConfigError
 from actprune.report.influence import TABLES
 from actprune.report.influence_plots import PICTURES
@@ -51,6 +52,8 @@ def test_it_measures_writes_and_prints(config, weights, tmp_path, capsys):
     assert max(map(len, printed.splitlines())) <= 110
     assert "6/6 done" in printed
     assert "label_information" in printed
+    assert {"task", "analyze", "weights"} <= {line.split(maxsplit=1)[0] for line in printed.splitlines() if line.strip()}
+    assert not any(line.strip().startswith(("optimizer ", "pruner ", "capacity ")) for line in printed.splitlines())
     assert str(out) in printed
 
 
@@ -66,6 +69,23 @@ def test_the_same_command_goes_on(config, weights, tmp_path, capsys):
     assert piece.is_file()
     del others[piece.parent / "made_from.json"]
     assert all(path.stat().st_mtime_ns == time for path, time in others.items())
+
+
+def test_a_part_of_images_in_the_order_of_their_classes_has_all_classes():
+    labels = torch.arange(10).repeat_interleave(100)
+    loader = DataLoader(TensorDataset(torch.arange(1000), labels), batch_size=64)
+    drawn = drawn_samples(loader, 150, seed=1)
+    indices, classes = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert [len(batch) for _, batch in drawn] == [64, 64, 22]
+    assert torch.equal(labels[indices], classes)
+    assert len(indices.unique()) == 150
+    assert classes.bincount(minlength=10).min() >= 5
+    assert all(
+        torch.equal(one, other) for one, (other, _) in zip(indices.split(64), drawn_samples(loader, 150, 1), strict=True)
+    )
+    everything = torch.cat([x for x, _ in drawn_samples(loader, None, seed=1)])
+    assert torch.equal(everything.sort().values, torch.arange(1000))
+    assert torch.equal(everything[:150], indices)
 
 
 def test_a_checkpoint_and_a_pruned_network(fast, config, tmp_path):

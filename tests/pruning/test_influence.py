@@ -37,10 +37,10 @@ def found():
     return analyze(network(), DATA[0][0][:1], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS)
 
 
-def brute_force(gone):
-    """Loss and accuracy on all validation samples at once, with the units at their means over the observed samples."""
+def brute_force(gone, part=slice(None)):
+    """Loss and accuracy on validation samples at once, with the units at their means over the observed samples."""
     model = network().eval()
-    x, y = (torch.cat(parts) for parts in zip(*VALIDATION, strict=True))
+    x, y = (torch.cat(parts)[part] for parts in zip(*VALIDATION, strict=True))
     seen = torch.cat([inputs for inputs, _ in DATA])
     with torch.no_grad():
         for last, name in ((3, "0"), (5, "3")):
@@ -71,6 +71,30 @@ def test_single_units(found):
             expected = brute_force({group.name: [unit]})
             assert loss == pytest.approx(expected[0] - whole[0], abs=1e-6)
             assert accuracy == pytest.approx(expected[1] - whole[1], abs=1e-9)
+
+
+def test_halves_are_every_other_sample(found):
+    """Batches of seven: which samples are in a half does not begin anew with each of them."""
+    for group in found.groups:
+        assert group.n_alone == 28
+        for half, start in zip(group.unit_loss_halves, (0, 1), strict=True):
+            part = slice(start, None, 2)
+            whole = brute_force({}, part)[0]
+            expected = [brute_force({group.name: [unit]}, part)[0] - whole for unit in group.units]
+            assert half == pytest.approx(expected, abs=1e-6)
+
+
+def test_shares_on_fewer_samples_than_units_alone(found):
+    """Ten samples are asked for: two whole batches of seven."""
+    removals = Removals(REMOVALS.shares, n_units=4, draws=2, seed=5, samples=10)
+    ours = analyze(network(), DATA[0][0][:1], DATA, VALIDATION, criteria=CRITERIA, removals=removals)
+    assert (ours.n_measured, [group.n_alone for group in ours.groups]) == (14, [28, 28])
+    assert (ours.loss, ours.accuracy) == pytest.approx(brute_force({}, slice(14)), rel=1e-5)
+    few = analyze(network(), DATA[0][0][:1], DATA, VALIDATION[:2], criteria=CRITERIA, removals=REMOVALS)
+    assert ours.whole == few.whole
+    for group, alone, shares in zip(ours.groups, found.groups, few.groups, strict=True):
+        assert (group.unit_loss, group.unit_loss_halves) == (alone.unit_loss, alone.unit_loss_halves)
+        assert group.removals == shares.removals
 
 
 def test_shares_of_one_group_and_of_all(found):
@@ -200,6 +224,7 @@ def test_validation_without_targets_raises(validation):
         ({"shares": (0.5, 1.5)}, r"shares=\[0.5, 1.5\] must be"),
         ({"n_units": 0}, "n_units=0 must be at least 1"),
         ({"draws": 0}, "draws=0 must be at least 1"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
     ],
 )
 def test_nonsense_is_refused(options, message):
@@ -240,6 +265,25 @@ def test_correlations_are_those_of_scipy_averaged_over_groups():
     assert said.high[k["a"]][k["b"]] == pytest.approx(max(pairs), abs=1e-9)
     assert said.by_group["one"][k["a"]][k["b"]] == pytest.approx(pairs[0])
     assert "tiny" not in said.by_group
+
+
+def test_how_much_of_the_effect_is_noise():
+    """A true effect with as much noise in each half: the ceiling is the correlation of their mean with the truth."""
+    generator = torch.Generator().manual_seed(0)
+    groups, truths = [], []
+    for number in range(30):
+        true, *noise = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+        halves = [(true + part).tolist() for part in noise]
+        effect = (true + sum(noise) / 2).tolist()
+        groups.append(GroupInfluence(str(number), 400, 0, 0, {}, range(400), effect, [0.0] * 400, [], halves))
+        truths.append(scipy.stats.spearmanr(true, effect).statistic)
+    said = agreement(made(groups))
+    each = [scipy.stats.spearmanr(*g.unit_loss_halves).statistic for g in groups]
+    assert said.halves == pytest.approx(sum(each) / len(each))
+    assert said.ceiling == pytest.approx(sum(truths) / len(truths), abs=0.02)
+    unknown = agreement(made([group("one", 1)]))
+    assert unknown.halves != unknown.halves
+    assert unknown.ceiling != unknown.ceiling
 
 
 def test_what_cannot_be_ranked_is_not_counted():

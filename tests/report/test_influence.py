@@ -32,7 +32,19 @@ def made(n_groups=5, names=("entropy", "rms"), size=8):
         scores = {name: generator.normal(size=size).tolist() for name in own}
         units, loss = [0, 2, 4, 5], generator.normal(size=4).tolist()
         groups.append(
-            GroupInfluence(f"block{i}.conv", size, 100 + i, 1000 + i, scores, units, loss, [0.0] * 4, removals(generator, own))
+            GroupInfluence(
+                f"block{i}.conv",
+                size,
+                100 + i,
+                1000 + i,
+                scores,
+                units,
+                loss,
+                [0.0] * 4,
+                removals(generator, own),
+                [loss, loss],
+                70,
+            )
         )
     return Influence(1000, 20_000, 0.5, 0.8, 30, 40, names, groups, removals(generator, names))
 
@@ -70,7 +82,14 @@ def test_many_criteria_and_groups_fit():
     assert "block11.conv" in text
     assert "block12.conv" not in text
     for i, name in enumerate(names):
-        assert f"{i + 2} {name}"[:22] in text
+        assert f"{i + 2} {name}"[:20] in text
+
+
+def test_how_much_is_noise_stands_below_the_effects():
+    influence = made()
+    text = " ".join(printed(influence).split())
+    assert "on 70 samples" in text
+    assert "measured on two halves of the samples, agrees at +1.00: who knew it exactly would reach about +1.00 here" in text
 
 
 def test_only_the_baseline():
@@ -135,6 +154,17 @@ def test_curves_begin_at_the_whole_network_and_show_every_share(tmp_path):
             wanted = "random" if name == RANDOM else end
             of = {r.share: r.accuracy for r in influence.whole if r.criterion == name and r.end == wanted}
             np.testing.assert_allclose(points, [(0, 80), *((100 * s, 100 * of[s]) for s in SHARES)])
+
+
+def test_the_legend_begins_with_what_keeps_most(tmp_path):
+    influence = made(5, [f"criterion{i}" for i in range(6)])
+    (legend,) = curves(influence, tmp_path / "a.png").legends
+    kept = [
+        np.mean([r.accuracy for r in influence.whole if r.criterion == t.get_text() and r.end != "highest"])
+        for t in legend.texts
+    ]
+    assert len(kept) == 7
+    assert kept == sorted(kept, reverse=True)
 
 
 def test_a_panel_per_group(tmp_path):

@@ -23,7 +23,7 @@ from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
 from actprune.cli.scoring import all_criteria, criterion_named
-from actprune.cli.trained import first_samples, load_network
+from actprune.cli.trained import drawn_samples, first_samples, load_network
 from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
@@ -46,7 +46,7 @@ class Settings:
     criteria: Sequence[str] | None
     """Files of ``conf/pruner``; None: all that score units."""
     images: int | None
-    """Validation images on which effects are measured; None: all."""
+    """Validation images on which effects are measured, drawn; None: all."""
     removals: Removals
     compensation: Compensation
 
@@ -81,7 +81,7 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
             net,
             observed[0][0][:1],
             observed,
-            first_samples(data.val_dataloader(), settings.images),
+            drawn_samples(data.val_dataloader(), settings.images, config.seed),
             criteria=criteria,
             removals=settings.removals,
             compensation=settings.compensation,
@@ -106,7 +106,11 @@ def _row(agreed: Agreement, k: int) -> dict[str, float | None]:
     """One criterion's agreement with the effect; None where no group can tell."""
     effect = list(agreed.names).index(EFFECT)
     parts = {"spearman": agreed.mean, "low": agreed.low, "high": agreed.high, "groups": agreed.n_groups}
-    return {key: None if math.isnan(matrix[effect][k]) else matrix[effect][k] for key, matrix in parts.items()}
+    return {key: _known(matrix[effect][k]) for key, matrix in parts.items()}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @contextmanager
@@ -129,7 +133,10 @@ def _summary(config: DictConfig, influence: Influence, agreed: Agreement, second
         "val_accuracy": influence.accuracy,
         "observed": influence.n_observed,
         "measured": influence.n_measured,
+        "measured_alone": max((group.n_alone for group in influence.groups), default=0),
         "groups": len(influence.groups),
+        "halves": _known(agreed.halves),
+        "ceiling": _known(agreed.ceiling),
         "effect": {name: _row(agreed, k) for k, name in enumerate(agreed.names) if name != EFFECT},
         "seed": config.seed,
         "weights": config.weights,

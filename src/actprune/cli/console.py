@@ -15,6 +15,8 @@ from rich.text import Text
 WIDTH = 100
 
 _FIRST = ("task", "seed", "data", "model", "pruner", "optimizer", "scheduler", "trainer")
+_OF_TASKS = ("analyze", "capacity")
+_NOT_ANALYZED = ("pruner", "optimizer", "scheduler", "trainer", "module", "callbacks", "ckpt_path", "export", "optimize")
 _INSIDE = ("schedule", "compensation", "budget")  # shown where they are used: in the pruner
 
 
@@ -26,12 +28,16 @@ def console() -> Console:
 
 @rank_zero_only
 def print_config(config: DictConfig) -> None:
-    """Print a resolved configuration, each group as the call that will be made of it."""
+    """Print a resolved configuration, each group as the call that will be made of it; without what the task does not read."""
     table = Table(box=box.SIMPLE, show_header=False, title="configuration", title_justify="left", pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     folder = str(config.paths.output_dir)
+    task = config.task.name
+    unread = {*_OF_TASKS, *(_NOT_ANALYZED if task == "analyze" else ())} - {task}
     for name in (*_FIRST, *(str(name) for name in config if name not in (*_FIRST, *_INSIDE))):
+        if name in unread:
+            continue
         spelt = _spell(config[name])
         table.add_row(name, Text(spelt if name == "paths" else spelt.replace(folder, "OUTPUT_DIR")))
     console().print(table)

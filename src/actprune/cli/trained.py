@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from actprune.core.record import SurgeryRecord
 from actprune.models.weights import load_weights
@@ -49,6 +49,16 @@ def first_samples(loader: Any, n: int | None) -> list[Any]:
     left = n - sum(len(y) for _, y in batches[:-1])
     batches[-1] = (images[:left], labels[:left])
     return batches
+
+
+def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any]:
+    """As many samples of a loader that does not shuffle, drawn: where data lie in the order of their classes, any part has all.
+
+    Returns:
+        Batches of images and labels, in the order of the draw; all where n is None or more than there are.
+    """
+    drawn = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist()  # type: ignore[arg-type]
+    return first_samples(DataLoader(Subset(loader.dataset, drawn), loader.batch_size, num_workers=loader.num_workers), None)
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 Formula: Spearman's rho over the units of one group, averaged over the groups; the interval is the percentile bootstrap of that
 mean over groups (Efron 1979), so it speaks of other groups of such a network, not of other networks. With the effect, the units
 are those that were replaced alone; between criteria, all units of the group.
+
+The effect is measured on a sample, so nothing agrees with it wholly. Its rank correlation h between two halves of the samples
+gives what a criterion that knew the true effect would reach: ``sqrt(2 h / (1 + h))`` (Spearman 1910, Brown 1910).
 """
 
 from __future__ import annotations
@@ -39,6 +42,13 @@ class Agreement:
     """Groups behind each mean."""
     by_group: dict[str, Sequence[Sequence[float]]]
     """Group name -> (K, K)."""
+    halves: float = math.nan
+    """Rank correlation of the effect on one half of the samples with that on the other, mean over groups; NaN if unknown."""
+
+    @property
+    def ceiling(self) -> float:
+        """What a criterion that knew the true effect would reach against the measured one, about; NaN if unknown."""
+        return math.sqrt(max(2 * self.halves / (1 + self.halves), 0.0)) if self.halves > -1 else math.nan
 
 
 def agreement(influence: Influence, seed: int = 0) -> Agreement:
@@ -63,7 +73,14 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
         high=high.tolist(),
         n_groups=known.sum(0).tolist(),
         by_group={group.name: matrix.tolist() for group, matrix in zip(groups, found, strict=True)},
+        halves=_halves(groups),
     )
+
+
+def _halves(groups: Sequence[GroupInfluence]) -> float:
+    pairs = [torch.tensor(group.unit_loss_halves, dtype=torch.float64) for group in groups if group.unit_loss_halves]
+    known = [rho for rho in (spearman(*pair) for pair in pairs) if not math.isnan(rho)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _of_group(group: GroupInfluence, names: Sequence[str]) -> Tensor:

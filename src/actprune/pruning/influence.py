@@ -56,13 +56,16 @@ class Removals:
     """Random rankings behind a random share, at least 1."""
     seed: int = 0
     """Of all draws."""
+    samples: int | None = None
+    """Validation samples on which shares are measured, the first ones, whole batches; None: all, as units alone always are:
+    their effects are small, and rank only where samples are many."""
 
     def __post_init__(self) -> None:
         """Check before any work is done."""
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        for name, value in (("n_units", self.n_units), ("draws", self.draws)):
-            if value < 1:
+        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", self.samples)):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
 
 
@@ -100,6 +103,10 @@ class GroupInfluence:
     unit_accuracy: Sequence[float]
     """Accuracy likewise."""
     removals: Sequence[Removal]
+    unit_loss_halves: Sequence[Sequence[float]] = ()
+    """(2, units): ``unit_loss`` on every other sample, and on those between; how far they differ is noise."""
+    n_alone: int = 0
+    """Samples on which these were measured."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,12 @@ class Influence:
     params: int
     macs: int
     loss: float
-    """Mean loss of the whole network on the validation samples."""
+    """Mean loss of the whole network on the samples on which shares are measured."""
     accuracy: float
     n_observed: int
     """Samples that the criteria saw."""
     n_measured: int
-    """Samples on which loss and accuracy were measured."""
+    """Samples on which the whole network and shares were measured."""
     criteria: Sequence[str]
     groups: Sequence[GroupInfluence]
     """The groups that can be cut and are read in evaluation mode, in execution order."""
@@ -227,29 +234,36 @@ class _Measure:
     def __init__(self, model: nn.Module, replacement: Replacement, pairs: Sequence[Any], judge: Judge) -> None:
         self.model, self.replacement, self.pairs, self.judge = model, replacement, pairs, judge
 
-    def __call__(self, choices: Sequence[Units], first: Iterable[str]) -> tuple[list[Tensor], int]:
-        """Summed loss and number of right samples, of the whole network and then of every choice; the number of samples.
+    def __call__(self, choices: Sequence[Units], first: Iterable[str], limit: int | None = None) -> tuple[Tensor, Tensor, int]:
+        """Mean loss and accuracy, of the whole network and then of every choice.
 
         Args:
             choices: what to replace, each in a forward of its own.
             first: the modules that read what the choices replace.
+            limit: of samples, after which no further batch is measured.
+
+        Returns:
+            (choices + 1, 2) over all samples; (choices + 1, 2, 2) over every other sample and those between; their number.
         """
-        sums, n = torch.zeros(len(choices) + 1, 2, dtype=torch.float64), 0
+        sums, n = torch.zeros(len(choices) + 1, 2, 2, dtype=torch.float64), 0
         for inputs, targets in self.pairs:
+            if limit is not None and n >= limit:
+                break
             self.replacement.choose({})
             with prefixed(self.model, list(first), partial(call, self.model, inputs)) as (plain, forward):
                 judged = self._judged(plain, targets)
+                half = (torch.arange(len(judged)) + n) % 2
                 n += len(judged)
-                sums[0] += judged.sum(0).cpu()
+                sums[0].index_add_(0, half, judged)
                 for number, units in enumerate(choices, start=1):
                     self.replacement.choose(units)
-                    sums[number] += self._judged(forward(), targets).sum(0).cpu()
+                    sums[number].index_add_(0, half, self._judged(forward(), targets))
         self.replacement.choose({})
-        return list(sums / n), n
+        return sums.sum(1) / n, sums / torch.tensor([n - n // 2, max(n // 2, 1)]).view(2, 1), n
 
     def _judged(self, outputs: Any, targets: Any) -> Tensor:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return self.judge(outputs, tree_map_only(Tensor, lambda x: x.to(device), targets))
+        return self.judge(outputs, tree_map_only(Tensor, lambda x: x.to(device), targets)).cpu().double()
 
 
 def _group(
@@ -257,11 +271,12 @@ def _group(
 ) -> dict[str, Any]:
     alone = sorted(_order(torch.zeros(group.size), removals.seed, group)[: removals.n_units])
     rows = _rows({group.name: scores}, [group], removals)
-    wanted = {frozenset([unit]) for unit in alone} | {choice[group.name] for _, choices in rows for choice in choices}
-    sets = sorted(wanted, key=sorted)
-    results, _ = measure([{group.name: units} for units in sets], measure.replacement.reads(group.name))
-    whole, of = results[0], dict(zip(sets, results[1:], strict=True))
-    single = torch.stack([of[frozenset([unit])] - whole for unit in alone])
+    reads = measure.replacement.reads(group.name)
+    single, halves, n_alone = measure([{group.name: [unit]} for unit in alone], reads)
+    rise, halves = (single - single[0])[1:], (halves - halves[0])[1:]
+    sets = sorted({choice[group.name] for _, choices in rows for choice in choices}, key=sorted)
+    results, _, _ = measure([{group.name: units} for units in sets], reads, removals.samples)
+    place = {units: k for k, units in enumerate(sets, start=1)}
     everything = pruner.graph.removed({group.name: range(group.size)})
     cost = pruner.graph.cost
     return {
@@ -271,9 +286,11 @@ def _group(
         "macs": cost.evaluate("macs") - cost.evaluate("macs", everything),
         "scores": dict(scores),
         "units": alone,
-        "unit_loss": single[:, 0].tolist(),
-        "unit_accuracy": single[:, 1].tolist(),
-        "removals": [_removal(row, [of[choice[group.name]] for choice in choices]) for row, choices in rows],
+        "unit_loss": rise[:, 0].tolist(),
+        "unit_accuracy": rise[:, 1].tolist(),
+        "unit_loss_halves": halves[..., 0].T.tolist(),
+        "n_alone": n_alone,
+        "removals": [_removal(row, results[[place[choice[group.name]] for choice in choices]]) for row, choices in rows],
     }
 
 
@@ -283,13 +300,13 @@ def _whole(
     rows = _rows(scores, groups, removals)
     choices = [choice for _, several in rows for choice in several]
     first = {path for group in groups for path in measure.replacement.reads(group.name)}
-    results, n = measure(choices, first)
+    results, _, n = measure(choices, first, removals.samples)
     left = iter(results[1:])
     return {
         "loss": float(results[0][0]),
         "accuracy": float(results[0][1]),
         "n_measured": n,
-        "removals": [_removal(row, [next(left) for _ in several]) for row, several in rows],
+        "removals": [_removal(row, torch.stack([next(left) for _ in several])) for row, several in rows],
     }
 
 
@@ -325,6 +342,6 @@ def _order(values: Tensor, seed: int, group: Group) -> list[int]:
     return drawn[values[drawn].argsort(stable=True)].tolist()
 
 
-def _removal(row: tuple[str, str, float, int], results: Sequence[Tensor]) -> dict[str, Any]:
-    loss, accuracy = torch.stack(list(results)).mean(0).tolist()
+def _removal(row: tuple[str, str, float, int], results: Tensor) -> dict[str, Any]:
+    loss, accuracy = results.mean(0).tolist()
     return asdict(Removal(*row, loss=loss, accuracy=accuracy))

@@ -24,10 +24,11 @@ WHOLE = "whole network"
 TABLES = ("groups.csv", "units.csv", "removals.csv", "spearman.csv")
 _LEGEND = (
     "params, MACs: what leaves with the whole group. Loss of one unit: its rise when one unit alone is its mean, median to "
-    "most. The rest: change of the accuracy, in points, when the lowest {share} are their means: drawn at random, by the "
-    "criterion (named) that loses least, and by the one that loses most. The best of many is partly luck: compare with random."
+    "most, on {alone} samples. The rest: change of the accuracy, in points, when the lowest {share} are their means: drawn at "
+    "random, by the criterion (named) that loses least, and by the one that loses most. The best of many is partly luck: "
+    "compare with random."
 )
-_LABEL, _ACROSS = 22, 19
+_LABEL, _ACROSS = 20, 20
 SHOWN = 24
 """Groups printed in full; longer lists keep their first and last ones."""
 
@@ -35,12 +36,13 @@ SHOWN = 24
 def influence_tables(influence: Influence, agreement: Agreement) -> RenderableType:
     """Show what every group carries and what its removal costs, and how criteria agree with it and with each other."""
     share = percent(middle_share(influence), 0)
+    alone = max((group.n_alone for group in influence.groups), default=0)
     return Group(
         _groups(influence),
-        Text(_LEGEND.format(share=share), style="dim"),
+        Text(_LEGEND.format(share=share, alone=count(alone)), style="dim"),
         Text(),
         _effects(agreement),
-        Text("Interval: bootstrap over the groups of this network. Random is what no information gives.", style="dim"),
+        Text(_noise(agreement), style="dim"),
         Text(),
         _matrix(agreement),
     )
@@ -76,13 +78,13 @@ def middle_share(influence: Influence) -> float:
     return min((removal.share for removal in influence.whole), key=lambda share: (abs(share - 0.5), share))
 
 
-def _groups(influence: Influence) -> Table:
+def _groups(influence: Influence) -> Group:
     share = middle_share(influence)
     title = (
         f"{len(influence.groups)} groups · {count(influence.params)} parameters · {count(influence.macs)} MACs · "
         f"loss {influence.loss:.4f}, accuracy {percent(influence.accuracy, 2)} on {count(influence.n_measured)} samples"
     )
-    table = _table(title, "group", "units", "params", "MACs", "loss of one unit", "random", "best", "worst", "")
+    table = _table("group", "units", "params", "MACs", "loss of one unit", "random", "best", "worst", "")
     table.columns[-1].overflow, table.columns[-1].max_width = "ellipsis", 18
     rows = [(group.name, group) for group in influence.groups]
     half = SHOWN // 2
@@ -102,7 +104,7 @@ def _groups(influence: Influence) -> Table:
         )
     table.add_section()
     table.add_row(WHOLE, "", "", "", "", *_accuracies(influence.whole, share, influence.accuracy), style="bold")
-    return table
+    return Group(Text(title, style="bold"), table)
 
 
 def _accuracies(removals: Sequence[Removal], share: float, whole: float) -> list[str]:
@@ -114,12 +116,10 @@ def _accuracies(removals: Sequence[Removal], share: float, whole: float) -> list
     return [points(drawn - whole), points(by[best] - whole), points(min(by.values()) - whole), best]
 
 
-def _effects(agreement: Agreement) -> Table:
+def _effects(agreement: Agreement) -> Group:
     row = list(agreement.names).index(EFFECT)
     names = [name for name in agreement.names if name != EFFECT]
-    table = _table(
-        "Spearman's rho with the effect of removing one unit · mean over groups", "criterion", "rho", "95 % interval", "groups"
-    )
+    table = _table("criterion", "rho", "95 % interval", "groups")
     place = {name: k for k, name in enumerate(agreement.names)}
     known = sorted(names, key=lambda name: -_or(agreement.mean[row][place[name]], -2))
     for name in known:
@@ -128,7 +128,17 @@ def _effects(agreement: Agreement) -> Table:
         interval = "-" if math.isnan(low) else f"{_rho(low)} to {_rho(high)}"
         style = "dim" if name == RANDOM else None
         table.add_row(name, _rho(agreement.mean[row][k]), interval, str(agreement.n_groups[row][k]), style=style)
-    return table
+    return Group(Text("Spearman's rho with the effect of removing one unit · mean over groups", style="bold"), table)
+
+
+def _noise(agreement: Agreement) -> str:
+    text = "Interval: bootstrap over the groups of this network. Random is what no information gives."
+    if math.isnan(agreement.halves):
+        return text
+    return (
+        f"{text} The effect itself, measured on two halves of the samples, agrees at {_rho(agreement.halves)}: "
+        f"who knew it exactly would reach about {_rho(agreement.ceiling)} here."
+    )
 
 
 def _matrix(agreement: Agreement) -> Group:
@@ -140,15 +150,13 @@ def _matrix(agreement: Agreement) -> Group:
         lines.append(" " * _LABEL + "".join(f"{j + 1:>4}" for j in columns))
         for i in range(first, len(names)):
             cells = (agreement.mean[i][j] for j in columns if j <= i)
-            lines.append(f"{names[i]:<{_LABEL}}" + "".join("   ·" if math.isnan(x) else f"{100 * x:>4.0f}" for x in cells))
+            lines.append(f"{names[i]:<{_LABEL}}" + "".join("   ·" if math.isnan(x) else f"{round(100 * x):>4}" for x in cells))
     title = Text("rank correlation of every two, in hundredths · mean over groups", style="bold")
     return Group(title, Text("\n".join(lines), no_wrap=True))
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, title=Text(title, style="bold"), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
-    )
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first, overflow="fold", max_width=26)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
@@ -172,6 +180,7 @@ def _wide(influence: Influence, group: GroupInfluence) -> dict[str, Any]:
         "loss": influence.loss,
         "accuracy": influence.accuracy,
         "units_alone": len(group.units),
+        "samples_alone": group.n_alone,
     }
     row |= {f"unit_loss_{key}": value for key, value in distribution(group.unit_loss).items()}
     for name, scores in group.scores.items():

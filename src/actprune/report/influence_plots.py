@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from actprune.pruning import EFFECT, RANDOM, Agreement, Influence, Removal
 from actprune.report.figure import COLOURS, INK, MARKERS, accuracy_axis, new_figure, plain, save, tidy
 
 PICTURES = ("heat_map.png", "curves.png", "curves_by_group.png", "spearman.png")
 _ACROSS = 4
+_LEAST_RANGE = 2.0
+"""Points of accuracy that an axis spans at least."""
 _ALIKE = "RdBu_r"
 
 
@@ -62,7 +65,10 @@ def heat_map(influence: Influence, agreement: Agreement, path: str | os.PathLike
 
 
 def curves(influence: Influence, path: str | os.PathLike[str]) -> Figure:
-    """Draw accuracy against the share of every group that is replaced: the lowest, and the highest, by each criterion."""
+    """Draw accuracy against the share of every group that is replaced: the lowest, and the highest, by each criterion.
+
+    The legend begins with the criterion that keeps most when the lowest are replaced, on average over the shares.
+    """
     figure = new_figure(9.6, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, end in zip(panels, ("lowest", "highest"), strict=True):
@@ -70,25 +76,32 @@ def curves(influence: Influence, path: str | os.PathLike[str]) -> Figure:
         axes.set_title(f"the {end} of every group are their means", color=INK, fontsize=10, loc="left")
         axes.set_xlabel("share of every group, %", color=INK, fontsize=10)
     accuracy_axis(panels[0], "accuracy, %")
-    _legend(figure, panels[0], "outside right center", 1)
+    kept: dict[str, list[float]] = {plain(name): [] for name in influence.criteria}
+    for removal in influence.whole:
+        if removal.end != "highest":
+            kept[plain(removal.criterion)].append(removal.accuracy)
+    _legend(figure, panels[0], "outside right center", 1, lambda label: -float(np.mean(kept[label] or [0.0])))
     save(figure, path)
     return figure
 
 
 def curves_by_group(influence: Influence, path: str | os.PathLike[str]) -> Figure:
-    """Draw the same for the lowest units of one group at a time."""
+    """Draw the same for the lowest units of one group at a time, each on an axis of its own: groups differ by far."""
     across = min(_ACROSS, len(influence.groups))
     down = math.ceil(len(influence.groups) / across)
     figure = new_figure(0.8 + 2.5 * across, 0.9 + 1.8 * down)
-    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(down, across, sharex=True, squeeze=False)
     for axes, group in zip(panels.flat, influence.groups, strict=False):
         _draw(axes, influence, group.removals, "lowest")
         axes.set_title(plain(f"{group.name} ({group.size})"), color=INK, fontsize=8, loc="left", pad=3)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - _LEAST_RANGE), high)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     for axes in list(panels.flat)[len(influence.groups) :]:
         axes.set_axis_off()
     figure.supxlabel("share of the group, lowest first, %", color=INK, fontsize=9)
     figure.supylabel("accuracy, %", color=INK, fontsize=9)
-    _legend(figure, panels[0][0], "outside upper center", 2 * across)
+    _legend(figure, panels[0][0], "outside upper center", max(2, 3 * across // 2))
     save(figure, path)
     return figure
 
@@ -102,7 +115,7 @@ def matrix(agreement: Agreement, path: str | os.PathLike[str]) -> Figure:
     image = axes.imshow(values, cmap=_ALIKE, vmin=-1, vmax=1)
     _label(axes, agreement.names, agreement.names)
     for (i, j), value in np.ndenumerate(values):
-        text = "·" if math.isnan(value) else f"{100 * value:.0f}"
+        text = "·" if math.isnan(value) else str(round(100 * value))
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if abs(value) > 0.6 else INK)
     groups = max(map(max, agreement.n_groups))
     axes.set_title(f"Spearman's rho in hundredths, mean over {groups} groups", color=INK, fontsize=9, loc="left")
@@ -133,6 +146,9 @@ def _draw(axes: Axes, influence: Influence, removals: Sequence[Removal], end: st
         axes.plot(x, y, marker=mark, markersize=4, markeredgewidth=0, label=plain(name), **style)
 
 
-def _legend(figure: Figure, axes: Axes, place: Any, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=7, labelcolor=INK)
+def _legend(figure: Figure, axes: Axes, place: Any, columns: int, order: Callable[[str], Any] | None = None) -> None:
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = sorted(lines, key=order) if order is not None else list(lines)
+    figure.legend(
+        [lines[label] for label in labels], labels, loc=place, ncols=columns, frameon=False, fontsize=7, labelcolor=INK
+    )
