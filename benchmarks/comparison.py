@@ -1,4 +1,4 @@
-"""Sparsity while training: pruning by statistics, proximal training, SeReNe and chance, on one network, data and number of epochs.
+"""Sparsity while training: by statistics, proximal, SeReNe and chance, on one network, data and number of epochs.
 
     python benchmarks/comparison.py digits [--out FILE]
     python benchmarks/comparison.py resnet20 --data DIR --weights FILE [--device cuda --jobs 12] [--out FILE]
@@ -8,10 +8,11 @@ CIFAR-10 (JPEG copy), DIR with train/CLASS/*.jpg and test/CLASS/*.jpg; every met
 (resnet20-jpeg.th). They have seen all training images, also the tenth that is held out here: validation loss and accuracy are
 too good, for all methods alike; nothing but the test images is reported.
 
-Every row: mean and standard deviation over seeds of the test accuracy after the LAST epoch, parameters and MACs that are left,
-and the median time of an epoch with its validation and pruning. A method's strength is the share of parameters to leave
-(entropy, rademacher, random), ``lam`` of group lasso (prox; units that became zero are removed), or SeReNe's ``decay``. The last
-two do not set the size, so each has several. FILE keeps every run as soon as it is done; a command that was broken off goes on.
+Every row: mean and standard deviation over seeds of the test accuracy after the LAST epoch, parameters and MACs left, and the
+median time of an epoch with its validation and pruning. A method's strength is the share of parameters to leave (entropy,
+rademacher, random), ``lam`` of group lasso (prox; units that became zero are removed), or SeReNe's ``tolerance``: how much a
+pruning stage may cost of the validation loss. The last two do not set the size, so each has several. FILE keeps every run as
+soon as it is done; a command that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from actprune.training import ClassificationTask, PruningCallback, SeReNe
 Data = dict[str, tuple[Tensor, Tensor]]  # train, val, test -> (N, C, H, W) images, (N,) classes
 LEAST = Budget(params=0.02)
 """Limit where the strength does not say how much is left."""
+NEARLY_ALL = Selection(max_ratio=0.99)
 EVALUATED = 500
 
 
@@ -66,8 +68,7 @@ class Setting:
     epochs: int
     batch: int
     augment: dict[str, Any]
-    sensitivity: str
-    tolerance: float
+    serene: dict[str, Any]
     strengths: dict[str, tuple[float, ...]]
 
 
@@ -99,15 +100,14 @@ SETTINGS = {
         epochs=25,
         batch=64,
         augment={"shift": 1, "flip": False, "fill": -Digits.native_mean[0] / Digits.native_std[0]},
-        sensitivity="full",
-        tolerance=0.0,
+        serene={"decay": 1e-3, "sensitivity": "full"},
         strengths={
             "none": (1.0,),
             "random": (0.35, 0.15),
             "entropy": (0.35, 0.15),
             "rademacher": (0.35, 0.15),
-            "prox": (1e-4, 3e-4, 1e-3),
-            "serene": (3e-3, 1e-2, 3e-2),
+            "prox": (1e-3, 2e-3, 3e-3, 4e-3),
+            "serene": (0.2, 0.5, 1.0),
         },
     ),
     "resnet20": Setting(
@@ -118,15 +118,14 @@ SETTINGS = {
         epochs=8,
         batch=128,
         augment={"shift": 4, "flip": True, "fill": 0.0},
-        sensitivity="lower_bound",
-        tolerance=0.0,
+        serene={"decay": 1e-4, "sensitivity": "lower_bound"},
         strengths={
             "none": (1.0,),
             "random": (0.5, 0.3),
             "entropy": (0.5, 0.3),
             "rademacher": (0.5, 0.3),
-            "prox": (5e-4, 1e-3, 2e-3),
-            "serene": (3e-4, 1e-3, 3e-3),
+            "prox": (2e-4, 4e-4, 8e-4),
+            "serene": (0.1, 0.3, 1.0),
         },
     ),
 }
@@ -140,26 +139,20 @@ def ranked(criterion: Callable[[], Any], setting: Setting, keep: float, epochs: 
 
 
 def prox(setting: Setting, lam: float, epochs: int) -> tuple[Any, Callback]:
-    """Units may leave after every epoch but the first and the last."""
     optimizer = partial(setting.proximal, penalty="group_lasso", lam=lam)
-    every = Schedule(start=min(1, epochs - 2), interval=1, steps=max(1, epochs - 2))
-    selection = Selection(max_ratio=0.99)
-    return optimizer, PruningCallback(criteria.ZeroUnits(), LEAST, every, selection, monitor="val/accuracy")
+    schedule = every_epoch(epochs, min(1, epochs - 2))
+    return optimizer, PruningCallback(criteria.ZeroUnits(), LEAST, schedule, NEARLY_ALL, monitor="val/accuracy")
 
 
-def serene(setting: Setting, decay: float, epochs: int) -> tuple[Any, Callback]:
-    """A pruning stage after every second epoch, from a fifth of them on."""
-    start = min(epochs // 5, epochs - 2)
-    stages = Schedule(start=start, interval=2, steps=max(1, (epochs - 2 - start) // 2 + 1))
-    return setting.optimizer, SeReNe(
-        LEAST,
-        decay,
-        setting.sensitivity,
-        setting.tolerance,
-        schedule=stages,
-        monitor="val/accuracy",
-        selection=Selection(max_ratio=0.99),
-    )
+def serene(setting: Setting, tolerance: float, epochs: int) -> tuple[Any, Callback]:
+    schedule = every_epoch(epochs, min(epochs // 5, epochs - 2))
+    how = {"tolerance": tolerance, "schedule": schedule, "selection": NEARLY_ALL, "monitor": "val/accuracy"}
+    return setting.optimizer, SeReNe(LEAST, **setting.serene, **how)
+
+
+def every_epoch(epochs: int, start: int) -> Schedule:
+    """Units may leave after every epoch from ``start`` on, but the last."""
+    return Schedule(start=start, interval=1, steps=epochs - 1 - start)
 
 
 METHODS: dict[str, Callable[[Setting, float, int], tuple[Any, Callback | None]]] = {
