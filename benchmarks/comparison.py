@@ -26,143 +26,26 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from images import Batches, decode, files, sample
+from comparison_settings import METHODS, SETTINGS, Data
+from images import Batches
 from lightning import Callback, Trainer, seed_everything
 from provenance import commit, versions
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from actprune import Budget, Schedule, Selection, criteria, trace
+from actprune import trace
 from actprune.core.files import atomic_path
-from actprune.data.digits import Digits
-from actprune.data.split import stratified_split
-from actprune.models.resnet import CifarResNet
-from actprune.models.small_cnn import SmallCNN
-from actprune.sparsity import ProxAdamW, ProxSGD
-from actprune.training import ClassificationTask, PruningCallback, SeReNe
+from actprune.training import ClassificationTask, SeReNe
 
-Data = dict[str, tuple[Tensor, Tensor]]  # train, val, test -> (N, C, H, W) images, (N,) classes
-LEAST = Budget(params=0.02)
-"""Limit where the strength does not say how much is left."""
-NEARLY_ALL = Selection(max_ratio=0.99)
 EVALUATED = 500
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods of a comparison have in common, and their strengths."""
-
-    network: Callable[[argparse.Namespace], nn.Module]
-    data: Callable[[argparse.Namespace], Data]
-    optimizer: Callable[..., torch.optim.Optimizer]
-    proximal: Callable[..., torch.optim.Optimizer]
-    epochs: int
-    batch: int
-    augment: dict[str, Any]
-    serene: dict[str, Any]
-    strengths: dict[str, tuple[float, ...]]
-
-
-# --- data ---
-
-
-def digits(args: argparse.Namespace) -> Data:
-    module, found = Digits(augment=False), {}
-    for name in ("train", "val", "test"):
-        scans = list(getattr(module, f"{name}_dataloader")().dataset)
-        found[name] = torch.stack([x for x, _ in scans]), torch.tensor([y for _, y in scans])
-    return found
-
-
-def cifar(args: argparse.Namespace) -> Data:
-    entries = sample(files(args.data / "train"), args.images, 0)
-    train, val = stratified_split([label for _, label in entries], 0.1, 0)
-    parts = {name: [entries[i] for i in rows] for name, rows in (("train", train), ("val", val))}
-    parts["test"] = sample(files(args.data / "test"), args.images, 0)
-    return {name: decode(part) for name, part in parts.items()}
-
-
-SETTINGS = {
-    "digits": Setting(
-        network=lambda args: SmallCNN(10, 1, widths=(32, 64), blocks=1),
-        data=digits,
-        optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.01),
-        proximal=partial(ProxAdamW, lr=2e-3, weight_decay=0.01, exact_threshold=True),
-        epochs=25,
-        batch=64,
-        augment={"shift": 1, "flip": False, "fill": -Digits.native_mean[0] / Digits.native_std[0]},
-        serene={"decay": 1e-3, "sensitivity": "full"},
-        strengths={
-            "none": (1.0,),
-            "random": (0.35, 0.15),
-            "entropy": (0.35, 0.15),
-            "rademacher": (0.35, 0.15),
-            "prox": (1e-3, 2e-3, 3e-3, 4e-3),
-            "serene": (0.2, 0.5, 1.0),
-        },
-    ),
-    "resnet20": Setting(
-        network=lambda args: CifarResNet(20, weights=str(args.weights)),
-        data=cifar,
-        optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        proximal=partial(ProxSGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        epochs=8,
-        batch=128,
-        augment={"shift": 4, "flip": True, "fill": 0.0},
-        serene={"decay": 1e-4, "sensitivity": "lower_bound"},
-        strengths={
-            "none": (1.0,),
-            "random": (0.5, 0.3),
-            "entropy": (0.5, 0.3),
-            "rademacher": (0.5, 0.3),
-            "prox": (2e-4, 4e-4, 8e-4),
-            "serene": (0.1, 0.3, 1.0),
-        },
-    ),
-}
-
-
-# --- methods ---
-
-
-def ranked(criterion: Callable[[], Any], setting: Setting, keep: float, epochs: int) -> tuple[Any, Callback]:
-    return setting.optimizer, PruningCallback(criterion(), Budget(params=keep), monitor="val/accuracy")
-
-
-def prox(setting: Setting, lam: float, epochs: int) -> tuple[Any, Callback]:
-    optimizer = partial(setting.proximal, penalty="group_lasso", lam=lam)
-    schedule = every_epoch(epochs, min(1, epochs - 2))
-    return optimizer, PruningCallback(criteria.ZeroUnits(), LEAST, schedule, NEARLY_ALL, monitor="val/accuracy")
-
-
-def serene(setting: Setting, tolerance: float, epochs: int) -> tuple[Any, Callback]:
-    schedule = every_epoch(epochs, min(epochs // 5, epochs - 2))
-    how = {"tolerance": tolerance, "schedule": schedule, "selection": NEARLY_ALL, "monitor": "val/accuracy"}
-    return setting.optimizer, SeReNe(LEAST, **setting.serene, **how)
-
-
-def every_epoch(epochs: int, start: int) -> Schedule:
-    """Units may leave after every epoch from ``start`` on, but the last."""
-    return Schedule(start=start, interval=1, steps=epochs - 1 - start)
-
-
-METHODS: dict[str, Callable[[Setting, float, int], tuple[Any, Callback | None]]] = {
-    "none": lambda setting, strength, epochs: (setting.optimizer, None),
-    "random": partial(ranked, criteria.Random),
-    "entropy": partial(ranked, criteria.Entropy),
-    "rademacher": partial(ranked, criteria.Rademacher),
-    "prox": prox,
-    "serene": serene,
-}
 
 
 class Clock(Callback):
