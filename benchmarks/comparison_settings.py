@@ -72,7 +72,7 @@ LENET = {
     "epochs": 100,
     "batch": 64,
     "augment": {"shift": 0, "flip": False},
-    "serene": {"decay": 1e-3, "sensitivity": "full"},
+    "serene": {"decay": 1e-4, "sensitivity": "full"},
     "interval": 10,
     "strengths": {
         "none": (1.0,),
@@ -80,10 +80,10 @@ LENET = {
         "entropy": (0.1,),
         "rademacher": (0.1,),
         "prox": (1e-3,),
-        "serene": (0.0, 0.1, 0.3),
+        "serene": (0.1, 0.3, 1.0),
     },
 }
-"""scikit-learn's digits, upscaled to 28 x 28, where the SeReNe paper has MNIST; its optimizer and rate."""
+"""scikit-learn's digits, upscaled to 28 x 28, where the SeReNe paper has MNIST; its optimizer, rate and decay."""
 
 SETTINGS = {
     "digits": Setting(
