@@ -214,7 +214,7 @@ def strength_of(text: str) -> tuple[str, tuple[float, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("setting", nargs="?", choices=SETTINGS, default="digits")
     parser.add_argument("--data", type=Path, help="resnet20: folder of images")
     parser.add_argument("--weights", type=Path, help="resnet20: trained weights to start from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
