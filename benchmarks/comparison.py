@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def prepare(path: Path | None, device: str, threads: int) -> None:
 def run(args: argparse.Namespace, method: str, strength: float, seed: int) -> dict[str, Any]:
     """Train once; what is left and how good it is after the last epoch."""
     setting = SETTINGS[args.setting]
+    if args.decay is not None:
+        setting = replace(setting, serene={**setting.serene, "decay": args.decay})
     seed_everything(seed, verbose=False)
     optimizer, pruning = METHODS[method](setting, strength, args.epochs)
     clock = Clock()
@@ -130,6 +133,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every run that is not in the file yet; "method strength seed" -> what it found."""
     config = {name: getattr(args, name) for name in ("setting", "epochs", "batch", "images", "device")}
+    config.update({} if args.decay is None else {"decay": args.decay})
     found: dict[str, dict[str, Any]] = {}
     if args.out is not None and args.out.exists():
         kept = json.loads(args.out.read_text())
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="resnet20: trained weights to start from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--strengths", nargs="+", type=strength_of, default=[], help="as in prox=0.001,0.01")
+    parser.add_argument("--decay", type=float, help="of SeReNe, instead of the setting's; 0: what its threshold does alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
