@@ -1,4 +1,4 @@
-"""Sparsity while training: pruning by statistics, proximal training, SeReNe and chance, on one network, data and number of epochs.
+"""Sparsity while training: by statistics, proximal, SeReNe and chance, on one network, data and number of epochs.
 
     python benchmarks/comparison.py digits [--out FILE]
     python benchmarks/comparison.py resnet20 --data DIR --weights FILE [--device cuda --jobs 12] [--out FILE]
@@ -8,10 +8,11 @@ CIFAR-10 (JPEG copy), DIR with train/CLASS/*.jpg and test/CLASS/*.jpg; every met
 (resnet20-jpeg.th). They have seen all training images, also the tenth that is held out here: validation loss and accuracy are
 too good, for all methods alike; nothing but the test images is reported.
 
-Every row: mean and standard deviation over seeds of the test accuracy after the LAST epoch, parameters and MACs that are left,
-and the median time of an epoch with its validation and pruning. A method's strength is the share of parameters to leave
-(entropy, rademacher, random), ``lam`` of group lasso (prox; units that became zero are removed), or SeReNe's ``decay``. The last
-two do not set the size, so each has several. FILE keeps every run as soon as it is done; a command that was broken off goes on.
+Every row: mean and standard deviation over seeds of the test accuracy after the LAST epoch, parameters and MACs left, and the
+median time of an epoch with its validation and pruning. A method's strength is the share of parameters to leave (entropy,
+rademacher, random), ``lam`` of group lasso (prox; units that became zero are removed), or SeReNe's ``tolerance``: how much a
+pruning stage may cost of the validation loss. The last two do not set the size, so each has several. FILE keeps every run as
+soon as it is done; a command that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -25,151 +26,27 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from images import Batches, decode, files, sample
+from comparison_settings import METHODS, SETTINGS, Data
+from images import Batches
 from lightning import Callback, Trainer, seed_everything
 from provenance import commit, versions
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from actprune import Budget, Schedule, Selection, criteria, trace
+from actprune import trace
 from actprune.core.files import atomic_path
-from actprune.data.digits import Digits
-from actprune.data.split import stratified_split
-from actprune.models.resnet import CifarResNet
-from actprune.models.small_cnn import SmallCNN
-from actprune.sparsity import ProxAdamW, ProxSGD
-from actprune.training import ClassificationTask, PruningCallback, SeReNe
+from actprune.training import ClassificationTask, SeReNe
 
-Data = dict[str, tuple[Tensor, Tensor]]  # train, val, test -> (N, C, H, W) images, (N,) classes
-LEAST = Budget(params=0.02)
-"""Limit where the strength does not say how much is left."""
 EVALUATED = 500
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods of a comparison have in common, and their strengths."""
-
-    network: Callable[[argparse.Namespace], nn.Module]
-    data: Callable[[argparse.Namespace], Data]
-    optimizer: Callable[..., torch.optim.Optimizer]
-    proximal: Callable[..., torch.optim.Optimizer]
-    epochs: int
-    batch: int
-    augment: dict[str, Any]
-    sensitivity: str
-    tolerance: float
-    strengths: dict[str, tuple[float, ...]]
-
-
-# --- data ---
-
-
-def digits(args: argparse.Namespace) -> Data:
-    module, found = Digits(augment=False), {}
-    for name in ("train", "val", "test"):
-        scans = list(getattr(module, f"{name}_dataloader")().dataset)
-        found[name] = torch.stack([x for x, _ in scans]), torch.tensor([y for _, y in scans])
-    return found
-
-
-def cifar(args: argparse.Namespace) -> Data:
-    entries = sample(files(args.data / "train"), args.images, 0)
-    train, val = stratified_split([label for _, label in entries], 0.1, 0)
-    parts = {name: [entries[i] for i in rows] for name, rows in (("train", train), ("val", val))}
-    parts["test"] = sample(files(args.data / "test"), args.images, 0)
-    return {name: decode(part) for name, part in parts.items()}
-
-
-SETTINGS = {
-    "digits": Setting(
-        network=lambda args: SmallCNN(10, 1, widths=(32, 64), blocks=1),
-        data=digits,
-        optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.01),
-        proximal=partial(ProxAdamW, lr=2e-3, weight_decay=0.01, exact_threshold=True),
-        epochs=25,
-        batch=64,
-        augment={"shift": 1, "flip": False, "fill": -Digits.native_mean[0] / Digits.native_std[0]},
-        sensitivity="full",
-        tolerance=0.0,
-        strengths={
-            "none": (1.0,),
-            "random": (0.35, 0.15),
-            "entropy": (0.35, 0.15),
-            "rademacher": (0.35, 0.15),
-            "prox": (1e-4, 3e-4, 1e-3),
-            "serene": (3e-3, 1e-2, 3e-2),
-        },
-    ),
-    "resnet20": Setting(
-        network=lambda args: CifarResNet(20, weights=str(args.weights)),
-        data=cifar,
-        optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        proximal=partial(ProxSGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        epochs=8,
-        batch=128,
-        augment={"shift": 4, "flip": True, "fill": 0.0},
-        sensitivity="lower_bound",
-        tolerance=0.0,
-        strengths={
-            "none": (1.0,),
-            "random": (0.5, 0.3),
-            "entropy": (0.5, 0.3),
-            "rademacher": (0.5, 0.3),
-            "prox": (5e-4, 1e-3, 2e-3),
-            "serene": (3e-4, 1e-3, 3e-3),
-        },
-    ),
-}
-
-
-# --- methods ---
-
-
-def ranked(criterion: Callable[[], Any], setting: Setting, keep: float, epochs: int) -> tuple[Any, Callback]:
-    return setting.optimizer, PruningCallback(criterion(), Budget(params=keep), monitor="val/accuracy")
-
-
-def prox(setting: Setting, lam: float, epochs: int) -> tuple[Any, Callback]:
-    """Units may leave after every epoch but the first and the last."""
-    optimizer = partial(setting.proximal, penalty="group_lasso", lam=lam)
-    every = Schedule(start=min(1, epochs - 2), interval=1, steps=max(1, epochs - 2))
-    selection = Selection(max_ratio=0.99)
-    return optimizer, PruningCallback(criteria.ZeroUnits(), LEAST, every, selection, monitor="val/accuracy")
-
-
-def serene(setting: Setting, decay: float, epochs: int) -> tuple[Any, Callback]:
-    """A pruning stage after every second epoch, from a fifth of them on."""
-    start = min(epochs // 5, epochs - 2)
-    stages = Schedule(start=start, interval=2, steps=max(1, (epochs - 2 - start) // 2 + 1))
-    return setting.optimizer, SeReNe(
-        LEAST,
-        decay,
-        setting.sensitivity,
-        setting.tolerance,
-        schedule=stages,
-        monitor="val/accuracy",
-        selection=Selection(max_ratio=0.99),
-    )
-
-
-METHODS: dict[str, Callable[[Setting, float, int], tuple[Any, Callback | None]]] = {
-    "none": lambda setting, strength, epochs: (setting.optimizer, None),
-    "random": partial(ranked, criteria.Random),
-    "entropy": partial(ranked, criteria.Entropy),
-    "rademacher": partial(ranked, criteria.Rademacher),
-    "prox": prox,
-    "serene": serene,
-}
 
 
 class Clock(Callback):
@@ -208,6 +85,8 @@ def prepare(path: Path | None, device: str, threads: int) -> None:
 def run(args: argparse.Namespace, method: str, strength: float, seed: int) -> dict[str, Any]:
     """Train once; what is left and how good it is after the last epoch."""
     setting = SETTINGS[args.setting]
+    if args.decay is not None:
+        setting = replace(setting, serene={**setting.serene, "decay": args.decay})
     seed_everything(seed, verbose=False)
     optimizer, pruning = METHODS[method](setting, strength, args.epochs)
     clock = Clock()
@@ -254,6 +133,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every run that is not in the file yet; "method strength seed" -> what it found."""
     config = {name: getattr(args, name) for name in ("setting", "epochs", "batch", "images", "device")}
+    config.update({} if args.decay is None else {"decay": args.decay})
     found: dict[str, dict[str, Any]] = {}
     if args.out is not None and args.out.exists():
         kept = json.loads(args.out.read_text())
@@ -338,11 +218,12 @@ def strength_of(text: str) -> tuple[str, tuple[float, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("setting", nargs="?", choices=SETTINGS, default="digits")
     parser.add_argument("--data", type=Path, help="resnet20: folder of images")
     parser.add_argument("--weights", type=Path, help="resnet20: trained weights to start from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--strengths", nargs="+", type=strength_of, default=[], help="as in prox=0.001,0.01")
+    parser.add_argument("--decay", type=float, help="of SeReNe, instead of the setting's; 0: what its threshold does alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
