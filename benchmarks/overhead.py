@@ -7,10 +7,9 @@ ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same
 in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
 processors others used meanwhile is printed beside it. Bars: entropy 1.10, linear Rademacher
 complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria at once, without
-HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the last column
-says how often a batch, once the first was seen, made the host wait for the device beyond what the plain network does (0 is due;
-where it is more, the lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over
-groups, of the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in
+HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the
+last column says how often a batch, once the first was seen, made the host wait for the device (0 is due; where it is more,
+the lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over groups, of the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in
 memory. DIR holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times
 only.
 """
@@ -216,7 +215,8 @@ def main() -> None:
         f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most)"
     )
     print(
-        f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}{'waits' if on_gpu else '':>8}",
+        f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}"
+        f"{'waits' if on_gpu else '':>8}",
         flush=True,
     )
     rows = {}

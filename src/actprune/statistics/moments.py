@@ -1,12 +1,13 @@
 """Mean, variance and mean square of every unit's activations.
 
-Formula: about a reference r (the first sample's mean), in float64: n, sum (a - r), sum (a - r)^2. Of large maps per sample the
-mean m_i over its P positions and the centred sum of squares M_i in float32 first, then sum P (m_i - r), sum M_i + P (m_i - r)^2.
+Formula: about a reference r (the first sample's mean), in float64: n, sum (a - r), sum (a - r)^2. Of large maps per sample
+the mean m_i over its P positions and the centred sum of squares M_i in float32 first, then the sums of P (m_i - r) and of
+M_i + P (m_i - r)^2.
 Source: Chan, Golub & LeVeque 1983 (pairwise merging). Each sample's share is a function of that sample alone, so the
 result does not depend on batches; data offset by 10^4 lose nothing, as they would in E[x^2] - E[x]^2.
 
-Cost: four passes per element in float64, of large maps five in float32, over parts that stay in the cache. Memory: 4 U float64. Mergeable: yes, by sum once the
-references agree.
+Cost: four passes per element in float64, of large maps five in float32, over parts that stay in the cache. Memory: 4 U
+float64. Mergeable: yes, by sum once the references agree.
 """
 
 from __future__ import annotations
