@@ -30,8 +30,9 @@ class Sampling:
         known = self._drawn.get((seen, device))
         if known is None or known[0] is not ids:
             assert self._positions is not None
-            known = (ids, sample_positions(self.on(device, ids), seen, self._positions, seed=0))
-            self._drawn[seen, device] = known
+            # where the ids are: a draw is many small operations, for a device more work than its copy
+            drawn = sample_positions(ids, seen, self._positions, seed=0)
+            known = self._drawn[seen, device] = (ids, drawn.to(device, non_blocking=True))
         return known[1]
 
     def on(self, device: torch.device, ids: Tensor) -> Tensor:

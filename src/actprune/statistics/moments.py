@@ -19,8 +19,8 @@ from torch import Tensor
 
 from actprune.statistics.base import Accumulator
 
-_AT_ONCE = 1 << 18
-"""Elements that are worked on together."""
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 26
+"""Elements that are worked on together, on a CPU and on a device."""
 _LARGE = 64
 """Positions from which a map counts as large."""
 
@@ -59,7 +59,7 @@ class Moments(Accumulator):
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch's moments about the reference."""
         torch.where(self.reference.isneginf(), x[0].double().mean(1), self.reference, out=self.reference)
-        at_once = max(1, _AT_ONCE // (x.shape[1] * x.shape[2]))
+        at_once = max(1, (_AT_ONCE_ON_CPU if x.device.type == "cpu" else _AT_ONCE) // (x.shape[1] * x.shape[2]))
         add = self._add_large if x.shape[2] >= _LARGE else self._add_small
         witnesses = [add(part) for part in x.split(at_once)]
         self.n_values.add_(len(x) * x.shape[2])
