@@ -177,6 +177,8 @@ class Observation:
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
+        if dim == 1 and x.dim() > 1 and len(x) == len(self._sample_ids) and self._first_time is None:
+            return x.detach(), self._sample_ids  # as nearly always
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:
             x = x.unsqueeze(0)

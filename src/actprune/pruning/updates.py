@@ -61,7 +61,9 @@ class Updates:
             statistic.update(x, ids)
             return
         group = (key, id(ids), x.shape[2], x.dtype, x.device)
-        pile = self._piles.setdefault(group, _Pile(make, ids))
+        pile = self._piles.get(group)
+        if pile is None:
+            pile = self._piles[group] = _Pile(make, ids)
         pile.parts.append((statistic, x))
         pile.elements += x.numel()
         if pile.elements >= (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE):
