@@ -14,7 +14,7 @@ from actprune.core.errors import ConfigError
 from actprune.statistics.counter import below
 
 POSITIONS = 8
-"""Positions per map that statistics see by default: see docs/analysis.md for what that does to rankings."""
+"""Positions per map that statistics see by default: see docs/criteria.md for what that does to rankings."""
 
 _ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
 
