@@ -38,3 +38,17 @@ def test_the_batch_of_a_nan_is_named_whether_it_was_joined_or_not():
         waiting.flush()
     assert statistics[1].first_nonfinite.tolist() == [2.0, 2.0]
     assert statistics[0].first_nonfinite.isinf().all()
+
+
+def test_batches_of_another_size_come_in_the_same_company(monkeypatch):
+    monkeypatch.setattr(updates, "AT_ONCE_ON_CPU", 2 * 3 * 2 * 4)
+    waiting, statistics, calls = Updates(), [Activity(2) for _ in range(4)], []
+    accumulate = Activity.accumulate
+    monkeypatch.setattr(Activity, "accumulate", lambda self, x, ids: calls.append(x.shape[1]) or accumulate(self, x, ids))
+    for n in (3, 1, 30):
+        ids = torch.arange(n)
+        for statistic in statistics:
+            waiting.add("key", Activity, statistic, torch.ones(n, 2, 4), ids)
+        waiting.flush()
+    assert calls == [4] * 6
+    assert [int(s.n_samples) for s in statistics] == [34] * 4

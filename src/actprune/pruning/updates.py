@@ -66,7 +66,12 @@ class Updates:
             pile = self._piles[group] = _Pile(make, ids)
         pile.parts.append((statistic, x))
         pile.elements += x.numel()
-        if pile.elements >= (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE):
+        company = self._member.get(id(pile.parts[0][0]))  # the same whatever the size of the batch
+        if company is not None:
+            full = len(pile.parts) == len(company)
+        else:
+            full = pile.elements >= (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE)
+        if full:
             del self._piles[group]
             self._update(pile)
 
