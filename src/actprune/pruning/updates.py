@@ -18,7 +18,7 @@ from actprune.statistics.joined import join
 
 Make = Callable[[int], Statistic]
 
-AT_ONCE_ON_CPU = 1 << 18
+AT_ONCE_ON_CPU = 1 << 16
 """Elements of a joined update, so that its intermediate results stay in the cache."""
 AT_ONCE = 1 << 24
 """The same on a device, where a call costs more than its elements."""
