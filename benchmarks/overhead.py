@@ -7,12 +7,11 @@ ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same
 in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
 processors others used meanwhile is printed beside it. Bars: entropy 1.10, linear Rademacher
 complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria at once, without
-HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the last column
-says how often a batch, once the first was seen, made the host wait for the device beyond what the plain network does (0 is due;
-where it is more, the lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over
-groups, of the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in
-memory. DIR holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times
-only.
+HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the last
+column says how often a batch, once two were seen, made the host wait for the device (0 is due; where it is more, the
+lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over groups, of the
+scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in memory. DIR
+holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times only.
 """
 
 from __future__ import annotations
@@ -73,14 +72,15 @@ def pruner_of(model: CifarResNet, criterion: Criterion, positions: int | None, c
     return Pruner(model, example, criterion, Budget(params=0.5), compensation=compensation, positions=positions)
 
 
-def epoch(
-    plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, first: int = 0
-) -> tuple[float, float]:
+def epoch(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, first: int = 0) -> Tensor:
     """Seconds of one epoch as a trainer's validation runs it, plain and observed, in turns: by batch, on a GPU by epoch.
 
     ``first``: 0 or 1, which side begins.
+
+    Returns:
+        (2, 2) plain and observed; on the clock and of processor time.
     """
-    seconds = [0.0, 0.0]
+    seconds = torch.zeros(2, 2, dtype=torch.float64)
     on_gpu = batches[0].is_cuda
     began = now(on_gpu)
     with torch.inference_mode(), pruner.observe() as observation:
@@ -93,14 +93,17 @@ def epoch(
                         announce(observation, number, batches[number])
                     (watched if side else plain)(batches[number])
                 seconds[side] += now(on_gpu) - began
-    return seconds[0], seconds[1]
+        began = now(on_gpu)
+        _ = observation.scores  # what still waited is counted
+        seconds[1] += now(on_gpu) - began
+    return seconds
 
 
-def now(on_gpu: bool) -> float:
-    """The clock, once everything that was launched has been done."""
+def now(on_gpu: bool) -> Tensor:
+    """(2,) the clock, and processor time so far, once everything that was launched has been done."""
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def announce(observation: Observation, number: int, x: Tensor) -> None:
@@ -108,15 +111,17 @@ def announce(observation: Observation, number: int, x: Tensor) -> None:
 
 
 def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str]:
-    """Where the host waits for the device in observed batches after the first, one entry per time (file and line)."""
+    """Where the host waits for the device in observed batches after the second, one entry per time (file and line)."""
     with torch.inference_mode(), pruner.observe() as observation:
         announce(observation, 0, batches[0])
         model(batches[0])
+        announce(observation, 1, batches[1])  # what sites have in common is found out, and brought to the device, here
+        model(batches[1])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                for number, x in enumerate(batches[1:], 1):
+                for number, x in enumerate(batches[2:], 2):
                     announce(observation, number, x)
                     model(x)
             finally:
@@ -130,10 +135,12 @@ def times(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], prune
     before, others = time.perf_counter(), used_by_others()
     found = [epoch(plain, watched, batches, pruner, k % 2) for k in range(repeats)]
     others = (used_by_others() - others) / (time.perf_counter() - before) / (os.cpu_count() or 1)
-    ratios = [b / a for a, b in found]
+    clock = [seconds[:, 0].tolist() for seconds in found]
+    ratios = [b / a for a, b in clock]
     return {
-        "plain": statistics.median(a for a, _ in found),
-        "observed": statistics.median(b for _, b in found),
+        "plain": statistics.median(a for a, _ in clock),
+        "observed": statistics.median(b for _, b in clock),
+        "cpu_ratio": statistics.median(float(seconds[1, 1] / seconds[0, 1]) for seconds in found),
         "ratio": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
@@ -214,10 +221,12 @@ def main() -> None:
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"{args.threads} threads"
     print(
         f"ResNet-56, batches of {BATCH}, {device}, {args.positions} positions per map; medians of "
-        f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most)"
+        f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most); "
+        "cpu: the ratio of processor times"
     )
     print(
-        f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'others':>8}{'bytes':>13}{'waits' if on_gpu else '':>8}",
+        f"{'':<28}{'plain':>8}{'observed':>10}{'ratio':>8}{'':>16}{'bar':>7}{'cpu':>7}{'others':>8}{'bytes':>13}"
+        f"{'waits' if on_gpu else '':>8}",
         flush=True,
     )
     rows = {}
@@ -232,12 +241,13 @@ def main() -> None:
             spread = f"({row['least']:.3f}, {row['most']:.3f})"
             print(
                 f"{name + extra:<28}{row['plain']:>8.2f}{row['observed']:>10.2f}{row['ratio']:>8.3f}{spread:>16}{bar:>7}"
+                f"{row['cpu_ratio']:>7.3f}"
                 f"{row['others']:>8.1%}{row['bytes']:>13,}",
                 end="" if on_gpu else "\n",
                 flush=True,
             )
             if on_gpu:
-                where = waits(model, batches[:6], pruner)
+                where = waits(model, batches[:7], pruner)
                 row["waits"] = len(where) / 5
                 print(f"{row['waits']:>8.1f}")
                 for line, times_ in Counter(where).most_common(8):

@@ -17,7 +17,7 @@ from zoo import Attention, build
 class Recorder:
     """A statistic that keeps what it is given."""
 
-    needs_labels, differentiates = False, None
+    needs_labels, differentiates, means_do = False, None, False
 
     whole_maps = True
 

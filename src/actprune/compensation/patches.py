@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actprune.statistics import at_positions
+
 Conv = nn.modules.conv._ConvNd
 Transposed = nn.modules.conv._ConvTransposeNd
 
@@ -40,10 +42,7 @@ def windows(
     conv: Conv,
 ) -> Tensor:
     """Every patch of a convolution, a view of the padded input: (N, C, *output positions, *taps)."""
-    pads = conv._reversed_padding_repeated_twice
-    if any(pads):
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, pads, mode=mode)
+    x = padded(x, conv)
     n_space = len(conv.kernel_size)
     for axis, (taps, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(2 + axis, dilation * (taps - 1) + 1, stride)
@@ -53,20 +52,36 @@ def windows(
     return x
 
 
+def padded(
+    x: Tensor,  # (N, C, *space)
+    conv: Conv,
+) -> Tensor:
+    """Put the convolution's own padding around x."""
+    pads = conv._reversed_padding_repeated_twice
+    if not any(pads):
+        return x
+    return F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+
+
 def patches_at(
     x: Tensor,  # (N, C, *space)
     module: nn.Module,
     positions: Tensor,  # (N, P) flat output positions of every sample
 ) -> Tensor:
     """What the layer reads at the given positions: (N, P, C * taps), or (N, P, C) for a layer that is no convolution."""
-    rows = torch.arange(len(x), device=x.device).unsqueeze(1)
     if not isinstance(module, Conv):
-        return x.flatten(2)[rows, :, positions] if x.dim() > 2 else x.unsqueeze(1)
-    seen = windows(x, module)
-    n_space = len(module.kernel_size)
-    index = _unravel(positions, seen.shape[2 : 2 + n_space])
-    picked = seen.movedim(1, 1 + n_space)[(rows, *index)]
-    return picked.flatten(2)
+        return at_positions(x.flatten(2), positions).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)
+    space = torch.Size(output_space(x, module))
+    x = padded(x, module)
+    corner = torch.zeros((), dtype=torch.int64, device=x.device)
+    taps = torch.zeros(1, dtype=torch.int64, device=x.device)
+    axes = zip(_unravel(positions, space), x.shape[2:], module.stride, module.dilation, module.kernel_size, strict=True)
+    for place, size, stride, dilation, extent in axes:
+        corner = corner * size + place * stride
+        taps = (taps.unsqueeze(1) * size + torch.arange(extent, device=x.device) * dilation).flatten()
+    # one gather of single numbers: many times faster than picking from the windows, which copies short strided runs
+    picked = at_positions(x.flatten(2), (corner.unsqueeze(2) + taps).flatten(1))  # (N, C, P taps)
+    return picked.unflatten(2, (-1, len(taps))).transpose(1, 2).flatten(2)
 
 
 def _unravel(flat: Tensor, shape: torch.Size) -> list[Tensor]:
@@ -79,13 +94,17 @@ def _unravel(flat: Tensor, shape: torch.Size) -> list[Tensor]:
 
 def n_positions(x: Tensor, module: nn.Module) -> int:
     """How many output positions the layer has per sample of x (N, C, *space)."""
+    return math.prod(output_space(x, module))
+
+
+def output_space(x: Tensor, module: nn.Module) -> list[int]:
+    """The extent of what the layer makes of x (N, C, *space)."""
     if not isinstance(module, Conv):
-        return math.prod(x.shape[2:])
+        return list(x.shape[2:])
     pads = module._reversed_padding_repeated_twice
-    space = [
+    return [
         (size + pads[-2 * axis - 2] + pads[-2 * axis - 1] - dilation * (taps - 1) - 1) // stride + 1
         for axis, (size, taps, stride, dilation) in enumerate(
             zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
         )
     ]
-    return math.prod(space)

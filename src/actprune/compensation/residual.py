@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actprune.compensation.solve import ridge_solve
+from actprune.statistics.gram import add_products, symmetric
 
 _CHUNK = 8192
 
@@ -52,10 +53,10 @@ def correction(
     for rows, rest in zip(x.split(_CHUNK), missed.split(_CHUNK), strict=True):
         rows = rows - x_mean.to(rows.dtype)
         rest = rest - r_mean.to(rest.dtype)
-        gram += (rows.T @ rows).double()
+        add_products(gram, rows)
         cross += (rows.T @ rest).double()
         square += rest.double().square().sum()
-    gram, cross, square = gram / n, cross / n, square / n
+    gram, cross, square = symmetric(gram) / n, cross / n, square / n
     weight = ridge_solve(gram, cross, ridge).T
     after = square - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
     before = square + r_mean.square().sum()

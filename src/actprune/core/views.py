@@ -23,6 +23,8 @@ class Statistic(Metric):
 
     whole_maps: bool = False
     """True: needs every position of a map, in row-major order; a sample of positions will not do."""
+    means_do: bool = False
+    """True: of every map only the mean counts; it may be given in the map's place, as one position."""
     needs_labels: bool = False
     """True: ``update`` takes the class of every sample as well."""
     differentiates: str | None = None

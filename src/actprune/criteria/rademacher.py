@@ -96,7 +96,7 @@ class Rademacher(Criterion):
 
     def _layer(self, sums: LinearRademacher) -> Tensor:
         sums.check()
-        energies = sums.squares.unsqueeze(0) if self._closed else sums.signed.square()
+        energies = sums.squares.unsqueeze(0) if self._closed else sums.signed.square().T
         return leave_one_out(energies).mean(0) / sums.n_terms
 
     def _threshold(self, histogram: Histogram) -> Tensor:

@@ -7,6 +7,7 @@ reported.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,11 +27,13 @@ from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
 from actprune.pruning.gradients import differentiated
+from actprune.pruning.sampling import Reading, Sampling
 from actprune.pruning.unfolded import tell_unfolded
-from actprune.statistics import POSITIONS, all_reduce, at_positions, sample_positions
+from actprune.pruning.updates import Updates
+from actprune.statistics import POSITIONS, all_reduce
 
-Reads = tuple[Site, Tensor | None, list[Statistic]]
-"""A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them."""
+Reads = tuple[Site, Tensor | None, list[tuple[str, Statistic]]]
+"""A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them, by key."""
 
 
 class Observation:
@@ -53,10 +56,8 @@ class Observation:
         positions: int | None = POSITIONS,
     ) -> None:
         self._model = model
-        self._positions = positions
-        self._drawn: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._sampling, self._updates = Sampling(positions), Updates()
+        self._make = criterion.statistics()
         self._sample_ids = torch.empty(0, dtype=torch.int64)
         self._first_time: Tensor | None = None
         self._counted_ids = self._sample_ids
@@ -64,8 +65,7 @@ class Observation:
         self._next_id = 0
         self._paused = False
         self._needs_labels = False
-        self.scores: dict[str, dict[str, list[Statistic]]] = {}
-        """Group name -> statistic key -> one statistic per site, in execution order."""
+        self._scores: dict[str, dict[str, list[Statistic]]] = {}
         self.folds: dict[int, tuple[Layer, Statistic]] = {}
         """Index into ``graph.consumers`` -> layer and statistic of its input channels."""
         self._inputs: dict[str, list[Watcher]] = defaultdict(list)
@@ -87,10 +87,10 @@ class Observation:
             made: dict[str, list[Statistic]] = {key: [] for key in wanted}
             for site in group.sites:
                 here = [(key, wanted[key](group.size)) for key in wanted]
-                kinds: dict[str | None, list[Statistic]] = defaultdict(list)
+                kinds: dict[str | None, list[tuple[str, Statistic]]] = defaultdict(list)
                 for key, statistic in here:
                     made[key].append(statistic)
-                    kinds[statistic.differentiates].append(statistic)
+                    kinds[statistic.differentiates].append((key, statistic))
                     self._needs_labels |= statistic.needs_labels
                     self._where[id(statistic)] = f"group {group.name!r} as read by {site.name!r}"
                 index = None if _is_identity(site.positions) else torch.from_numpy(site.positions)
@@ -103,7 +103,7 @@ class Observation:
                     if not alike:
                         self._at(*place, partial(self._watch, alike))
                     alike.append((site, index, statistics))
-            self.scores[group.name] = made
+            self._scores[group.name] = made
 
     def _compensation(self, graph: Graph, compensation: Compensation) -> None:
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)
@@ -138,35 +138,26 @@ class Observation:
         x, ids = self._samples(x, dim, reads[0][0].module)
         if not len(ids):
             return
-        x = x.reshape(*x.shape[:2], -1)
-        channels = None
+        reading = Reading(self._sampling, x.reshape(*x.shape[:2], -1), ids)
+        space = math.prod(x.shape[2:])
         for site, index, statistics in reads:
             units, width = site.positions.shape
-            seen = width * x.shape[2]
-            few = [s for s in statistics if not s.whole_maps] if self._positions is not None and self._positions < seen else []
-            first = slice(None) if units == x.shape[1] else slice(units)  # where unit i is channel i
-            if few and width == 1:
-                if channels is None:
-                    drawn = self._draw(ids, seen, x.device)
-                    channels = at_positions(x, drawn)
-                part = channels[:, first] if index is None else channels.index_select(1, self._placed(index, x.device)[:, 0])
-            elif few:
-                assert index is not None
-                part = at_positions(x, self._draw(ids, seen, x.device), self._placed(index, x.device))
-            for statistic in few:
-                self._update(statistic, part, ids)
-            whole = [s for s in statistics if not few or s.whole_maps]
-            if not whole:
-                continue
-            own = x[:, first]
-            if index is not None:
-                own = x.index_select(1, self._placed(index, x.device).flatten()).reshape(len(x), units, seen)
-            for statistic in whole:
-                self._update(statistic, own, ids)
+            samples = self._sampling.samples(width * space)
+            made: dict[str, Tensor] = {}
+            for key, statistic in statistics:
+                how = "mean" if statistic.means_do else "few" if samples and not statistic.whole_maps else "whole"
+                if how not in made:
+                    made[how] = getattr(reading, how)(units, index)
+                self._update(key, statistic, made[how], ids, waits=how != "whole")
 
-    def _update(self, statistic: Statistic, x: Tensor, ids: Tensor) -> None:
+    def _update(self, key: str, statistic: Statistic, x: Tensor, ids: Tensor, waits: bool) -> None:
+        """Update a statistic; later, with its likes, where x is no view into what the network goes on with."""
         if not statistic.needs_labels:
-            statistic.update(x, self._on(x.device, ids))
+            there = self._sampling.on(x.device, ids)
+            if waits:
+                self._updates.add(key, self._make[key], statistic, x, there)
+            else:
+                statistic.update(x, there)
         elif ids is self._counted_ids:
             statistic.update(x, ids, self._labels)
         else:
@@ -175,34 +166,6 @@ class Observation:
                 "its rows have no label; choose a criterion without labels"
             )
 
-    def _placed(self, index: Tensor, device: torch.device) -> Tensor:
-        """Channels on a device, copied there once."""
-        if index.device == device:
-            return index
-        key = (id(index), device)
-        if key not in self._indices:
-            self._indices[key] = index.to(device)
-        return self._indices[key]
-
-    def _draw(self, ids: Tensor, seen: int, device: torch.device) -> Tensor:
-        """The positions of every sample, (N, k); drawn once per batch for all maps of one size."""
-        known = self._drawn.get((seen, device))
-        if known is None or known[0] is not ids:
-            assert self._positions is not None
-            known = (ids, sample_positions(self._on(device, ids), seen, self._positions, seed=0))
-            self._drawn[seen, device] = known
-        return known[1]
-
-    def _on(self, device: torch.device, ids: Tensor) -> Tensor:
-        """The ids on a device: one copy per batch, which nobody waits for."""
-        if ids.device == device:
-            return ids
-        known = self._there.get(device)
-        if known is None or known[0] is not ids:
-            with torch.inference_mode(False):
-                known = self._there[device] = (ids, ids.to(device, non_blocking=True))
-        return known[1]
-
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:
             return
@@ -210,10 +173,12 @@ class Observation:
         if not len(ids):
             return
         layer.space = tuple(x.shape[2:])
-        compensation.observe(statistic, layer, x, self._on(x.device, ids))
+        compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
+        if dim == 1 and x.dim() > 1 and len(x) == len(self._sample_ids) and self._first_time is None:
+            return x.detach(), self._sample_ids  # as nearly always
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:
             x = x.unsqueeze(0)
@@ -248,6 +213,7 @@ class Observation:
         """
         if self._paused:
             return
+        self._updates.flush()
         if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
             given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ObservationError(
@@ -310,6 +276,12 @@ class Observation:
         return self._needs_labels
 
     @property
+    def scores(self) -> dict[str, dict[str, list[Statistic]]]:
+        """Group name -> statistic key -> one statistic per site, in execution order."""
+        self._updates.flush()
+        return self._scores
+
+    @property
     def n_samples(self) -> int:
         """Samples announced so far on this process."""
         return self._next_id
@@ -322,6 +294,7 @@ class Observation:
             stack.enter_context(watch_inputs(self._model, {k: _all(v) for k, v in self._inputs.items()}))
             stack.enter_context(watch_operands(self._model, self._operands))
             yield
+        self._updates.flush()
 
     def _statistics(self) -> list[Statistic]:
         of_groups = [s for by_key in self.scores.values() for sites in by_key.values() for s in sites]

@@ -33,7 +33,7 @@ from actprune.compensation.residual import correction
 from actprune.core.calling import Example, call, evaluating
 from actprune.core.plan import Plan
 from actprune.graph import Consumer, Graph
-from actprune.statistics import sample_positions
+from actprune.statistics import at_positions, sample_positions
 from actprune.surgery.tensors import keep_indices
 
 _LOG = logging.getLogger(__name__)
@@ -319,6 +319,5 @@ def _channels_second(module: nn.Module, x: Tensor) -> Tensor:
 
 def _rows(out: Tensor, positions: Tensor) -> Tensor:
     """(R, channels) of a map (N, channels, *space) at sampled positions."""
-    index = torch.arange(len(out), device=out.device).unsqueeze(1)
-    picked = out.flatten(2)[index, :, positions] if out.dim() > 2 else out.unsqueeze(1)
+    picked = at_positions(out.flatten(2), positions).transpose(1, 2) if out.dim() > 2 else out.unsqueeze(1)
     return picked.flatten(0, 1).clone()

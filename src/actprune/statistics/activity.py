@@ -22,6 +22,7 @@ class Activity(Accumulator):
         n_units: units of the group at this site (U).
     """
 
+    joinable = True
     n_values: Tensor  # ()
     zeros: Tensor  # (U,)
     positives: Tensor  # (U,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,8 +33,11 @@ class Accumulator(Statistic):
         ConfigError: ``n_units`` is below 1.
     """
 
+    joinable: bool = False
+    """Whether statistics of several sites can be updated as one, see ``joined``: every state has one entry per unit, or one per
+    site; updates work in place."""
     first_nonfinite: Tensor
-    """() number of the first batch, from 0, in which this process saw a NaN or Inf; inf for none."""
+    """(U,) number of the first batch, from 0, in which this process saw a NaN or Inf; inf for none."""
 
     def __init__(self, n_units: int) -> None:
         if n_units < 1:
@@ -43,7 +46,7 @@ class Accumulator(Statistic):
         self.n_units = n_units
         self.add_state("n_samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("nonfinite", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("first_nonfinite", torch.full((), torch.inf, dtype=torch.float64))
+        self.add_state("first_nonfinite", torch.full((n_units,), torch.inf, dtype=torch.float64))
 
     def add_state(
         self,
@@ -64,6 +67,9 @@ class Accumulator(Statistic):
         """Forget everything that was seen."""
         with torch.inference_mode(False):
             super().reset()
+
+    def joined(self, sizes: Sequence[int]) -> None:
+        """Called once the states are those of several sites; ``sizes``: units of each (default: nothing to do)."""
 
     def update(
         self,
@@ -99,7 +105,7 @@ class Accumulator(Statistic):
                 return  # free to ask on a CPU; a device would wait for the answer
             bad = ~torch.isfinite(witness)
             self.nonfinite.add_(bad)
-            number = torch.full_like(self.first_nonfinite, self.update_count - 1.0).masked_fill_(~bad.any(), torch.inf)
+            number = torch.full_like(self.first_nonfinite, self.update_count - 1.0).masked_fill_(~bad, torch.inf)
             torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)
 
     def compute(self) -> Tensor:
@@ -119,7 +125,8 @@ class Accumulator(Statistic):
             )
         bad = int((self.nonfinite > 0).sum())
         if bad:
-            where = "another rank" if self.first_nonfinite.isinf() else f"batch {int(self.first_nonfinite)}"
+            first = self.first_nonfinite.min()
+            where = "another rank" if first.isinf() else f"batch {int(first)}"
             raise ObservationError(
                 f"{bad} of {self.n_units} units had NaN or Inf activations, first in {where}; "
                 "lower the learning rate or the precision's range, and check the input data"

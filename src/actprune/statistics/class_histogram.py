@@ -60,7 +60,7 @@ class ClassHistogram(Accumulator):
         check_pool(pool)
         self.classes, self.bins, self.range, self.pool, self.zero_bin = classes, bins, range, pool, zero_bin
         self.fine_bins = FINENESS * bins
-        self.whole_maps = pool == "gap"  # the mean of a few positions is not the mean of the map
+        self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
         extent, rows = n_units if range == "unit" else 1, n_units * classes
         self.add_state("counts", torch.zeros(rows, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("zeros", torch.zeros(rows, dtype=torch.float64), dist_reduce_fx="sum")

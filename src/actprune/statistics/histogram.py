@@ -15,7 +15,7 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,9 +49,10 @@ class Histogram(Accumulator):
         ConfigError: ``bins`` outside [2, 65536], unknown ``range`` or ``pool``.
     """
 
+    joinable = True
     counts: Tensor  # (U, fine bins) int64
     zeros: Tensor  # (U,) how many of them are exact zeros
-    low: Tensor  # (1,) or (U,) least value seen
+    low: Tensor  # (1,) or (U,) least value seen; of S sites that were joined (S,)
     high: Tensor  # (1,) or (U,) greatest value seen
 
     def __init__(
@@ -65,7 +66,8 @@ class Histogram(Accumulator):
         check_pool(pool)
         self.bins, self.range, self.pool, self.zero_bin = bins, range, pool, zero_bin
         self.fine_bins = FINENESS * bins
-        self.whole_maps = pool == "gap"  # the mean of a few positions is not the mean of the map
+        self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
+        self._sites: Tensor | None = None
         self._known: tuple[object, tuple[Tensor, Tensor], dict[int, list[Block]]] | None = None
         extent = n_units if range == "unit" else 1
         self.add_state("counts", torch.zeros(n_units, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
@@ -78,18 +80,27 @@ class Histogram(Accumulator):
         if self.pool == "gap":
             x = x.mean(2, keepdim=True)
         rows = x.flatten(1)
-        witness = self.low if self._holds(rows) else self._follow(rows, x.shape[2])
+        witness = self.low if self._holds(rows, x.shape[2]) else self._follow(rows, x.shape[2])
         self._count(rows, x.shape[2])
         if self.zero_bin:
             self.zeros.add_(_per_unit(torch.eq(rows, 0, out=torch.empty_like(rows)).sum(0), x.shape[2]).sum(1))
         return witness
 
-    def _holds(self, rows: Tensor) -> bool:
+    def joined(self, sizes: Sequence[int]) -> None:
+        """Remember which site each unit belongs to."""
+        if self.range == "layer":
+            self._sites = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.low.device)
+
+    def _holds(self, rows: Tensor, positions: int) -> bool:
         """Whether all values are finite and inside the common range already; free to ask on a CPU only."""
         if self.range != "layer" or rows.device.type != "cpu":
             return False
-        low, high = torch.aminmax(rows)
-        return self.low.item() <= low.item() and high.item() <= self.high.item()
+        if self._sites is None:
+            low, high = torch.aminmax(rows)
+            return self.low.item() <= low.item() and high.item() <= self.high.item()
+        low, high = (values.view(-1, positions) for values in (rows.amin(0), rows.amax(0)))
+        known = (values[self._sites].unsqueeze(1) for values in (self.low, self.high))
+        return bool((next(known) <= low).all() and (high <= next(known)).all())
 
     def _follow(self, rows: Tensor, positions: int) -> Tensor:
         """Take a batch into the range; (U,), finite where the unit's values are."""
@@ -99,7 +110,10 @@ class Histogram(Accumulator):
         witness = low + high  # finite float32 numbers cannot overflow in float64
         broken = ~torch.isfinite(witness)
         low, high = low.masked_fill(broken, torch.inf), high.masked_fill(broken, -torch.inf)
-        if self.range == "layer":
+        if self._sites is not None:
+            low = torch.full_like(self.low, torch.inf).scatter_reduce_(0, self._sites, low, "amin")
+            high = torch.full_like(self.high, -torch.inf).scatter_reduce_(0, self._sites, high, "amax")
+        elif self.range == "layer":
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
         self._widen(low, high)
         return witness
@@ -119,11 +133,15 @@ class Histogram(Accumulator):
     def _window(self) -> tuple[Tensor, Tensor]:
         """Exponent and first bin of the present range; on a CPU, kept while the range stays."""
         if self.counts.device.type != "cpu":
-            return window(self.low, self.high, self.fine_bins)
+            return self._each(window(self.low, self.high, self.fine_bins))
         key = (self.low.tolist(), self.high.tolist())
         if self._known is None or self._known[0] != key:
-            self._known = (key, window(self.low, self.high, self.fine_bins), {})
+            self._known = (key, self._each(window(self.low, self.high, self.fine_bins)), {})
         return self._known[1]
+
+    def _each(self, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The windows of sites, for each of their units."""
+        return bounds if self._sites is None else (bounds[0][self._sites], bounds[1][self._sites])
 
     def _count(self, rows: Tensor, positions: int) -> None:
         for units, scale, shift in self._blocks(positions):
@@ -141,7 +159,7 @@ class Histogram(Accumulator):
         blocks = []
         for start in range(0, self.n_units, size):
             units = slice(start, min(start + size, self.n_units))
-            part = units if self.range == "unit" else slice(None)
+            part = units if len(exponent) > 1 else slice(None)
             first = torch.arange(units.stop - start, device=exponent.device) * self.fine_bins
             blocks.append((units, *columns(exponent[part], origin[part], first, positions)))
         kept[positions] = blocks

@@ -1,12 +1,13 @@
 """Mean, variance and mean square of every unit's activations.
 
-Formula: per sample the mean m_i over its P positions and the centred sum of squares M_i in float32, across samples in
-float64 about a reference r (the first batch's mean): n, sum P (m_i - r), sum M_i + P (m_i - r)^2.
+Formula: about a reference r (the first sample's mean), in float64: n, sum (a - r), sum (a - r)^2. Of large maps per sample
+the mean m_i over its P positions and the centred sum of squares M_i in float32 first, then the sums of P (m_i - r) and of
+M_i + P (m_i - r)^2.
 Source: Chan, Golub & LeVeque 1983 (pairwise merging). Each sample's share is a function of that sample alone, so the
 result does not depend on batches; data offset by 10^4 lose nothing, as they would in E[x^2] - E[x]^2.
 
-Cost: five cheap passes per element, over parts that stay in the cache. Memory: 4 U float64. Mergeable: yes, by sum once the
-references agree.
+Cost: four passes per element in float64, of large maps five in float32, over parts that stay in the cache. Memory: 4 U
+float64. Mergeable: yes, by sum once the references agree.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from actprune.statistics.base import Accumulator
 
-_AT_ONCE = 1 << 18
-"""Elements that are worked on together."""
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 26
+"""Elements that are worked on together, on a CPU and on a device."""
+_LARGE = 64
+"""Positions from which a map counts as large."""
 
 
 def sample_moments(
@@ -40,6 +43,7 @@ class Moments(Accumulator):
         n_units: units of the group at this site (U).
     """
 
+    joinable = True
     n_values: Tensor  # ()
     reference: Tensor  # (U,) r
     shifted: Tensor  # (U,) sum of a - r
@@ -54,13 +58,25 @@ class Moments(Accumulator):
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch's moments about the reference."""
-        at_once = max(1, _AT_ONCE // (x.shape[1] * x.shape[2]))
-        parts = [sample_moments(part) for part in x.split(at_once)]
-        mean, squares = parts[0] if len(parts) == 1 else (torch.cat(both) for both in zip(*parts, strict=True))
-        torch.where(self.reference.isneginf(), mean.mean(0), self.reference, out=self.reference)
+        torch.where(self.reference.isneginf(), x[0].double().mean(1), self.reference, out=self.reference)
+        at_once = max(1, (_AT_ONCE_ON_CPU if x.device.type == "cpu" else _AT_ONCE) // (x.shape[1] * x.shape[2]))
+        add = self._add_large if x.shape[2] >= _LARGE else self._add_small
+        witnesses = [add(part) for part in x.split(at_once)]
+        self.n_values.add_(len(x) * x.shape[2])
+        return witnesses[0] if len(witnesses) == 1 else torch.stack(witnesses).sum(0)
+
+    def _add_small(self, x: Tensor) -> Tensor:
+        offset = x.flatten(1) - self.reference.repeat_interleave(x.shape[2])
+        shifted = offset.sum(0).view(x.shape[1:]).sum(1)
+        squares = offset.square_().sum(0).view(x.shape[1:]).sum(1)
+        self.shifted.add_(shifted)
+        self.shifted_squares.add_(squares)
+        return squares
+
+    def _add_large(self, x: Tensor) -> Tensor:
+        mean, squares = sample_moments(x)
         offset = mean - self.reference
         witness = squares.sum(0)
-        self.n_values.add_(len(x) * x.shape[2])
         self.shifted.add_(x.shape[2] * offset.sum(0))
         self.shifted_squares.add_(witness + x.shape[2] * offset.square_().sum(0))
         return witness

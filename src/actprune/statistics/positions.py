@@ -13,8 +13,8 @@ from torch import Tensor
 from actprune.core.errors import ConfigError
 from actprune.statistics.counter import below
 
-POSITIONS = 16
-"""Positions per map that statistics see by default: see docs/analysis.md for what that does to rankings."""
+POSITIONS = 8
+"""Positions per map that statistics see by default: see docs/criteria.md for what that does to rankings."""
 
 _ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
 
@@ -43,7 +43,10 @@ def sample_positions(
     rows = sample_ids.unsqueeze(1)
     drawn = edges[:-1] + below(edges[1:] - edges[:-1], seed, rows, strata)
     rotation = below(n_positions, seed, rows, torch.full((1,), _ROTATION, device=device))
-    return ((drawn + rotation) % n_positions).sort(dim=1).values
+    rotated = drawn + rotation  # ascending: those beyond the end come first
+    beyond = rotated >= n_positions
+    order = (strata - beyond.sum(dim=1, keepdim=True)) % k
+    return torch.where(beyond, rotated - n_positions, rotated).gather(1, order)
 
 
 def at_positions(

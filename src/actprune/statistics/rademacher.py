@@ -77,7 +77,8 @@ class LinearRademacher(Accumulator):
         ConfigError: negative ``replicates``, unknown ``pool``.
     """
 
-    signed: Tensor  # (M, U) sum_i sigma_i a_i
+    joinable = True
+    signed: Tensor  # (U, M) sum_i sigma_i a_i
     squares: Tensor  # (U,) sum_i a_i^2
     n_terms: Tensor  # () n
 
@@ -87,8 +88,8 @@ class LinearRademacher(Accumulator):
             raise ConfigError(f"replicates={replicates} must be 0 or more; the relative error is 0.76 / sqrt(replicates)")
         check_pool(pool)
         self.replicates, self.pool, self.seed = replicates, pool, seed
-        self.whole_maps = pool == "gap"  # the mean of a few positions is not the mean of the map
-        self.add_state("signed", torch.zeros(replicates, n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
+        self.add_state("signed", torch.zeros(n_units, replicates, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("n_terms", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -99,7 +100,7 @@ class LinearRademacher(Accumulator):
             self.n_terms.add_(len(x))
             self.squares.add_(pooled.square().sum(0))
             if self.replicates:
-                self.signed.add_(self._signs(sample_ids, None).T @ pooled)
+                self.signed.addmm_(pooled.T, self._signs(sample_ids, None))
             return pooled.sum(0)
         self.n_terms.add_(len(x) * x.shape[2])
         squares = x.square().sum(2).sum(0, dtype=torch.float64)
@@ -109,7 +110,7 @@ class LinearRademacher(Accumulator):
             at_once = max(1, _SIGNS_AT_ONCE // (self.replicates * x.shape[2]))
             for part, ids in zip(x.split(at_once), sample_ids.split(at_once), strict=True):
                 drawn = self._signs(ids.unsqueeze(1), positions).flatten(0, 1)  # (n P, replicates)
-                self.signed.add_(drawn.T @ part.movedim(1, 2).flatten(0, 1).double())
+                self.signed.addmm_(part.movedim(1, 2).flatten(0, 1).double().T, drawn)
         return squares
 
     def _signs(self, sample_ids: Tensor, positions: Tensor | None) -> Tensor:
@@ -126,7 +127,7 @@ class LinearRademacher(Accumulator):
         """
         if not self.replicates:
             raise ConfigError("replicates=0 leaves nothing to estimate from; ask for bounds() or set replicates=64")
-        return self.signed.abs().mean(0) / self.n_terms
+        return self.signed.abs().mean(1) / self.n_terms
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of R: ||a|| / (sqrt(2) n) and ||a|| / n, float64 (U,) each."""

@@ -1,0 +1,110 @@
+"""Collect what the sites of a network read, and update statistics of many sites with one call.
+
+A network reads the same sites in every batch. What the first batch brought together becomes one statistic for good (see
+``statistics.joined``); what comes in another company later is updated by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from actprune.core.views import Statistic
+from actprune.statistics import Accumulator
+from actprune.statistics.joined import join
+
+Make = Callable[[int], Statistic]
+
+AT_ONCE_ON_CPU = 1 << 16
+"""Elements of a joined update, so that its intermediate results stay in the cache."""
+AT_ONCE = 1 << 24
+"""The same on a device, where a call costs more than its elements."""
+
+
+@dataclass
+class _Pile:
+    make: Make
+    ids: Tensor
+    parts: list[tuple[Accumulator, Tensor]] = field(default_factory=list)
+    elements: int = 0
+
+
+class Updates:
+    """Updates that wait for their likes; ``flush`` makes them all."""
+
+    def __init__(self) -> None:
+        self._piles: dict[tuple[object, ...], _Pile] = {}
+        self._wholes: dict[tuple[int, ...], Accumulator] = {}
+        self._member: dict[int, tuple[int, ...]] = {}
+
+    def add(
+        self,
+        key: str,
+        make: Make,
+        statistic: Statistic,
+        x: Tensor,  # (N, U, P)
+        ids: Tensor,  # (N,)
+    ) -> None:
+        """Update a statistic, now or later.
+
+        Args:
+            key: the same for statistics that ``make`` makes.
+            make: makes such a statistic for a number of units.
+            statistic: what is updated.
+            x: a tensor of its own, which nobody changes.
+            ids: on x's device, the same tensor for all reads of a batch.
+        """
+        if not isinstance(statistic, Accumulator) or not statistic.joinable:
+            statistic.update(x, ids)
+            return
+        group = (key, id(ids), x.shape[2], x.dtype, x.device)
+        pile = self._piles.get(group)
+        if pile is None:
+            pile = self._piles[group] = _Pile(make, ids)
+        pile.parts.append((statistic, x))
+        pile.elements += x.numel()
+        company = self._member.get(id(pile.parts[0][0]))  # the same whatever the size of the batch
+        if company is not None:
+            full = len(pile.parts) == len(company)
+        else:
+            full = pile.elements >= (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE)
+        if full:
+            del self._piles[group]
+            self._update(pile)
+
+    def flush(self) -> None:
+        """Make every update that waits."""
+        while self._piles:
+            self._update(self._piles.popitem()[1])
+
+    def _update(self, pile: _Pile) -> None:
+        device = pile.parts[0][1].device
+        members = tuple(id(statistic) for statistic, _ in pile.parts)
+        whole = self._wholes.get(members)
+        if whole is not None and whole.device != device:
+            self._part(members)
+            whole = None
+        if whole is None and len(set(members)) == len(members) > 1 and not any(m in self._member for m in members):
+            whole = self._wholes[members] = join([s for s, _ in pile.parts], pile.make, device)  # type: ignore[arg-type]
+            self._member |= dict.fromkeys(members, members)
+        if whole is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                x = torch.cat([x for _, x in pile.parts], 1)
+            whole.update(x, pile.ids)
+            return
+        for statistic, x in pile.parts:
+            known = self._member.get(id(statistic))
+            if known is not None and statistic.device != device:
+                self._part(known)
+            elif known is not None:
+                statistic._update_count = self._wholes[known]._update_count
+            statistic.update(x, pile.ids)
+
+    def _part(self, members: tuple[int, ...]) -> None:
+        """Forget a whole: its parts go on alone."""
+        del self._wholes[members]
+        for member in members:
+            del self._member[member]
