@@ -66,8 +66,7 @@ class Observation:
         self._paused = False
         self._needs_labels = False
         self._scores: dict[str, dict[str, list[Statistic]]] = {}
-        self.folds: dict[int, tuple[Layer, Statistic]] = {}
-        """Index into ``graph.consumers`` -> layer and statistic of its input channels."""
+        self._folds: dict[int, tuple[Layer, Statistic]] = {}
         self._inputs: dict[str, list[Watcher]] = defaultdict(list)
         self._operands: dict[str, dict[tuple[int, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
         self._gates: dict[str, dict[Place, list[Reads]]] = defaultdict(lambda: defaultdict(list))
@@ -119,7 +118,7 @@ class Observation:
             if statistic is None:
                 continue
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
-            self.folds[number] = (layer, statistic)
+            self._folds[number] = (layer, statistic)
             watcher = partial(self._channels, consumer, layer, statistic, compensation)
             self._at(consumer.module, consumer.ordinal, consumer.operand, watcher)
 
@@ -173,7 +172,12 @@ class Observation:
         if not len(ids):
             return
         layer.space = tuple(x.shape[2:])
-        compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
+        there = self._sampling.on(x.device, ids)
+        if statistic.means_do:
+            mean = Reading(self._sampling, x.reshape(*x.shape[:2], -1), ids).mean(x.shape[1], None)
+            self._updates.add("compensation", partial(compensation.statistic, layer), statistic, mean, there)
+        else:
+            compensation.observe(statistic, layer, x, there)
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
@@ -282,6 +286,12 @@ class Observation:
         return self._scores
 
     @property
+    def folds(self) -> dict[int, tuple[Layer, Statistic]]:
+        """Index into ``graph.consumers`` -> layer and statistic of its input channels."""
+        self._updates.flush()
+        return self._folds
+
+    @property
     def n_samples(self) -> int:
         """Samples announced so far on this process."""
         return self._next_id
@@ -338,6 +348,3 @@ def _all(watchers: list[Watcher]) -> Watcher:
             watcher(x)
 
     return watch
-
-
-__all__ = ["Observation", "layer_of"]

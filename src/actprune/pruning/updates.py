@@ -16,7 +16,7 @@ from actprune.core.views import Statistic
 from actprune.statistics import Accumulator
 from actprune.statistics.joined import join
 
-Make = Callable[[int], Statistic]
+Make = Callable[[int], Statistic | None]
 
 AT_ONCE_ON_CPU = 1 << 16
 """Elements of a joined update, so that its intermediate results stay in the cache."""
