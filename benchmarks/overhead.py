@@ -1,6 +1,6 @@
 """What observing costs in a validation epoch, and how the ranking from a few positions agrees with that from all.
 
-    python benchmarks/overhead.py [--weights resnet56-jpeg.th --data DIR] [--threads 2] [--repeats 5] [--positions 64]
+    python benchmarks/overhead.py [--weights resnet56-jpeg.th --data DIR] [--threads 2] [--repeats 5] [--positions K]
     python benchmarks/overhead.py --device cuda
 
 ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, batch by batch
@@ -42,7 +42,7 @@ from actprune.core.ranks import spearman
 from actprune.core.views import Criterion
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import Observation, Panel
-from actprune.statistics import POSITIONS
+from actprune.statistics import enough_positions
 
 BATCH = 256
 BARS = {
@@ -197,8 +197,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batches", type=int, default=None, help="per epoch; 20, on a GPU 100")
-    parser.add_argument("--images", type=int, default=2000, help="behind the rank correlations; 0: none are taken")
-    parser.add_argument("--positions", type=int, default=POSITIONS, help="per map")
+    parser.add_argument("--images", type=int, default=5120, help="behind the rank correlations; 0: none are taken")
+    parser.add_argument("--positions", type=int, default=None, help="per map; by default what the number of images asks for")
     parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
@@ -217,6 +217,8 @@ def main() -> None:
     made["all at once"] = Panel({name: criterion() for name, criterion in ALONE.items()})
     batches = list(x[: args.batches * BATCH].split(BATCH))
 
+    if args.positions is None:
+        args.positions = enough_positions(args.batches * BATCH)
     plain = copy.deepcopy(model)
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"{args.threads} threads"
     print(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from actprune import Budget, Pruner, criteria
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
-from actprune.statistics import sample_positions
+from actprune.statistics import enough_positions, sample_positions
 from zoo import Attention, build
 
 
@@ -290,6 +290,20 @@ def test_small_maps_are_seen_whole_and_sampling_can_be_off(positions):
     seen = record_both(model, x, positions, torch.arange(4))
     for key in ("few", "all"):
         same(only(seen["0"][key]), model[:3](x).flatten(2))
+
+
+@pytest.mark.parametrize(("samples", "positions"), [(1, 16384), (450, 64), (2000, 16), (4096, 4), (10**6, 4), (None, 8)])
+def test_more_samples_need_fewer_positions(samples, positions):
+    assert enough_positions(samples) == positions
+    if samples is not None:
+        assert samples * positions >= 1 << 14
+    model, _ = build("ConvBn")
+    pruner = Pruner(model.eval(), torch.randn(2, 3, 8, 8), criteria.Entropy(), Budget(params=0.6), compensation=None)
+    with pruner.observe(samples) as observation:
+        observation.begin_batch(torch.arange(2))
+        model(torch.randn(2, 3, 8, 8))
+    (statistic,) = observation.scores["0"]["histogram"]
+    assert statistic.counts.sum(1).tolist() == [2 * min(64, positions)] * statistic.n_units
 
 
 @pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "Flatten"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +74,8 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
     """
     model = pruner.model
     measure = loss or default_loss
-    with evaluating(model), pruner.observe() as observation, torch.no_grad():
+    expected = sum(batch_size(inputs) for inputs, _ in pairs) if isinstance(pairs, Sequence) else None
+    with evaluating(model), pruner.observe(expected) as observation, torch.no_grad():
         for batch, answers in pairs:
             inputs, targets = _usable(pruner, batch, answers) if observation.differentiates else (batch, answers)
             start, n = observation.n_samples, batch_size(inputs)

@@ -30,7 +30,7 @@ from actprune.pruning.gradients import differentiated
 from actprune.pruning.sampling import Reading, Sampling
 from actprune.pruning.unfolded import tell_unfolded
 from actprune.pruning.updates import Updates
-from actprune.statistics import POSITIONS, all_reduce
+from actprune.statistics import all_reduce
 
 Reads = tuple[Site, Tensor | None, list[tuple[str, Statistic]]]
 """A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them, by key."""
@@ -53,7 +53,7 @@ class Observation:
         graph: Graph,
         criterion: Criterion,
         compensation: Compensation | None,
-        positions: int | None = POSITIONS,
+        positions: int | None = None,
     ) -> None:
         self._model = model
         self._sampling, self._updates = Sampling(positions), Updates()

@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
-from actprune.statistics import POSITIONS
+from actprune.statistics import enough_positions
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
@@ -51,8 +51,8 @@ class Pruner:
         budget: what is left at the end, as a share of the model as it was before any pruning.
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None cuts plainly.
-        seed: seed of criteria that draw.
-        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+        seed: of criteria that draw.
+        positions: how many of each unit's positions in a sample criteria see; None: all; "auto": fewer if samples are many.
         known: what ``known`` of an earlier pruner of this model said, whose groups these shall be; nothing is rehearsed then.
 
     Raises:
@@ -69,7 +69,7 @@ class Pruner:
         selection: Selection | None = None,
         compensation: Compensation | None = _DEFAULT,
         seed: int = 0,
-        positions: int | None = POSITIONS,
+        positions: int | Literal["auto"] | None = "auto",
         known: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
@@ -165,15 +165,16 @@ class Pruner:
         select(self.graph, anything, self.budget.unit, self.target(1.0), self.selection, self._original_widths)
 
     @contextmanager
-    def observe(self) -> Iterator[Observation]:
+    def observe(self, expected: int | None = None) -> Iterator[Observation]:
         """Accumulate statistics of what flows through the model inside the block; hooks are gone after it."""
-        observation = self.observation()
+        observation = self.observation(expected)
         with observation.recording():
             yield observation
 
-    def observation(self) -> Observation:
-        """An observation of the model as it is now; record with ``with observation.recording():``."""
-        return Observation(self.model, self.graph, self.criterion, self.compensation, self.positions)
+    def observation(self, expected: int | None = None) -> Observation:
+        """An observation of the model as it is now, of about so many samples; ``with observation.recording():`` records."""
+        positions = enough_positions(expected) if self.positions == "auto" else self.positions
+        return Observation(self.model, self.graph, self.criterion, self.compensation, positions)
 
     def scores(self, observation: Observation | None) -> dict[str, Tensor]:
         """Group name -> (U,) float64 scores of every unlocked group; groups that the criterion cannot score are left out.
@@ -234,8 +235,7 @@ class Pruner:
         for (name, dim), positions in group.members.items():
             if name in parameters:
                 tensor = parameters[name].detach().movedim(dim, 0)
-                index = torch.from_numpy(positions).to(tensor.device)
-                slices.append(tensor[index.flatten()].reshape(group.size, -1))
+                slices.append(tensor[torch.from_numpy(positions).flatten().to(tensor.device)].reshape(group.size, -1))
         return slices
 
     def plan(self, observation: Observation | None, due: float = 1.0) -> Plan | None:
@@ -315,10 +315,10 @@ def prune(
         budget: what is left.
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None: nothing; by default ``LeastSquares()`` if there are data.
-        optimizers: optimizers that train the model's parameters and shall go on.
-        seed: seed of criteria that draw.
-        loss: for criteria that differentiate it: a function of outputs and targets that returns the mean over the batch's
-            samples; by default the ``loss`` that the model reports, else cross entropy with integer classes.
+        optimizers: those that train the model's parameters and shall go on.
+        seed: of criteria that draw.
+        loss: for criteria that differentiate it: of outputs and targets, the mean over the batch's samples; by default the
+            ``loss`` that the model reports, else cross entropy with integer classes.
 
     Returns:
         The surgery record, which the model carries too.

@@ -9,7 +9,7 @@ from actprune.statistics.class_histogram import ClassHistogram
 from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
-from actprune.statistics.positions import POSITIONS, at_positions, sample_positions
+from actprune.statistics.positions import at_positions, enough_positions, sample_positions
 from actprune.statistics.rademacher import LinearRademacher
 from actprune.statistics.rank import MapRank
 from actprune.statistics.reduce import all_reduce, merge_shards
@@ -17,7 +17,6 @@ from actprune.statistics.sensitivity import Sensitivity, output_sensitivity
 from actprune.statistics.taylor import GateTaylor
 
 __all__ = [
-    "POSITIONS",
     "Accumulator",
     "Activity",
     "ClassHistogram",
@@ -32,5 +31,6 @@ __all__ = [
     "at_positions",
     "merge_shards",
     "output_sensitivity",
+    "enough_positions",
     "sample_positions",
 ]

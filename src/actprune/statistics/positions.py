@@ -13,10 +13,22 @@ from torch import Tensor
 from actprune.core.errors import ConfigError
 from actprune.statistics.counter import below
 
-POSITIONS = 8
-"""Positions per map that statistics see by default: see docs/criteria.md for what that does to rankings."""
+VALUES = 1 << 14
+"""Values per unit from which a ranking hardly changes with more: see docs/criteria.md."""
+LEAST, USUAL = 4, 8
+"""Positions per map, at least, and where nobody knows how many samples will come."""
 
 _ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
+
+
+def enough_positions(n_samples: int | None) -> int:
+    """Positions per map so that every unit gives ``VALUES`` values; 8 where the number of samples is unknown.
+
+    A power of two, so that numbers that differ a little, as those of two ways to deal samples out do, mean the same.
+    """
+    if n_samples is None:
+        return USUAL
+    return max(LEAST, 1 << (-(-VALUES // max(1, n_samples)) - 1).bit_length())
 
 
 def sample_positions(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -21,7 +21,6 @@ from actprune.core.plan import Plan
 from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.statistics import POSITIONS
 from actprune.training.deciding import Plans, carry_out, decide, go_back, regroup
 from actprune.training.events import broke_after_cut, log_gauges, metric_prefix, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
@@ -55,7 +54,7 @@ class PruningCallback(Callback):
         selection: how scores and budget become a plan; the default ranks all groups of a network together.
         compensation: folds what removed units contributed into what stays; by default their mean, into biases. None: nothing.
         monitor: the validation metric to record beside the size; the default is what the trainer's checkpoints follow.
-        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all; "auto": by samples.
         modules: dotted names of the submodules that are pruned, each to the budget; None: what validation runs.
         copies: dotted name of a submodule that averages another one (a momentum encoder) -> name of that one; it takes the same
             cuts. Averages that Lightning's callbacks or torch's ``AveragedModel`` keep are found without.
@@ -79,7 +78,7 @@ class PruningCallback(Callback):
         selection: Selection | None = None,
         compensation: Compensation | None = _MEAN,
         monitor: str | None = None,
-        positions: int | None = POSITIONS,
+        positions: int | Literal["auto"] | None = "auto",
         *,
         modules: Sequence[str] | None = None,
         copies: Mapping[str, str] | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ class Observer:
         """Attach the hooks."""
         for path, network in self._networks.items():
             self._hooks.enter_context(network.calls(partial(self._called, path)))
-            observation = self._hooks.enter_context(self._pruners[path].observe())
+            observation = self._hooks.enter_context(self._pruners[path].observe(self._expected()))
             self.observations[path] = observation
             self._gradients[path] = Gradients(self._trainer, network, observation, self._loss)
 
@@ -99,6 +99,21 @@ class Observer:
         ids = torch.where(repeated, -1, ids + (dataloader_idx << 40))
         self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
         self._seen.add(path)
+
+    def _expected(self) -> int | None:
+        """About how many samples all processes will validate; None: a loader does not say."""
+        loop = self._trainer.fit_loop.epoch_loop.val_loop
+        loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+        total = 0.0
+        for number, (loader, batches) in enumerate(zip(loaders, loop.max_batches, strict=False)):
+            size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+            if size is None:
+                return None
+            whole = self._distinct(number)
+            if whole == math.inf and isinstance(getattr(loader, "sampler", None), Sized):
+                whole = len(loader.sampler)
+            total += min(batches * size * self._ranks, whole)
+        return int(total) if 0 < total < math.inf else None
 
     def _distinct(self, dataloader_idx: int) -> float:
         """How many samples a loader deals out to all processes before it repeats any."""
