@@ -87,6 +87,7 @@ def test_bfloat16_and_autocast(criterion):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "Flatten"])
 def test_a_gpu_waits_for_nothing_and_sees_the_same(name):
     """After the first batch, which brings states to the device, nothing is read back and nothing waited for."""

@@ -406,6 +406,7 @@ def test_memory_does_not_grow_with_the_data(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @each_case
 def test_a_gpu_counts_the_same(case):
     if not torch.cuda.is_available():
@@ -414,7 +415,8 @@ def test_a_gpu_counts_the_same(case):
         x = activations(kind)
         statistic = case.build().to("cuda")
         batches = list(zip(x.cuda().split(9), IDS.cuda().split(9), strict=True))
-        torch.cuda.set_sync_debug_mode("error")
+        # singular values are computed on the host
+        torch.cuda.set_sync_debug_mode("default" if isinstance(statistic, MapRank) else "error")
         try:
             for batch, ids in batches:
                 feed(statistic, batch, ids)

@@ -23,6 +23,7 @@ pytestmark = [
 CAPTURABLE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD")
 
 
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_capturable_optimizers_go_on_as_the_masked_run_does(name):
     def make(groups):
