@@ -11,7 +11,7 @@ from rich.table import Table
 from actprune.cli.console import console
 from actprune.core.errors import ConfigError
 from actprune.pruning import Pruner
-from actprune.pruning.batches import observe_pairs, pairs_of
+from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.report import before_after, structure
 from actprune.training import PruningCallback
 
@@ -33,12 +33,13 @@ def print_plan(
     batches = data.val_dataloader()
     example = next(iter(batches))[0][:1]
     net = module.get_submodule("net")
-    pruner = Pruner(net, example, pruning.criterion, pruning.budget, pruning.selection, pruning.compensation, seed=0)
+    settings = ("criterion", "budget", "selection", "compensation", "positions")
+    pruner = Pruner(net, example, seed=0, **{name: getattr(pruning, name) for name in settings})
     out = console()
     out.print(str(pruner.graph), highlight=False)
     structure(pruner.graph, folder / GROUPS, type(net).__name__)
     out.print(_timetable(pruning, pruner, trainer.max_epochs or 0))
-    plan = pruner.plan(observe_pairs(pruner, pairs_of(batches, example)), 1.0)
+    plan = pruner.plan(observe_pairs(pruner, pairs_of(batches, example), expected=expected_samples(batches, example)), 1.0)
     gone = {} if plan is None else plan.groups
     sizes = {
         "params_before": pruner.params,

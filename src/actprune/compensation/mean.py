@@ -29,10 +29,8 @@ class Mean(Compensation):
     """Fold the mean of what leaves into the bias of what reads it."""
 
     def statistic(self, layer: Layer, n_channels: int) -> Statistic:
-        """Mean of every input channel: over samples, of the means of their maps."""
-        moments = Moments(n_channels)
-        moments.means_do = True
-        return moments
+        """Mean of every input channel."""
+        return Moments(n_channels)
 
     def fold(self, layer: Layer, statistic: Statistic, gone: Tensor) -> Fold:
         """Constant times weight, summed over what leaves and over kernel taps."""

@@ -86,7 +86,7 @@ class GroupView:
     seed: int = 0
     """Seed of this run and step, for criteria that draw."""
     readers: Callable[[], list[Reader]] = list
-    """The layers that read the group, where compensation observed their second moments."""
+    """The layers that read the group, where compensation observed their second moments; for criteria with ``needs_readers``."""
     cost: float = 1.0
     """Share of the budgeted quantity (MACs or parameters) that one unit frees in the model as it is."""
     columns: Callable[[], list[Tensor | None]] = list
@@ -102,6 +102,8 @@ class Criterion(ABC):
 
     comparable: bool = False
     """True: scores of different groups mean the same as they are, and are not normalised unless one asks for it."""
+    needs_readers: bool = False
+    """True: ``score`` asks for ``view.readers``, so compensation has to observe how what layers read varies."""
     unscored: str = "nothing to score it by"
     """Why a group may have no score, and what to do about it."""
     threshold: float | None = None

@@ -41,6 +41,7 @@ class Reconstruction(Criterion):
     """lambda over the mean variance of what a layer reads, above 0."""
 
     comparable = True
+    needs_readers = True
     unscored = (
         "compensation observed no second moments of what reads the others; pass compensation=LeastSquares(), or another "
         "criterion where no layer with a plain weight reads them"

@@ -205,7 +205,7 @@ class TraceState:
         path = self.stack[-1]
         for name in self.modules[path]._modules:
             child = f"{path}.{name}" if path else name
-            for attribute, value in vars(self.modules.get(child, nn.Identity())).items():
+            for attribute, value in vars(self.modules[child]).items() if child in self.modules else ():
                 if not attribute.startswith("_") and attribute != "training":
                     yield child, attribute, value
 

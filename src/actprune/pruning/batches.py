@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,15 @@ def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
     return observe_pairs(pruner, ((inputs, None) for inputs in batches))
 
 
-def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = None) -> Observation:
+def expected_samples(data: Iterable[Any], example: Example) -> int | None:
+    """About how many samples batches hold; None where only running through them would tell."""
+    if isinstance(data, Sequence):
+        return sum(batch_size(inputs) for inputs in inputs_of(data, example))
+    size = getattr(data, "batch_size", None)
+    return len(data) * size if isinstance(size, int) and isinstance(data, Sized) else None
+
+
+def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = None, expected: int | None = None) -> Observation:
     """Run the model on batches, in evaluation mode, and observe; once more with gradients where the criterion needs them.
 
     Args:
@@ -66,6 +74,7 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
         pairs: inputs and targets of every batch.
         loss: of outputs and targets, the mean over a batch's samples; by default what the model reports as its ``loss``, else
             cross entropy.
+        expected: about how many samples there are; None: as many as a list of pairs holds, else unknown.
 
     Raises:
         TraceError: the model fails on a batch.
@@ -74,7 +83,8 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
     """
     model = pruner.model
     measure = loss or default_loss
-    expected = sum(batch_size(inputs) for inputs, _ in pairs) if isinstance(pairs, Sequence) else None
+    if expected is None and isinstance(pairs, Sequence):
+        expected = sum(batch_size(inputs) for inputs, _ in pairs)
     with evaluating(model), pruner.observe(expected) as observation, torch.no_grad():
         for batch, answers in pairs:
             inputs, targets = _usable(pruner, batch, answers) if observation.differentiates else (batch, answers)

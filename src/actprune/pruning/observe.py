@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actprune.compensation import Compensation, Layer
+from actprune.compensation import Compensation, Layer, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
@@ -58,13 +58,12 @@ class Observation:
         self._model = model
         self._sampling, self._updates = Sampling(positions), Updates()
         self._make = criterion.statistics()
-        self._sample_ids = torch.empty(0, dtype=torch.int64)
+        self._sample_ids = self._counted_ids = torch.empty(0, dtype=torch.int64)
         self._first_time: Tensor | None = None
-        self._counted_ids = self._sample_ids
         self._labels: Tensor | None = None
         self._next_id = 0
-        self._paused = False
-        self._needs_labels = False
+        self._paused = self._needs_labels = False
+        self._needs_readers = criterion.needs_readers
         self._scores: dict[str, dict[str, list[Statistic]]] = {}
         self._folds: dict[int, tuple[Layer, Statistic]] = {}
         self._inputs: dict[str, list[Watcher]] = defaultdict(list)
@@ -117,6 +116,8 @@ class Observation:
             statistic = compensation.statistic(layer, len(consumer.reads))
             if statistic is None:
                 continue
+            # variances over positions, too, only where a criterion asks for them
+            statistic.means_do = type(compensation) is Mean and not self._needs_readers
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
             self._folds[number] = (layer, statistic)
             watcher = partial(self._channels, consumer, layer, statistic, compensation)
@@ -181,7 +182,7 @@ class Observation:
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
-        if dim == 1 and x.dim() > 1 and len(x) == len(self._sample_ids) and self._first_time is None:
+        if x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self._sample_ids) and self._first_time is None:
             return x.detach(), self._sample_ids  # as nearly always
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:
@@ -198,8 +199,7 @@ class Observation:
         else:
             x = x.movedim(-1, 1)
             if rows[0] != n:
-                start = int(ids[0]) if n else 0
-                return x, torch.arange(start, start + rows[0])
+                return x, self._sampling.numbered(int(ids[0]) if n else 0, rows[0])
         if self._first_time is not None:
             return x[self._first_time.to(x.device, non_blocking=True)], self._counted_ids
         return x, ids
@@ -338,8 +338,8 @@ def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
     return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs)
 
 
-def _is_identity(positions: np.ndarray) -> bool:
-    return positions.shape[1] == 1 and np.array_equal(positions[:, 0], np.arange(len(positions)))
+def _is_identity(at: np.ndarray) -> bool:
+    return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))
 
 
 def _all(watchers: list[Watcher]) -> Watcher:

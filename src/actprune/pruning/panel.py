@@ -26,6 +26,7 @@ class Panel(Criterion):
         if not criteria:
             raise ConfigError("a panel of 0 criteria has nothing to say; give at least 1")
         self.criteria = dict(criteria)
+        self.needs_readers = any(criterion.needs_readers for criterion in criteria.values())
         self.scores: dict[str, dict[str, Tensor]] = {}
         """Group name -> criterion -> (U,) float64; without the criteria that have nothing to go by there."""
         self._made: dict[str, Callable[[int], Statistic]] = {}

@@ -22,7 +22,7 @@ from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
-from actprune.pruning.batches import observe_pairs, pairs_of
+from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.pruning.finishing import finish, has_finish, held
 from actprune.pruning.gradients import Loss
 from actprune.pruning.observe import Observation
@@ -31,7 +31,7 @@ from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
-from actprune.statistics import enough_positions
+from actprune.statistics import check_positions, enough_positions
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
@@ -78,8 +78,8 @@ class Pruner:
         self.budget = budget
         self.selection = selection or Selection()
         self.compensation = compensation
-        self.seed = seed
-        self.positions = positions
+        self.seed, self.positions = seed, positions
+        check_positions(positions)
         if known is None:
             self.graph, self._repairs = rehearse(model, example_inputs)
         else:
@@ -341,7 +341,7 @@ def prune(
         plan, batches = pruner.plan(None), list[Example]()
     else:
         pairs, batches = held(pairs_of(data, example_inputs), model, compensation, example_inputs)
-        plan = pruner.plan(observe_pairs(pruner, pairs, loss))
+        plan = pruner.plan(observe_pairs(pruner, pairs, loss, expected_samples(data, example_inputs)))
     if plan is not None:
         original = copy.deepcopy(model) if batches else None
         pruner.execute(plan, optimizers)

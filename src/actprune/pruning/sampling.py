@@ -20,6 +20,7 @@ class Sampling:
         self._drawn: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._numbers: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
     def samples(self, seen: int) -> bool:
         """Whether of so many positions only some are seen."""
@@ -34,6 +35,12 @@ class Sampling:
             drawn = sample_positions(ids, seen, self._positions, seed=0)
             known = self._drawn[seen, device] = (ids, drawn.to(device, non_blocking=True))
         return known[1]
+
+    def numbered(self, start: int, n: int) -> Tensor:
+        """Ids from ``start`` on for rows that are no samples; the same tensor for reads of one batch that have as many."""
+        if self._numbers[0] != start or len(self._numbers[1]) != n:
+            self._numbers = (start, torch.arange(start, start + n))
+        return self._numbers[1]
 
     def on(self, device: torch.device, ids: Tensor) -> Tensor:
         """The ids on a device, one copy per batch."""
@@ -87,9 +94,9 @@ class Reading:
     def mean(self, units: int, index: Tensor | None) -> Tensor:
         """The mean of every unit's map, (N, U, 1) float32."""
         if index is not None and index.shape[1] > 1:
-            return self.whole(units, index).float().mean(2, keepdim=True)
+            return self.whole(units, index).mean(2, keepdim=True, dtype=torch.float32)
         if self._mean is None:
-            self._mean = self._x.float().mean(2, keepdim=True)
+            self._mean = self._x.mean(2, keepdim=True, dtype=torch.float32)
         return self._of(self._mean, units, index)
 
     def whole(self, units: int, index: Tensor | None) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from actprune.core.views import Statistic
 from actprune.statistics import Accumulator
-from actprune.statistics.joined import join
+from actprune.statistics.joined import join, settings
 
 Make = Callable[[int], Statistic | None]
 
 AT_ONCE_ON_CPU = 1 << 16
 """Elements of a joined update, so that its intermediate results stay in the cache."""
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 22
 """The same on a device, where a call costs more than its elements."""
 
 
@@ -39,6 +39,7 @@ class Updates:
         self._piles: dict[tuple[object, ...], _Pile] = {}
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
+        self._settings: dict[int, tuple[object, ...]] = {}
 
     def add(
         self,
@@ -60,8 +61,13 @@ class Updates:
         if not isinstance(statistic, Accumulator) or not statistic.joinable:
             statistic.update(x, ids)
             return
-        group = (key, id(ids), x.shape[2], x.dtype, x.device)
+        if id(statistic) not in self._settings:
+            self._settings[id(statistic)] = settings(statistic)
+        group = (key, self._settings[id(statistic)], id(ids), x.shape[2], x.dtype, x.device)
         pile = self._piles.get(group)
+        if pile is not None and any(statistic is other for other, _ in pile.parts):
+            self._update(self._piles.pop(group))  # read twice in one batch: the others stay together
+            pile = None
         if pile is None:
             pile = self._piles[group] = _Pile(make, ids)
         pile.parts.append((statistic, x))
@@ -102,6 +108,8 @@ class Updates:
             elif known is not None:
                 statistic._update_count = self._wholes[known]._update_count
             statistic.update(x, pile.ids)
+            if known is not None and known in self._wholes:
+                self._wholes[known]._update_count = statistic._update_count
 
     def _part(self, members: tuple[int, ...]) -> None:
         """Forget a whole: its parts go on alone."""

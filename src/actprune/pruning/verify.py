@@ -182,13 +182,22 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
                 others = [(p, found[k]) for (p, name), found in options.items() if name == attribute and len(found) > k]
                 alike = {c for p, c in others if roles[p] == roles[here] and (p == here or (p, attribute) not in followed)}
                 tried |= {(c[0], c) for c in alike}
-                kept = frozenset(c for c in repairs.following if c[:2] != (here, attribute))
+                rivals = _rivals(graph, choice)
+                kept = frozenset(c for c in repairs.following if c not in rivals)
                 return dataclasses.replace(repairs, following=kept | alike)
         if here in graph.may_tie and (here, "tied") not in tried:
             same = {p for p in graph.may_tie if roles[p] == roles[here]}
             tried |= {(p, "tied") for p in same}
             return dataclasses.replace(repairs, tied=repairs.tied | same)
     return None
+
+
+def _rivals(graph: Graph, choice: Choice) -> set[Choice]:
+    """Choices that would set the same integer: the same attribute, of a tuple the same element."""
+    owner = _owners(graph)
+    same = [(_choice(f, owner), f.index) for f in graph.possible if (f.module, f.attribute) == choice[:2]]
+    elements = {index for other, index in same if other == choice}
+    return {other for other, index in same if index in elements}
 
 
 def _renamed(before: Graph, after: Graph, chosen: frozenset[Choice]) -> frozenset[Choice]:

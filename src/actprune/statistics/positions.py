@@ -7,13 +7,15 @@ Cheaper (k draws, not P) and of lower variance than drawing without strata.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError
 from actprune.statistics.counter import below
 
-VALUES = 1 << 14
+VALUES = 3 << 13
 """Values per unit from which a ranking hardly changes with more: see docs/criteria.md."""
 LEAST, USUAL = 4, 8
 """Positions per map, at least, and where nobody knows how many samples will come."""
@@ -22,13 +24,19 @@ _ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn ind
 
 
 def enough_positions(n_samples: int | None) -> int:
-    """Positions per map so that every unit gives ``VALUES`` values; 8 where the number of samples is unknown.
+    """Positions per map so that every unit gives about ``VALUES`` values; 8 where the number of samples is unknown.
 
-    A power of two, so that numbers that differ a little, as those of two ways to deal samples out do, mean the same.
+    The nearest power of two, so that numbers that differ a little, as those of two ways to deal out 2,048 samples do, mean
+    the same.
     """
-    if n_samples is None:
-        return USUAL
-    return max(LEAST, 1 << (-(-VALUES // max(1, n_samples)) - 1).bit_length())
+    return USUAL if n_samples is None else max(LEAST, 2 ** round(math.log2(VALUES / max(1, n_samples))))
+
+
+def check_positions(positions: object) -> None:
+    """Raise ConfigError unless this is ``"auto"``, None (all) or a number of positions."""
+    number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 1
+    if not (number or positions is None or positions == "auto"):
+        raise ConfigError(f'positions={positions!r} must be "auto", a number of at least 1, or null (None) for all')
 
 
 def sample_positions(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from lightning import Trainer
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from actprune.pruning import Observation, Pruner
 from actprune.training.example import Call, Network, n_samples
@@ -106,12 +106,12 @@ class Observer:
         loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
         total = 0.0
         for number, (loader, batches) in enumerate(zip(loaders, loop.max_batches, strict=False)):
-            size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-            if size is None:
+            size = getattr(loader, "batch_size", None)
+            if not isinstance(size, int):
                 return None
             whole = self._distinct(number)
-            if whole == math.inf and isinstance(getattr(loader, "sampler", None), Sized):
-                whole = len(loader.sampler)
+            if whole == math.inf and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+                whole = len(loader.sampler) * self._ranks
             total += min(batches * size * self._ranks, whole)
         return int(total) if 0 < total < math.inf else None
 

@@ -159,7 +159,7 @@ def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids = list(t.ids(a.input))
     if a.input.shape != out.shape:
         ids = reshape(t, ids, tuple(a.input.shape), tuple(out.shape))
-        _bind_extents(t, out.shape, ids)
+    _bind_extents(t, out.shape, ids)
     _bind_shape(t, out.shape, ids)
     t.set(out, ids)
     t.inherit(a.input, out)
@@ -168,9 +168,16 @@ def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
     """What a view was called with may be a shape that a running module keeps."""
     for path, name, value in t.called():
-        if isinstance(value, (list, tuple)) and list(value) == list(shape):
-            found = ((index, column) for index, column in enumerate(ids) if column is not None)
-            t.possible += [Binding(path, name, index, column) for index, column in found]
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape) or _of_torch(t, path):
+            continue
+        last = len(shape) - len(value)  # ``view(len(x), *self.shape)``
+        if all(kept in (extent, -1) for kept, extent in zip(value, shape[last:], strict=True)):
+            found = ((index, ids[last + index]) for index, kept in enumerate(value) if kept != -1)
+            t.possible += [Binding(path, name, index, column) for index, column in found if column is not None]
+
+
+def _of_torch(t: TraceState, path: str) -> bool:
+    return type(t.modules[path]).__module__.startswith("torch.nn")
 
 
 def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
@@ -185,7 +192,7 @@ def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
                 if other is not None and other is not column:
                     t.coincidences.setdefault(frame.path, []).append((column, other))
         for path, name, value in t.called():
-            if type(value) is int and value == n and not type(t.modules[path]).__module__.startswith("torch.nn"):
+            if type(value) is int and value == n and not _of_torch(t, path):
                 t.possible.append(Binding(path, name, None, column))
 
 
