@@ -111,7 +111,7 @@ class Observer:
                 return None
             whole = self._distinct(number)
             if whole == math.inf and isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-                whole = len(loader.sampler) * self._ranks
+                whole = len(loader.sampler) * self._ranks  # type: ignore[arg-type]
             total += min(batches * size * self._ranks, whole)
         return int(total) if 0 < total < math.inf else None
 
