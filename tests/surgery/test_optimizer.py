@@ -57,6 +57,7 @@ ELEMENTWISE = {
     "asgd foreach": lambda p: torch.optim.ASGD(p, 0.01, foreach=True),
 }
 
+CAPTURABLE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD")
 OTHERWISE = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}  # not elementwise: tests of their own below
 
 
@@ -130,6 +131,26 @@ def test_training_goes_on_as_the_masked_run_does(name):
         expected = kept(reference[key], plan.removed.get(key, {}))
         torch.testing.assert_close(parameter, expected, rtol=1e-8, atol=1e-10)
     assert not torch.equal(model.scale, kept(started(ELEMENTWISE[name])[0].scale, plan.removed["scale"]))  # it did learn
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_capturable_optimizers_go_on_as_the_masked_run_does(name):
+    def make(groups):
+        groups = [{**group, "params": [*group["params"]]} for group in groups]
+        return getattr(torch.optim, name)(groups, 0.01, capturable=True)
+
+    model, optimizer = started(make, device="cuda")
+    full, full_optimizer = copy.deepcopy((model, optimizer))
+    plan = plan_for(model)
+    cut(model, plan, torch.randn(8, 3, 6, 6, dtype=torch.float64, device="cuda"), [optimizer])
+    zero_(full, plan)
+    for i in range(4):
+        assert step(model, optimizer, 10 + i) == pytest.approx(step(full, full_optimizer, 10 + i), rel=1e-9)
+        zero_(full, plan)
+    assert all(p.is_cuda for p in model.parameters())
 
 
 def test_adafactor_moments_are_cut_where_they_are_full():

@@ -11,34 +11,13 @@ import actprune
 from actprune import Budget, Schedule, Selection
 from actprune.compensation import LeastSquares
 from actprune.criteria import Entropy, Magnitude, Variance
-from actprune.surgery import cut
 from actprune.training import PruningCallback, RandomState
 from foreign import OneNetwork, dataset, network
-from surgery.test_optimizer import plan_for, started, step, zero_
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-CAPTURABLE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD")
-
-
-@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
-@pytest.mark.parametrize("name", CAPTURABLE)
-def test_capturable_optimizers_go_on_as_the_masked_run_does(name):
-    def make(groups):
-        groups = [{**group, "params": [*group["params"]]} for group in groups]
-        return getattr(torch.optim, name)(groups, 0.01, capturable=True)
-
-    model, optimizer = started(make, device="cuda")
-    full, full_optimizer = copy.deepcopy((model, optimizer))
-    plan = plan_for(model)
-    cut(model, plan, torch.randn(8, 3, 6, 6, dtype=torch.float64, device="cuda"), [optimizer])
-    zero_(full, plan)
-    for i in range(4):
-        assert step(model, optimizer, 10 + i) == pytest.approx(step(full, full_optimizer, 10 + i), rel=1e-9)
-        zero_(full, plan)
-    assert all(p.is_cuda for p in model.parameters())
 
 
 def test_the_library_cuts_and_refits_as_on_the_cpu():

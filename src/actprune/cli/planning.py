@@ -13,7 +13,7 @@ from actprune.core.errors import ConfigError
 from actprune.pruning import Pruner
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.report import before_after, structure
-from actprune.training import PruningCallback
+from actprune.training.callback import SETTINGS, PruningCallback
 
 GROUPS = "groups.svg"
 
@@ -33,8 +33,7 @@ def print_plan(
     batches = data.val_dataloader()
     example = next(iter(batches))[0][:1]
     net = module.get_submodule("net")
-    settings = ("criterion", "budget", "selection", "compensation", "positions")
-    pruner = Pruner(net, example, seed=0, **{name: getattr(pruning, name) for name in settings})
+    pruner = Pruner(net, example, seed=0, **{name: getattr(pruning, name) for name in SETTINGS})
     out = console()
     out.print(str(pruner.graph), highlight=False)
     structure(pruner.graph, folder / GROUPS, type(net).__name__)

@@ -195,9 +195,7 @@ class TraceState:
         """Yield (module path, attribute name, value) of the plain attributes of every running module."""
         order = reversed(self.stack) if innermost_first else iter(self.stack)
         for path in order:
-            for name, value in vars(self.modules[path]).items():
-                if not name.startswith("_") and name != "training":
-                    yield path, name, value
+            yield from self._plain(path)
 
     def called(self) -> Iterator[tuple[str, str, object]]:
         """The same and those of the innermost module's children, whose methods it may call."""
@@ -205,9 +203,13 @@ class TraceState:
         path = self.stack[-1]
         for name in self.modules[path]._modules:
             child = f"{path}.{name}" if path else name
-            for attribute, value in vars(self.modules[child]).items() if child in self.modules else ():
-                if not attribute.startswith("_") and attribute != "training":
-                    yield child, attribute, value
+            if child in self.modules:
+                yield from self._plain(child)
+
+    def _plain(self, path: str) -> Iterator[tuple[str, str, object]]:
+        for name, value in vars(self.modules[path]).items():
+            if not name.startswith("_") and name != "training":
+                yield path, name, value
 
     def integers(self, path: str) -> Iterator[tuple[str, int]]:
         """Yield (name, value) of a module's own integer attributes."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError
 from actprune.core.views import Criterion, GroupView, Statistic
+from actprune.pruning.settings import settings
 
 
 class Panel(Criterion):
@@ -36,9 +36,9 @@ class Panel(Criterion):
 
     def _share(self, make: Callable[[int], Statistic], key: str) -> str:
         """The key under which such a statistic is made already, else ``key``."""
-        own = _settings(make(1))
+        own = settings(make(1))
         for known, other in self._made.items():
-            if _settings(other(1)) == own:
+            if settings(other(1)) == own:
                 return known
         self._made[key] = make
         return key
@@ -57,25 +57,3 @@ class Panel(Criterion):
                 said[name] = score.detach().double().cpu()
         self.scores[view.name] = said
         return next(iter(said.values()), None)
-
-
-def _settings(statistic: Statistic) -> tuple[object, ...]:
-    """What a statistic is made of: its class, and its own plain attributes; where there are others, the object itself."""
-    plain = (bool, int, float, str, tuple, type(None))
-    found = {}
-    for name, value in vars(statistic).items():
-        if name in statistic._defaults or name in _OF_METRICS:
-            continue
-        if not isinstance(value, plain):
-            return (type(statistic), id(statistic))
-        found[name] = value
-    return (type(statistic), tuple(sorted(found.items(), key=lambda item: item[0])))
-
-
-class _Bare(Statistic):
-    def compute(self) -> Tensor:
-        return torch.zeros(0)
-
-
-_OF_METRICS = frozenset(vars(_Bare()))
-"""Attributes that every torchmetrics object has."""

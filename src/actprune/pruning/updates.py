@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from actprune.core.views import Statistic
+from actprune.pruning.settings import settings
 from actprune.statistics import Accumulator
-from actprune.statistics.joined import join, settings
+from actprune.statistics.joined import join
 
 Make = Callable[[int], Statistic | None]
 

@@ -7,6 +7,7 @@ its culprits, and those are locked with the error as the reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -121,11 +122,11 @@ class _Checker(TorchDispatchMode):
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
     """The channel graph, with what a rehearsal found out."""
-    return _repaired_graph(Trace(model, example), repairs)
+    return _repaired_graph(Trace(model, example).graph(repairs.tied), repairs)
 
 
-def _repaired_graph(trace: Trace, repairs: Repairs) -> Graph:
-    return with_locks(with_followers(trace.graph(repairs.tied), repairs.following), repairs.locked)
+def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
+    return with_locks(with_followers(tied, repairs.following), repairs.locked)
 
 
 def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
@@ -147,16 +148,16 @@ def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]
     """
     repairs = Repairs()
     tried: set[tuple[str, object]] = set()
-    trace = Trace(model, example)
-    graph = _repaired_graph(trace, repairs)
+    tied_graph = functools.cache(Trace(model, example).graph)
+    graph = _repaired_graph(tied_graph(repairs.tied), repairs)
     failure = _failure(model, example, graph, _candidates(graph))
     while failure is not None:
         attempt = _proposal(model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
         if attempt.tied != repairs.tied:
-            attempt = dataclasses.replace(attempt, following=_renamed(graph, trace.graph(attempt.tied), attempt.following))
-        after = _repaired_graph(trace, attempt)
+            attempt = dataclasses.replace(attempt, following=_renamed(graph, tied_graph(attempt.tied), attempt.following))
+        after = _repaired_graph(tied_graph(attempt.tied), attempt)
         outcome = _failure(model, example, after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome

@@ -39,7 +39,8 @@ def structure(graph: Graph, path: str | os.PathLike[str], title: str = "") -> Fi
     if not graph.groups:
         raise ValueError("the graph has no groups: no parameter of the network was used on the example inputs")
     marks = {group.name: _marks(graph, group) for group in graph.groups}
-    modules = list(dict.fromkeys(module for name in graph.shapes for module in [_module(name)] if _drawn(marks, module)))
+    drawn = {module for found in marks.values() for module in found}
+    modules = [module for module in dict.fromkeys(map(_module, graph.shapes)) if module in drawn]
     place = {module: x for x, module in enumerate(modules)}
     figure = new_figure(4.2 + COLUMN * len(modules) + 0.055 * LONGEST, 2.4 + ROW * len(graph.groups))
     axes = figure.add_subplot()
@@ -101,10 +102,6 @@ def _spread(marks: dict[int, set[str]]) -> Iterator[tuple[float, str]]:
 
 def _handle(face: str, edge: str, label: str) -> Line2D:
     return Line2D([], [], marker="o", linestyle="", markersize=5, markerfacecolor=face, markeredgecolor=edge, label=label)
-
-
-def _drawn(marks: dict[str, dict[str, set[str]]], module: str) -> bool:
-    return any(module in found for found in marks.values())
 
 
 def _module(tensor: str) -> str:

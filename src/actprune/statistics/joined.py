@@ -14,14 +14,6 @@ import torch
 from actprune.statistics.base import Accumulator
 
 
-def settings(statistic: Accumulator) -> tuple[object, ...]:
-    """What statistics must agree in to be joined: their class and their own plain attributes, units aside."""
-    plain = (bool, int, float, str, tuple, type(None))
-    own = {name: value for name, value in vars(statistic).items() if not name.startswith("_") and isinstance(value, plain)}
-    own.pop("n_units", None)
-    return (type(statistic), tuple(sorted(own.items(), key=lambda item: item[0])))
-
-
 def join(parts: Sequence[Accumulator], make: Callable[[int], Accumulator], device: torch.device) -> Accumulator:
     """Make one statistic of the units of several, whose states become views into its own.
 

@@ -35,6 +35,7 @@ from actprune.training.timing import Timetable, check_validation, ends_epoch
 
 __all__ = ["PruningCallback", "metric_prefix"]
 
+SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
 _MEAN = Mean()
 _STATE = ("_plans", "_decided", "_seconds", "history", "events")
 
@@ -308,8 +309,7 @@ class PruningCallback(Callback):
             self._trace(trainer, self._finder)
 
     def _trace(self, trainer: Trainer, finder: Finder) -> None:
-        settings = ("criterion", "budget", "selection", "compensation", "positions")
-        self.pruners = finder.pruners(**{name: getattr(self, name) for name in settings})
+        self.pruners = finder.pruners(**{name: getattr(self, name) for name in SETTINGS})
         regroup(trainer.optimizers, self.pruners)
 
     def _record(self, trainer: Trainer) -> None:

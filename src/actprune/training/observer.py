@@ -53,9 +53,10 @@ class Observer:
 
     def start(self) -> None:
         """Attach the hooks."""
+        expected = self._expected()
         for path, network in self._networks.items():
             self._hooks.enter_context(network.calls(partial(self._called, path)))
-            observation = self._hooks.enter_context(self._pruners[path].observe(self._expected()))
+            observation = self._hooks.enter_context(self._pruners[path].observe(expected))
             self.observations[path] = observation
             self._gradients[path] = Gradients(self._trainer, network, observation, self._loss)
 

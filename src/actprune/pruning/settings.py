@@ -1,0 +1,30 @@
+"""What a statistic was made with: those that agree in it accumulate the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from actprune.core.views import Statistic
+
+
+def settings(statistic: Statistic) -> tuple[object, ...]:
+    """Class and own plain attributes, the number of units aside; where there are others, the object itself."""
+    plain = (bool, int, float, str, tuple, type(None))
+    found = {}
+    for name, value in vars(statistic).items():
+        if name in statistic._defaults or name in _OF_METRICS or name == "n_units":
+            continue
+        if not isinstance(value, plain):
+            return (type(statistic), id(statistic))
+        found[name] = value
+    return (type(statistic), tuple(sorted(found.items(), key=lambda item: item[0])))
+
+
+class _Bare(Statistic):
+    def compute(self) -> Tensor:
+        return torch.zeros(0)
+
+
+_OF_METRICS = frozenset(vars(_Bare()))
+"""Attributes that every torchmetrics object has."""
