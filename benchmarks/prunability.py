@@ -5,7 +5,8 @@
 Half of every group that may be cut leaves, drawn at random; before that, random plans with uneven shares are tried and taken
 back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, and a fresh
 copy takes its shape and values from the file. ``covered``: share of parameters of which some dimension may be cut. ``error``:
-largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output;
+largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output
+(where it exceeds 1e-5, once more in float64 behind a slash: a wrong cut stays wrong there, rounding goes);
 ``effect``: the same between that network and the whole one, so that a cut without consequences does not pass for an exact one.
 ``trace``: seconds to trace, and of one plain forward. The peer removes half of every layer that it finds; the last layer is
 named to it, and its cuts are checked for running, not for being exact. Every attempt runs in a process of its own and is given
@@ -93,6 +94,14 @@ def attempts(
             yield *running[done], done.result()
 
 
+def _error(row: dict[str, Any]) -> str:
+    """The error, in float64 as well where that was asked."""
+    if "error" not in row:
+        return "-"
+    precise = row.get("error64")
+    return f"{row['error']:.0e}" + ("" if precise is None else f"/{precise:.0e}")
+
+
 def table(collection: str, rows: dict[str, Any]) -> Table:
     """One line per model."""
     shown = Table("model", "pruned", "covered", "error", "effect", "trace s", "forward s", "peer", "cause", title=collection)
@@ -102,7 +111,7 @@ def table(collection: str, rows: dict[str, Any]) -> Table:
             name,
             "yes" if mine["prunes"] else "no",
             f"{mine['covered']:.3f}" if "covered" in mine else "-",
-            f"{mine['error']:.0e}" if "error" in mine else "-",
+            _error(mine),
             f"{mine['effect']:.0e}" if "effect" in mine else "-",
             f"{mine['trace_seconds']:.2f}" if "trace_seconds" in mine else "-",
             f"{mine['forward_seconds']:.2f}" if "forward_seconds" in mine else "-",
@@ -121,13 +130,15 @@ def summary(collection: str, rows: dict[str, Any]) -> str:
     full = [r for r in done if "covered" in r]
     if not full:
         return text
-    covered, exact = [r["covered"] for r in full], sum(r["error"] <= 1e-5 for r in full)
+    covered, exact = [r["covered"] for r in full], sum(r["error"] <= sides.EXACT for r in full)
+    precise = [r["error64"] for r in full if r.get("error64") is not None]
     slow = sum(r["trace_seconds"] > max(2.0, 2 * r["forward_seconds"]) for r in full)
     idle = sum(r["effect"] < 1e-3 for r in full)
     off = sum(r["count_off"] > 0 for r in full)
     return (
         f"{text}; covered {min(covered):.3f} at least, {sum(covered) / len(covered):.3f} on average; error within "
-        f"1e-5 for {exact} of {len(full)}; without effect: {idle}; counts off: {off}; "
+        f"1e-5 for {exact} of {len(full)}, for {len(precise)} more {max(precise, default=0.0):.0e} in float64; "
+        f"without effect: {idle}; counts off: {off}; "
         f"traces slower than two forwards and 2 s: {slow}"
     )
 

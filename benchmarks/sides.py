@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import actprune
 from actprune.core.calling import call
+from actprune.core.plan import Plan
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
 from masked import counted, difference, masked, outputs, random_units
 
+EXACT = 1e-5
+"""Largest relative difference in float32 that is taken for rounding; beyond, float64 decides what it is."""
 _OF_DETECTORS = ("rpn.head", "roi_heads.box_predictor", "head")
 
 
@@ -92,6 +95,21 @@ def _lively(model: nn.Module, example: Any) -> None:
     model.eval()
 
 
+def in_float64(full: nn.Module, example: Any, plans: list[Plan]) -> float | None:
+    """The largest difference once more without rounding to speak of; None where the model's code asks for float32."""
+    model = copy.deepcopy(full).double()
+    example = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
+    error = 0.0
+    try:
+        for plan in plans:
+            reference = _compared(masked(model, plan), example)
+            with rehearsed(model, plan):
+                error = max(error, difference(_compared(model, example), reference))
+    except RuntimeError:
+        return None
+    return error
+
+
 def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     """Prune with actprune; cut, run, count, store and compare with the masked full-size network."""
     torch.manual_seed(0)
@@ -114,8 +132,8 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     cuttable = {tensor for group in graph.unlocked for tensor, _ in group.members}
     whole = _compared(full, example)
     error = off = 0.0
-    for seed in range(plans):
-        plan = draft(model, graph, random_units(graph, seed))
+    drawn = [draft(model, graph, random_units(graph, seed)) for seed in range(plans)]
+    for plan in drawn:
         with rehearsed(model, plan):
             error = max(error, difference(_compared(model, example), _compared(masked(full, plan), example)))
             if not isinstance(example, list):
@@ -129,6 +147,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     reference = _compared(masked(full, plan), example)
     error = max(error, difference(_compared(model, example), reference))
     effect = difference(reference, whole)
+    precise = {} if error <= EXACT else {"error64": in_float64(full, example, [*drawn, plan])}
     with tempfile.TemporaryDirectory() as folder:
         actprune.save_pruned(model, Path(folder) / "pruned.pt")
         actprune.load_pruned(fresh, Path(folder) / "pruned.pt")
@@ -139,6 +158,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
         "prunes": same,
         "covered": sum(p.numel() for name, p in full.named_parameters() if name in cuttable) / size,
         "error": error,
+        **precise,
         "effect": effect,
         "count_off": off,
         "left": pruner.params / size,
