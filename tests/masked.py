@@ -115,6 +115,7 @@ class KeptConv(nn.Module):
             self.inner = (groups[:, None] * each_in + torch.arange(each_in)).flatten()
         else:
             self.inner = _stays(conv.in_channels, by_dim.get(1, []))
+        self.conv.in_channels, self.conv.out_channels = len(self.inner), len(self.outer)
 
     def forward(self, x):
         y = self.conv(x.index_select(1, self.inner))
