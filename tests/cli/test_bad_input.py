@@ -21,7 +21,7 @@ COMPOSITION = {
 JOBS = {
     "budget above 1": (["budget.params=1.5"], ConfigError, r"pruner.budget: .*params=1.5 must be a share left"),
     "budget 0": (["budget.params=0"], ConfigError, "must be a share left"),
-    "budget twice": (["budget.macs=0.5"], ConfigError, "exactly one of params and macs"),
+    "budget twice": (["budget.macs=0.5"], ConfigError, "exactly one of params, macs and units"),
     "budget as text": (["budget.params=half"], ConfigError, "pruner.budget.params='half' must be float or null"),
     "budget out of reach": (["budget.params=0.001"], BudgetError, "budget"),
     "epochs as text": (["trainer.max_epochs=few"], ConfigError, "trainer.max_epochs='few' must be int or null"),

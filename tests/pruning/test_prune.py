@@ -247,7 +247,7 @@ def test_budgets_that_cannot_be(net):
         with pytest.raises(ConfigError, match=r"must be a share left in \(0, 1\]"):
             Budget(params=share)
     for both in ({}, {"params": 0.5, "macs": 0.5}):
-        with pytest.raises(ConfigError, match="exactly one of params and macs"):
+        with pytest.raises(ConfigError, match="exactly one of params, macs and units"):
             Budget(**both)
 
 

@@ -24,7 +24,7 @@ def drawn(graph, seed):
 
 
 def cost(graph, unit, units):
-    return graph.cost.evaluate(unit, graph.removed(units))
+    return graph.left(unit, graph.removed(units))
 
 
 def sizes(graph):
@@ -47,14 +47,14 @@ def brute(graph, scores, unit, target, max_ratio):
     return {name: sorted(units) for name, units in gone.items()}
 
 
-@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("unit", ["params", "macs", "units"])
 @pytest.mark.parametrize("name", NETS)
 def test_bisection_equals_removing_one_by_one(name, unit):
     model, example = build(name)
     graph = trace(model, example)
     for seed, share in itertools.product(range(3), (0.9, 0.6, 0.4)):
         scores = drawn(graph, seed)
-        target = share * graph.cost.evaluate(unit)
+        target = share * (sum(sizes(graph).values()) if unit == "units" else graph.cost.evaluate(unit))
         chosen = select(graph, scores, unit, target, Selection(max_ratio=0.95), sizes(graph))
         assert chosen == brute(graph, scores, unit, target, 0.95)
 
@@ -108,6 +108,20 @@ def test_uniform_takes_the_same_share_of_every_group():
         assert set(units) == set(torch.argsort(scores[name])[: len(units)].tolist())
     only = select(graph, scores, "params", 0.8 * graph.params, Selection(normalise="none"), sizes(graph))
     assert "0" not in only
+
+
+@pytest.mark.parametrize("name", [*NETS, "GroupedQueries", "SqueezeExcite"])
+def test_half_of_the_units_is_half_of_every_group_where_all_lose_the_same_share(name):
+    model, example = build(name)
+    uniform = Selection(scope="uniform")
+    pruner = Pruner(model, example, criteria.Random(), Budget(units=0.5), uniform, compensation=None)
+    for due in (0.5, 1.0):
+        if (plan := pruner.plan(None, due)) is not None:
+            pruner.execute(plan)
+    assert pruner.units_before == sum(before for _, before, _ in pruner.widths())
+    assert pruner.units == sum(now for _, _, now in pruner.widths()) <= pruner.units_before / 2
+    for _, before, now in pruner.widths():
+        assert before // 2 <= now <= before / 2 + 1
 
 
 @pytest.mark.parametrize("round_to", [2, 3, 4, 8])

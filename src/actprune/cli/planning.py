@@ -53,7 +53,7 @@ def print_plan(
 
 def _timetable(pruning: PruningCallback, pruner: Pruner, max_epochs: int) -> Table:
     budget, schedule = pruning.budget, pruning.schedule
-    total = pruner.params_before if budget.unit == "params" else pruner.macs_before
+    total = getattr(pruner, f"{budget.unit}_before")
     table = Table("after epoch", "reduction due", f"{budget.unit} left", box=box.SIMPLE_HEAD, title="schedule")
     for epoch in schedule.epochs(max_epochs):
         due = schedule.due(epoch, max_epochs)

@@ -120,6 +120,17 @@ class Graph:
         return self.cost.evaluate("macs")
 
     @property
+    def units(self) -> int:
+        """Number of units of all groups that may be cut."""
+        return sum(group.size for group in self.unlocked)
+
+    def left(self, unit: str, removed: NDArray[np.bool_] | None = None) -> int:
+        """What is left of ``"params"``, ``"macs"`` or ``"units"`` when the marked classes are gone; None: none is."""
+        if unit != "units":
+            return self.cost.evaluate(unit, removed)
+        return self.units - (0 if removed is None else sum(int(removed[group.classes].sum()) for group in self.unlocked))
+
+    @property
     def unlocked(self) -> tuple[Group, ...]:
         """The groups whose units may leave."""
         return tuple(group for group in self.groups if group.locked is None)

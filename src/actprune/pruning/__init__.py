@@ -3,8 +3,9 @@
 from actprune.pruning.agreement import EFFECT, Agreement, agreement
 from actprune.pruning.influence import RANDOM, GroupInfluence, Influence, Removal, Removals, analyze
 from actprune.pruning.observe import Observation
+from actprune.pruning.one_step import prune
 from actprune.pruning.panel import Panel
-from actprune.pruning.pipeline import Pruner, prune
+from actprune.pruning.pipeline import Pruner
 from actprune.pruning.post_training import PostTraining, prune_trained
 from actprune.pruning.select import Selection
 

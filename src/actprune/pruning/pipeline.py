@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from actprune.compensation import Compensation, LeastSquares, Mean
+from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
 from actprune.core.calling import Example
 from actprune.core.errors import BudgetError, ObservationError
@@ -22,9 +21,6 @@ from actprune.core.plan import Plan
 from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
-from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
-from actprune.pruning.finishing import finish, has_finish, held
-from actprune.pruning.gradients import Loss
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
@@ -37,7 +33,6 @@ from actprune.surgery.tensors import lookup
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT = Mean()
-_REFIT = LeastSquares()
 
 
 class Pruner:
@@ -137,15 +132,24 @@ class Pruner:
         """Multiply-adds of one call on the example now."""
         return self.graph.macs
 
+    @property
+    def units(self) -> int:
+        """Units of all groups that may be cut, now."""
+        return self.graph.units
+
+    @property
+    def units_before(self) -> int:
+        """Units of all groups that may be cut, before any pruning."""
+        return sum(self._original_widths.values())
+
     def widths(self) -> list[tuple[str, int, int]]:
         """(group, width before any pruning, width now) of every group that may be cut."""
         now = self._now()
         return [(name, before, now[name]) for name, before in self._original_widths.items()]
 
     def target(self, due: float) -> float:
-        """Parameters or MACs that may be left when ``due`` in [0, 1] of the whole reduction is due."""
-        original = self.params_before if self.budget.unit == "params" else self.macs_before
-        return self.budget.due(due) * original
+        """Parameters, MACs or units that may be left when ``due`` in [0, 1] of the whole reduction is due."""
+        return self.budget.due(due) * float(getattr(self, f"{self.budget.unit}_before"))
 
     def check_budget(self) -> None:
         """Fail now if the whole budget cannot be reached; where it is only a limit, if no unit may leave.
@@ -188,9 +192,9 @@ class Pruner:
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
         own = functools.cache(lambda: owned(self.model, self.graph))
-        whole = self.graph.cost.evaluate(self.budget.unit)
+        whole = self.graph.left(self.budget.unit)
         for group in self.graph.unlocked:
-            one = self.graph.cost.evaluate(self.budget.unit, self.graph.removed({group.name: [0]}))
+            one = self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]}))
             view = GroupView(
                 name=group.name,
                 size=group.size,
@@ -288,63 +292,3 @@ class Pruner:
         record.extend(plan, shapes, sizes)
         setattr(self.model, ATTRIBUTE, record)
         self.graph = self._traced()
-
-
-def prune(
-    model: nn.Module,
-    example_inputs: Example,
-    data: Iterable[Any] | None = None,
-    *,
-    criterion: Criterion,
-    budget: Budget,
-    selection: Selection | None = None,
-    compensation: Compensation | None = _REFIT,
-    optimizers: Iterable[Optimizer] = (),
-    seed: int = 0,
-    loss: Loss | None = None,
-) -> SurgeryRecord:
-    """Prune a model in place, in one step, without training.
-
-    Args:
-        model: any module.
-        example_inputs: what the model takes, see ``trace``.
-        data: batches to observe, each as the model takes it, a pair of inputs and targets, or a mapping with targets under
-            ``labels``, ``label``, ``targets``, ``target`` or ``y``; targets are for criteria of labels or of the loss. Not
-            needed where neither the criterion nor the compensation looks at activations.
-        criterion: scores units.
-        budget: what is left.
-        selection: how units of different groups compete.
-        compensation: what is folded into the layers that stay; None: nothing; by default ``LeastSquares()`` if there are data.
-        optimizers: those that train the model's parameters and shall go on.
-        seed: of criteria that draw.
-        loss: for criteria that differentiate it: of outputs and targets, the mean over the batch's samples; by default the
-            ``loss`` that the model reports, else cross entropy with integer classes.
-
-    Returns:
-        The surgery record, which the model carries too.
-
-    Raises:
-        TraceError: the model fails on the example inputs.
-        BudgetError: the budget is out of reach.
-        ConfigError: the loss is needed, is not given and is no classification.
-        ObservationError: data or labels are missing, or activations are NaN or infinite.
-        SurgeryError: the cut model does not run; it was put back as it was.
-    """
-    if data is None and has_finish(compensation) and compensation is not _REFIT:
-        raise ObservationError(
-            f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
-        )
-    if data is None and criterion.statistics():
-        raise ObservationError(f"{type(criterion).__name__} scores activations: pass data=, an iterable of input batches")
-    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
-    if data is None:
-        plan, batches = pruner.plan(None), list[Example]()
-    else:
-        pairs, batches = held(pairs_of(data, example_inputs), model, compensation, example_inputs)
-        plan = pruner.plan(observe_pairs(pruner, pairs, loss, expected_samples(data, example_inputs)))
-    if plan is not None:
-        original = copy.deepcopy(model) if batches else None
-        pruner.execute(plan, optimizers)
-        if original is not None:
-            finish(model, original, pruner.graph, plan, batches, compensation)  # type: ignore[arg-type]
-    return pruner.record

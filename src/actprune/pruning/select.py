@@ -73,7 +73,7 @@ def select(
     Args:
         graph: the channel graph of the model as it is.
         scores: group name -> (U,) scores, higher = keep; groups without scores stay whole.
-        unit: ``"params"`` or ``"macs"``.
+        unit: ``"params"``, ``"macs"`` or ``"units"``.
         target: how many of them may be left.
         selection: how groups compete.
         originals: group name -> width before any pruning.
@@ -84,7 +84,7 @@ def select(
     Raises:
         BudgetError: the target is below what locked groups and ``max_ratio`` allow.
     """
-    if graph.cost.evaluate(unit) <= target:
+    if graph.left(unit) <= target:
         return {}
     scored = [g for g in graph.unlocked if g.name in scores]
     groups = [g for g in scored if removable(g, originals.get(g.name, g.size), selection.max_ratio) > 0]
@@ -98,7 +98,7 @@ def select(
     least = order.cost(len(order))
     if least > target:
         raise BudgetError(
-            f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.cost.evaluate(unit):,}: "
+            f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.left(unit):,}: "
             f"max_ratio={selection.max_ratio} and locked groups keep the rest{_unscored(graph, scores)}; raise the budget or "
             "max_ratio"
         )
@@ -120,7 +120,7 @@ def select_below(
         graph: the channel graph of the model as it is.
         scores: group name -> (U,) scores, compared as they are; groups without scores stay whole.
         threshold: the largest score that leaves.
-        unit: ``"params"`` or ``"macs"``.
+        unit: ``"params"``, ``"macs"`` or ``"units"``.
         limit: how many of them are left at least.
         selection: ``max_ratio`` and ``round_to`` hold; the rest has no effect.
         originals: group name -> width before any pruning.
@@ -150,7 +150,7 @@ class _Order:
         graph: the channel graph.
         groups: the groups that lose units.
         order: (index of the group, unit), from the first to leave.
-        unit: ``"params"`` or ``"macs"``.
+        unit: ``"params"``, ``"macs"`` or ``"units"``.
         round_to: widths that are cut are left at a multiple of this.
     """
 
@@ -173,11 +173,11 @@ class _Order:
         return {g.name: sorted(units[:n]) for g, units, n in parts if n}
 
     def cost(self, prefix: int) -> int:
-        """Parameters or multiply-adds that would be left."""
+        """Parameters, multiply-adds or units that would be left."""
         removed = np.zeros(self._graph.n_classes, dtype=bool)
         for group, units, n in zip(self._groups, self._ranked, self._counts(prefix), strict=True):
             removed[group.classes[units[:n]]] = True
-        return self._graph.cost.evaluate(self._unit, removed)
+        return self._graph.left(self._unit, removed)
 
     def first_within(self, target: float) -> int:
         """The shortest prefix that leaves at most ``target``; the whole order must."""
