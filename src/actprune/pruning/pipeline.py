@@ -135,7 +135,7 @@ class Pruner:
     @property
     def units(self) -> int:
         """Units of all groups that may be cut, now."""
-        return self.graph.units
+        return sum(self._now().values())
 
     @property
     def units_before(self) -> int:
@@ -150,6 +150,10 @@ class Pruner:
     def target(self, due: float) -> float:
         """Parameters, MACs or units that may be left when ``due`` in [0, 1] of the whole reduction is due."""
         return self.budget.due(due) * float(getattr(self, f"{self.budget.unit}_before"))
+
+    def _target_now(self, due: float) -> float:
+        """The target of what the graph counts: units of a group that can no longer be cut are left anyway."""
+        return self.target(due) - (self.units - self.graph.units if self.budget.unit == "units" else 0)
 
     def check_budget(self) -> None:
         """Fail now if the whole budget cannot be reached; where it is only a limit, if no unit may leave.
@@ -166,7 +170,7 @@ class Pruner:
         if self.criterion.threshold is not None:
             return
         anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in self.graph.unlocked}
-        select(self.graph, anything, self.budget.unit, self.target(1.0), self.selection, self._original_widths)
+        select(self.graph, anything, self.budget.unit, self._target_now(1.0), self.selection, self._original_widths)
 
     @contextmanager
     def observe(self, expected: int | None = None) -> Iterator[Observation]:
@@ -273,11 +277,11 @@ class Pruner:
     def _units(self, scores: dict[str, Tensor], due: float) -> dict[str, list[int]]:
         unit, originals, threshold = self.budget.unit, self._original_widths, self.criterion.threshold
         if threshold is not None:
-            return select_below(self.graph, scores, threshold, unit, self.target(1.0), self.selection, originals)
+            return select_below(self.graph, scores, threshold, unit, self._target_now(1.0), self.selection, originals)
         selection = self.selection
         if selection.normalise is None and self.criterion.comparable:
             selection = dataclasses.replace(selection, normalise="none")
-        return select(self.graph, scores, unit, self.target(due), selection, originals)
+        return select(self.graph, scores, unit, self._target_now(due), selection, originals)
 
     def execute(self, plan: Plan, optimizers: Iterable[Optimizer] = ()) -> None:
         """Cut the model and the optimizers' state; extend the record; trace anew.

@@ -2,8 +2,8 @@
 
 Units of all groups are put in one order and the shortest prefix of it that meets the budget leaves. ``global`` orders by
 scores that are comparable across groups after normalisation, ``uniform`` by rank within the group (every group loses the
-same share). Costs are exact, so the prefix is found by bisection: the budget is met to within one unit's worth. A
-criterion with a threshold says itself which units leave; there the budget is a limit.
+same share of its original width). Costs are exact, so the prefix is found by bisection: the budget is met to within one
+unit's worth. A criterion with a threshold says itself which units leave; there the budget is a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Selection:
     """
 
     scope: str = "global"
-    """``global``: one ranking over all groups; ``uniform``: every group loses the same share."""
+    """``global``: one ranking over all groups; ``uniform``: every group loses the same share of its original width."""
     normalise: str | None = None
     """What makes scores of different groups comparable: divide by the group's ``mean`` or ``max``, ``standard`` score,
     ``rank`` within the group, or ``none``. None: ``none`` for criteria whose scores are comparable, else ``mean``."""
@@ -94,7 +94,7 @@ def select(
             f"max_ratio={selection.max_ratio} leaves; print(actprune.trace(model, example_inputs)) shows the locks"
         )
     caps = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in groups]
-    order = _Order(graph, groups, _order(groups, scores, caps, selection), unit, selection.round_to)
+    order = _Order(graph, groups, _order(groups, scores, caps, selection, originals), unit, selection.round_to)
     least = order.cost(len(order))
     if least > target:
         raise BudgetError(
@@ -136,7 +136,7 @@ def select_below(
     if not leaving:
         return {}
     groups, caps = zip(*leaving, strict=True)
-    order = _Order(graph, groups, _order(groups, scores, caps, plain), unit, selection.round_to)
+    order = _Order(graph, groups, _order(groups, scores, caps, plain, originals), unit, selection.round_to)
     if order.cost(len(order)) >= limit:
         return order.units(len(order))
     first = order.first_within(limit)
@@ -202,15 +202,22 @@ def _unscored(graph: Graph, scores: Mapping[str, Tensor]) -> str:
 
 
 def _order(
-    groups: Sequence[Group], scores: Mapping[str, Tensor], caps: Sequence[int], selection: Selection
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    caps: Sequence[int],
+    selection: Selection,
+    originals: Mapping[str, int],
 ) -> list[tuple[int, int]]:
     """(group index, unit) from the first to leave to the last that may."""
     keys, owners, units = [], [], []
     for index, (group, cap) in enumerate(zip(groups, caps, strict=True)):
         raw = scores[group.name].detach().double().cpu()
         ascending = torch.argsort(raw, stable=True)[:cap]
-        normalised = normalise(raw, "rank" if selection.scope == "uniform" else selection.normalise or "mean")
-        keys.append(normalised[ascending].numpy())
+        if selection.scope == "uniform":  # the share of the original width that has left with the unit
+            original = max(group.size, originals.get(group.name, group.size))
+            keys.append((np.arange(1, cap + 1) + original - group.size) / original)
+        else:
+            keys.append(normalise(raw, selection.normalise or "mean")[ascending].numpy())
         owners.append(np.full(cap, index))
         units.append(ascending.numpy())
     order = np.lexsort((np.concatenate(owners), np.concatenate(keys)))
