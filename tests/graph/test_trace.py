@@ -276,3 +276,19 @@ def test_tracing_twice_gives_the_same_graph_also_for_a_copy():
     model, example = build("AttentionPacked")
     first = trace(model, example)
     assert str(first) == str(trace(model, example)) == str(trace(copy.deepcopy(model), example))
+
+
+def test_lists_that_a_module_keeps_need_not_be_shapes():
+    """A detector keeps its anchors as a list of tensors; words, numbers with a point and nothing are kept too."""
+
+    class Keeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.anchors, self.names, self.scales = [torch.rand(3, 2), torch.rand(3, 2)], ("a", None), [1.0, 6.0]
+
+        def forward(self, x):  # (N, 2, 4)
+            return self.outer(self.inner(x).reshape(-1, 6)).sum() + sum(anchor.sum() for anchor in self.anchors)
+
+    (group,) = trace(Keeper(), torch.rand(3, 2, 4)).unlocked
+    assert (group.name, group.size) == ("inner", 6)

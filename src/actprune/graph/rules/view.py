@@ -170,6 +170,8 @@ def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
     for path, name, value in t.called():
         if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape) or _of_torch(t, path):
             continue
+        if any(type(kept) is not int for kept in value):  # a list of tensors, for one: the anchors of a detector
+            continue
         last = len(shape) - len(value)  # ``view(len(x), *self.shape)``
         if all(kept in (extent, -1) for kept, extent in zip(value, shape[last:], strict=True)):
             found = ((index, ids[last + index]) for index, kept in enumerate(value) if kept != -1)
