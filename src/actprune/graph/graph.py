@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ class Group:
     """(parameter or buffer, dimension) -> (n_units, k) positions that leave with each unit."""
     classes: NDArray[np.int64]
     """(n_units,) class index of every unit in the cost model."""
-    sites: tuple[Site, ...] = ()
+    sites: Sequence[Site] = ()
 
     def __repr__(self) -> str:
         """Short enough for a list of groups."""
@@ -94,6 +95,8 @@ class Graph:
 
     groups: tuple[Group, ...]
     """Every group, in execution order; ``group.locked`` gives the reason where it cannot be cut."""
+    columns: Mapping[tuple[str, int], NDArray[np.int64]]
+    """(parameter or buffer, dimension) -> class index of every position, -1 where it has none."""
     consumers: tuple[Consumer, ...]
     followers: tuple[Follower, ...]
     possible: tuple[Follower, ...]
@@ -141,10 +144,13 @@ class Graph:
         Raises:
             KeyError: there is none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(f"no group {name!r}; groups: {', '.join(g.name for g in self.groups)}")
+        if name not in self._by_name:
+            raise KeyError(f"no group {name!r}; groups: {', '.join(g.name for g in self.groups)}")
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
 
     def removed(self, units: Mapping[str, Iterable[int]]) -> NDArray[np.bool_]:
         """Mask over classes of ``units``: group name -> indices of the units that leave."""

@@ -27,6 +27,10 @@ class IdSpace:
         self._size = 0
         self._locks: list[tuple[NDArray[np.int64], str]] = []
 
+    def __len__(self) -> int:
+        """How many ids there are."""
+        return self._size
+
     def copy(self) -> IdSpace:
         """A space of its own with the same ids, ties and locks."""
         twin = IdSpace()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -12,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actprune.graph.cost import CostModel
-from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
+from actprune.graph.graph import Consumer, Follower, Graph, Site
+from actprune.graph.grouping import group
 from actprune.graph.ids import FREE, Ids
 from actprune.graph.state import TraceState
 
@@ -27,15 +26,13 @@ class _Classes:
         arrays = [ids for dims in state.tensor_ids.values() for ids in dims]
         raw = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
         self.roots = np.unique(self._space.find(raw))
+        self._index = np.full(len(self._space) + 1, -1)
+        self._index[self.roots] = np.arange(len(self.roots))
 
     def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Class index of every id."""
         roots = self._space.find(ids)
-        index = np.searchsorted(self.roots, roots)
-        index[index == len(self.roots)] = 0
-        if not len(self.roots):
-            return np.full(len(ids), -1)
-        return np.where(self.roots[index] == roots, index, -1)
+        return np.where(roots >= 0, self._index[roots], -1)
 
 
 def build(state: TraceState, model: nn.Module) -> Graph:
@@ -62,7 +59,8 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         reasons[i] = reasons[i] or "no convolution or matrix product reads it"
 
     sites = _sites(state, reads)
-    groups = _groups(tensors, reasons, consumed[:n] | produced[:n], sites, reads, state)
+    columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
+    groups = group(columns, reasons, consumed[:n] | produced[:n], sites, reads, state)
     cost = _cost(state, model, classes, tensors)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts)) for b in bindings)
@@ -88,6 +86,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
     return Graph(
         groups,
+        columns,
         consumers,
         followers,
         possible,
@@ -166,106 +165,6 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
         positions = np.arange(len(ids))
         sites.append(Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions))
     return sites
-
-
-def _groups(
-    tensors: dict[str, list[NDArray[np.int64]]],
-    reasons: list[str | None],
-    matters: NDArray[np.bool_],
-    sites: list[Site | None],
-    reads: list[NDArray[np.int64] | None],
-    state: TraceState,
-) -> tuple[Group, ...]:
-    columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
-    order = np.full(len(reasons), np.iinfo(np.int64).max)
-    for (name, dim), column in columns.items():
-        raw = state.tensor_ids[name][dim]
-        known = column >= 0
-        np.minimum.at(order, column[known], raw[known])
-    grouping = _Grouping(_signatures(columns, reasons), order, matters)
-    members: list[dict[tuple[str, int], NDArray[np.int64]]] = [{} for _ in grouping.classes]
-    for key, column in columns.items():
-        for group, positions in grouping.positions(column):
-            members[group][key] = positions
-    read_at: list[list[Site]] = [[] for _ in grouping.classes]
-    for site, read in zip(sites, reads, strict=True):
-        if site is not None and read is not None:
-            for group, positions in grouping.positions(read):
-                read_at[group].append(dataclasses.replace(site, positions=positions))
-    producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
-    first_use = {name: i for i, name in enumerate(state.tensor_ids)}
-    used: dict[str, int] = defaultdict(int)
-    groups = []
-    for classes, keys, group_sites in zip(grouping.classes, members, read_at, strict=True):
-        name = _name(keys, first_use, producing)
-        used[name] += 1
-        groups.append(
-            Group(
-                name=name if used[name] == 1 else f"{name}#{used[name]}",
-                size=len(classes),
-                locked=reasons[classes[0]],
-                members=keys,
-                classes=classes,
-                sites=tuple(group_sites),
-            )
-        )
-    return tuple(groups)
-
-
-def _signatures(columns: dict[tuple[str, int], NDArray[np.int64]], reasons: list[str | None]) -> NDArray[np.uint64]:
-    """One number per class, equal for classes that cut the same dimensions by the same amounts and share a lock reason."""
-    generator = np.random.default_rng(0)
-    n = len(reasons)
-    signature = np.zeros(n, dtype=np.uint64)
-    for column in columns.values():
-        counts = np.bincount(column[column >= 0], minlength=n).astype(np.uint64)
-        # a random odd factor per dimension: sums of different multisets collide with probability 2^-64
-        signature += counts * (generator.integers(1 << 63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    known = {reason: number for number, reason in enumerate(dict.fromkeys(reasons))}
-    factors = generator.integers(1 << 63, size=len(known), dtype=np.uint64)
-    return signature + factors[[known[reason] for reason in reasons]] if n else signature
-
-
-class _Grouping:
-    """Classes of equal signature, in order of first use; finds every group's positions in a column at once."""
-
-    def __init__(self, signatures: NDArray[np.uint64], order: NDArray[np.int64], matters: NDArray[np.bool_]) -> None:
-        chosen = np.flatnonzero(matters)
-        chosen = chosen[np.argsort(order[chosen], kind="stable")]
-        _, first, inverse = np.unique(signatures[chosen], return_index=True, return_inverse=True)
-        # number groups by their first class
-        rank = np.empty(len(first), dtype=np.int64)
-        rank[np.argsort(first, kind="stable")] = np.arange(len(first))
-        group = rank[inverse]
-        by_group = np.argsort(group, kind="stable")
-        bounds = np.searchsorted(group[by_group], np.arange(len(first) + 1))
-        self.classes = [chosen[by_group[a:b]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        self._bounds = bounds
-        # place of every class in the list of all groups, -1 where it is in none; index -1 stands for "no class"
-        self._place = np.full(len(signatures) + 1, -1)
-        self._place[chosen[by_group]] = np.arange(len(chosen))
-
-    def positions(self, column: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield (group, (n_units, k) positions) for every group of which each unit has k positions in the column."""
-        place = self._place[column]
-        by_place = np.argsort(place, kind="stable")
-        by_place = by_place[np.searchsorted(place[by_place], 0) :]
-        starts = np.searchsorted(place[by_place], self._bounds)
-        for group in np.flatnonzero(np.diff(starts)).tolist():
-            found = by_place[starts[group] : starts[group + 1]]
-            size = len(self.classes[group])
-            width = len(found) // size
-            # alike by construction in parameters; what a site reads need not be
-            if width * size == len(found) and np.array_equal(
-                place[found], np.repeat(np.arange(self._bounds[group], self._bounds[group + 1]), width)
-            ):
-                yield group, found.reshape(size, width)
-
-
-def _name(keys: dict[tuple[str, int], NDArray[np.int64]], first_use: dict[str, int], producing: dict[str, int]) -> str:
-    """Path of the first module whose weight produces the units, else of the first tensor they cut."""
-    first = min(keys, key=lambda key: (producing.get(key[0]) != key[1], first_use[key[0]]))
-    return first[0].rpartition(".")[0] or first[0]
 
 
 def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[str, list[NDArray[np.int64]]]) -> CostModel:

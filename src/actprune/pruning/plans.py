@@ -27,13 +27,13 @@ def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) ->
     """
     chosen = {name: np.fromiter(indices, dtype=np.int64) for name, indices in units.items()}
     gone = graph.removed({name: indices.tolist() for name, indices in chosen.items()})
-    removed: dict[str, dict[int, list[int]]] = defaultdict(dict)
-    for name, indices in chosen.items():
-        for (tensor, dim), positions in graph.group(name).members.items():
-            removed[tensor].setdefault(dim, []).extend(positions[indices].ravel().tolist())
-    plain: Positions = {t: {d: sorted(p) for d, p in dims.items() if p} for t, dims in removed.items()}
+    removed: Positions = defaultdict(dict)
+    leaves = np.append(gone, False)
+    for (tensor, dim), column in graph.columns.items():
+        if len(positions := np.flatnonzero(leaves[column])):
+            removed[tensor][dim] = positions.tolist()
     return Plan(
-        removed={tensor: dims for tensor, dims in plain.items() if dims},
+        removed=dict(removed),
         groups={name: len(indices) for name, indices in chosen.items() if len(indices)},
         attributes=_attributes(model, graph, gone),
         params_before=graph.params,
