@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from actprune.core.stack import Frame
 from actprune.graph.ids import Ids, IdSpace
+from actprune.graph.weak import ByTensor
 
 
 @dataclass
@@ -96,11 +96,11 @@ class TraceState:
     storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
     where: str = ""
     """The running operator and module, for reasons."""
-    _ids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _producers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _computed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _pending: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _ids: ByTensor[list[Ids]] = field(default_factory=ByTensor)
+    _origins: ByTensor[str] = field(default_factory=ByTensor)
+    _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
+    _computed: ByTensor[bool] = field(default_factory=ByTensor)
+    _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
 
     @property
     def stack(self) -> list[str]:
@@ -118,9 +118,9 @@ class TraceState:
         if name not in self.tensor_ids:
             self.tensors[name] = tensor
             self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
-        self._ids[tensor] = list(self.tensor_ids[name])
+        self._ids[tensor] = known = list(self.tensor_ids[name])
         self._origins[tensor] = name
-        return self._ids[tensor]
+        return known
 
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator
@@ -131,8 +131,8 @@ class TraceState:
     def set(self, tensor: Tensor, ids: Sequence[Ids]) -> None:
         """Remember the ids of an operator's output; a tensor written in place is no longer what it was."""
         self._ids[tensor] = list(ids)
-        self._producers.pop(tensor, None)
-        self._origins.pop(tensor, None)
+        self._producers.pop(tensor)
+        self._origins.pop(tensor)
 
     def origin(self, tensor: Tensor) -> str | None:
         """Name of the parameter that ``tensor`` is, possibly transposed, cast or viewed whole."""
@@ -150,7 +150,7 @@ class TraceState:
             if weights:
                 self._computed[tensor] = True
             else:
-                self._computed.pop(tensor, None)
+                self._computed.pop(tensor)
 
     def inherit(self, source: Tensor, target: Tensor) -> None:
         """The target is a whole view or copy of the source: parameter origin and producer pass on."""
@@ -170,6 +170,8 @@ class TraceState:
 
     def tie(self, a: Ids, b: Ids, why: str = "meets a fixed width") -> None:
         """Tie ids; the reason names the operator and module."""
+        if a is b:
+            return
         self.space.tie(a, b, f"{why} ({self.where})")
 
     def tie_all(self, leaders: NDArray[np.int64], grid: NDArray[np.int64], why: str = "meets a fixed width") -> None:
@@ -187,8 +189,8 @@ class TraceState:
 
     def read(self, tensors: Sequence[Tensor]) -> None:
         """Values of these tensors are used."""
-        for tensor in tensors:
-            if (pending := self._pending.pop(tensor, None)) is not None:
+        for tensor in tensors if self._pending else ():
+            if (pending := self._pending.pop(tensor)) is not None:
                 self.space.lock(*pending)
 
     def attributes(self, *, innermost_first: bool = True) -> Iterator[tuple[str, str, object]]:

@@ -177,8 +177,7 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     tensors = [x for x in a.tensors if not (x.dim() == 1 and x.numel() == 0)]
     dim = a.dim % out.dim()
     result: list[Ids] = []
-    for d in range(out.dim()):
-        columns = [t.ids(x)[d] for x in tensors]
+    for d, columns in enumerate(zip(*(t.ids(x) for x in tensors), strict=True)):
         if d != dim:
             for other in columns[1:]:
                 t.tie(columns[0], other)
