@@ -865,6 +865,64 @@ class SplitBySizes(nn.Module):
         return self.head(F.relu(self.b(one) + self.c(two)))
 
 
+@net([3, 3, 5])
+class SplitByIntegers(nn.Module):
+    """Unequal parts, each size an integer of the module; one part is convolved, both are joined again."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim_a, self.dim_b = 3, 5
+        self.a, self.b, self.head = conv(3, 8), conv(3, 3), Head(8)
+
+    def forward(self, x):
+        one, two = self.a(x).split([self.dim_a, self.dim_b], 1)
+        return self.head(F.relu(torch.cat([self.b(one), two], 1)))
+
+
+@net([3, 4, 5])
+class SplitPartlyEvenly(nn.Module):
+    """Two parts of one size and one of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.key_dim, self.value_dim = 3, 4
+        self.a, self.b, self.c, self.head = conv(3, 10), conv(3, 5), conv(4, 5), Head(5)
+
+    def forward(self, x):
+        one, two, three = F.relu(self.a(x)).split([self.key_dim, self.key_dim, self.value_dim], 1)
+        return self.head(F.relu(self.b(one * two) + self.c(three)))
+
+
+@net([2, 3, 6])
+class DualPath(nn.Module):
+    """The first channels are added, the others are joined; an integer says how many come first."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_added = 6
+        self.a, self.b, self.head = conv(3, 8), conv(8, 9), Head(11)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        y = self.b(x)
+        added = x[:, : self.n_added] + y[:, : self.n_added]
+        return self.head(torch.cat([added, x[:, self.n_added :], y[:, self.n_added :]], 1).relu())
+
+
+class OneTap(nn.Module):
+    """Tokens are mixed by a convolution with kernels of one position along the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.mix, self.head = nn.Linear(8, 6), nn.Conv1d(4, 2, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.mix(F.relu(self.a(x))))).mean(1)
+
+
+ZOO["OneTap"] = Net(OneTap, tokens(4), [6])
+
+
 @net([2, 2, 5])
 class Res2Net(nn.Module):
     """Parts of a fixed width, each added to what came of the one before."""

@@ -1,6 +1,19 @@
 """Rules by operator family; importing this package fills the table."""
 
-from actprune.graph.rules import contraction, norm, pointwise, reduce, regions, shape, spatial, view
+from actprune.graph.rules import contraction, norm, parts, pointwise, reduce, regions, shape, spatial, view
 from actprune.graph.rules.registry import RULES, bind, rule
 
-__all__ = ["RULES", "bind", "contraction", "norm", "pointwise", "reduce", "regions", "rule", "shape", "spatial", "view"]
+__all__ = [
+    "RULES",
+    "bind",
+    "contraction",
+    "norm",
+    "parts",
+    "pointwise",
+    "reduce",
+    "regions",
+    "rule",
+    "shape",
+    "spatial",
+    "view",
+]

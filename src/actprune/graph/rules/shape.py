@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from actprune.graph.ids import FIXED, Ids, free
 from actprune.graph.rules.registry import rule
@@ -88,87 +88,6 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
     t.lock(ids.pop(a.dim), "unbind of this dimension")
     for tensor in out:
         t.set(tensor, ids)
-
-
-@rule("slice")
-def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """A range of positions; the two halves of a dimension leave evenly, any other range of it locks it."""
-    ids = list(t.ids(a.input))
-    n, dim = a.input.shape[a.dim], a.dim
-    start, stop, _ = slice(a.start, a.end, a.step).indices(n)
-    if out.shape[dim] != n and ids[dim] is not None:
-        if a.step == 1 and n % 2 == 0 and (start, stop) in ((0, n // 2), (n // 2, n)):
-            halves = ids[dim].reshape(2, -1)
-            t.tie(halves[0], halves[1])
-        else:
-            t.lock(ids[dim], "slice of this dimension by position")
-        ids[dim] = ids[dim][slice(start, stop, a.step)]
-    t.set(out, ids)
-    if out.shape[dim] == n:
-        t.inherit(a.input, out)
-
-
-@rule("split", "unsafe_split", "unsafe_chunk")
-def split_evenly(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
-    """Equal parts: position ``i`` of every part leaves together. A shorter last part locks the dimension."""
-    whole, dim = t.ids(a.input), a.dim
-    ids = whole[dim]
-    sizes = [tensor.shape[dim] for tensor in out]
-    if ids is not None and len(sizes) > 1:
-        _leave_evenly(t, ids, sizes, "split into unequal parts")
-    _set_parts(t, whole, dim, sizes, out)
-
-
-@rule("split_with_sizes", "unsafe_split_with_sizes")
-def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
-    """Parts of given sizes: each part is cut by itself where a module keeps the sizes, else all evenly or not at all."""
-    whole, dim = t.ids(a.input), a.dim
-    ids = whole[dim]
-    sizes = [tensor.shape[dim] for tensor in out]
-    if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
-        # queries beside keys and values, packed: three parts, whatever the module's own code calls them
-        _leave_evenly(t, ids, [sizes[0]] * 3, "")
-    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
-        _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
-    _set_parts(t, whole, dim, sizes, out)
-
-
-def _leave_evenly(t: TraceState, ids: np.ndarray, sizes: list[int], why: str) -> None:
-    """Position ``i`` of every part leaves together; unequal parts are locked."""
-    if len(set(sizes)) > 1:
-        t.lock(ids, why)
-        return
-    parts = ids.reshape(len(sizes), -1)
-    t.tie_all(parts[:1], parts)
-    _bind_sizes(t, sizes[0], parts[0])
-
-
-def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out: Sequence[Tensor]) -> None:
-    ends = np.cumsum(sizes).tolist()
-    for size, end, tensor in zip(sizes, ends, out, strict=True):
-        part = list(whole)
-        ids = whole[dim]
-        part[dim] = None if ids is None else ids[end - size : end]
-        t.set(tensor, part)
-
-
-def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
-    """An integer of the innermost module may be what the split was called with."""
-    for path, name, value in t.attributes():
-        if path != t.stack[-1]:
-            return
-        if type(value) is int and value == size:
-            t.possible.append(Binding(path, name, None, counts))
-
-
-def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
-    for path, name, value in t.attributes():
-        if isinstance(value, (list, tuple)) and list(value) == sizes:
-            starts = np.cumsum([0, *sizes[:-1]]).tolist()
-            for index, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-                t.bindings.append(Binding(path, name, index, ids[start : start + size]))
-            return True
-    return False
 
 
 @rule("cat")

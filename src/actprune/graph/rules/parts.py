@@ -1,0 +1,131 @@
+"""Parts of a dimension: slices, splits and chunks. A part can be cut where the code keeps its size in an attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+from torch import Tensor, nn
+
+from actprune.graph.ids import Ids
+from actprune.graph.rules.registry import rule
+from actprune.graph.state import Binding, TraceState
+
+
+@rule("slice")
+def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """A range of positions: the two halves of a dimension leave evenly, other ranges need bounds that the module keeps."""
+    ids = list(t.ids(a.input))
+    n, dim = a.input.shape[a.dim], a.dim
+    start, stop, _ = slice(a.start, a.end, a.step).indices(n)
+    if out.shape[dim] != n and ids[dim] is not None:
+        if a.step == 1 and n % 2 == 0 and (start, stop) in ((0, n // 2), (n // 2, n)):
+            halves = ids[dim].reshape(2, -1)
+            t.tie(halves[0], halves[1])
+        elif a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}):
+            t.lock(ids[dim], "slice of this dimension by position")
+        ids[dim] = ids[dim][slice(start, stop, a.step)]
+    t.set(out, ids)
+    if out.shape[dim] == n:
+        t.inherit(a.input, out)
+
+
+@rule("split", "unsafe_split", "unsafe_chunk")
+def split_evenly(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
+    """Equal parts: position ``i`` of every part leaves together. A shorter last part locks the dimension."""
+    whole, dim = t.ids(a.input), a.dim
+    ids = whole[dim]
+    sizes = [tensor.shape[dim] for tensor in out]
+    if ids is not None and len(sizes) > 1:
+        _leave_evenly(t, ids, sizes, "split into unequal parts")
+    _set_parts(t, whole, dim, sizes, out)
+
+
+@rule("split_with_sizes", "unsafe_split_with_sizes")
+def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
+    """Parts of given sizes: each part is cut by itself where a module keeps the sizes, else all evenly or not at all."""
+    whole, dim = t.ids(a.input), a.dim
+    ids = whole[dim]
+    sizes = [tensor.shape[dim] for tensor in out]
+    if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
+        # queries beside keys and values, packed: three parts, whatever the module's own code calls them
+        _leave_evenly(t, ids, [sizes[0]] * 3, "")
+    elif ids is not None and len(sizes) > 1 and not (_bind_list(t, sizes, ids) or _bind_integers(t, sizes, ids)):
+        _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
+    _set_parts(t, whole, dim, sizes, out)
+
+
+def _leave_evenly(t: TraceState, ids: np.ndarray, sizes: list[int], why: str) -> None:
+    """Position ``i`` of every part leaves together; unequal parts are locked."""
+    if len(set(sizes)) > 1:
+        t.lock(ids, why)
+        return
+    parts = ids.reshape(len(sizes), -1)
+    t.tie_all(parts[:1], parts)
+    _bind_sizes(t, sizes[0], parts[0])
+
+
+def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out: Sequence[Tensor]) -> None:
+    ends = np.cumsum(sizes).tolist()
+    for size, end, tensor in zip(sizes, ends, out, strict=True):
+        part = list(whole)
+        ids = whole[dim]
+        part[dim] = None if ids is None else ids[end - size : end]
+        t.set(tensor, part)
+
+
+def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
+    """An integer of the innermost module may be what the split was called with."""
+    for path, name, value in t.attributes():
+        if path != t.stack[-1]:
+            return
+        if type(value) is int and value == size:
+            t.possible.append(Binding(path, name, None, counts))
+
+
+def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    for path, name, value in t.attributes():
+        if isinstance(value, (list, tuple)) and list(value) == sizes:
+            starts = np.cumsum([0, *sizes[:-1]]).tolist()
+            for index, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+                t.bindings.append(Binding(path, name, index, ids[start : start + size]))
+            return True
+    return False
+
+
+def _keepers(t: TraceState, n: int) -> list[str]:
+    """Names of integers of the innermost module, which somebody else wrote, that are ``n``."""
+    path = t.stack[-1]
+    if type(t.modules[path]).__module__.startswith("torch.nn"):
+        return []
+    return [name for name, value in t.integers(path) if value == n]
+
+
+def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
+    """Bounds follow the cut where an integer counts what is before or behind them; several may, and a rehearsal tells."""
+    found = []
+    for bound in bounds:
+        before = [(name, ids[:bound]) for name in _keepers(t, bound)]
+        behind = [(name, ids[bound:]) for name in _keepers(t, len(ids) - bound)]
+        if not before and not behind:
+            return False
+        found.append(before + behind)
+    for named in found:
+        into = t.bindings if len(named) == 1 else t.possible
+        into += [Binding(t.stack[-1], name, None, counts) for name, counts in named]
+    return True
+
+
+def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    """Sizes that differ, each kept by one integer: parts of one size leave evenly, the others by themselves."""
+    named = {size: _keepers(t, size) for size in sizes}
+    if len(named) < 2 or any(len(names) != 1 for names in named.values()):
+        return False
+    ends = np.cumsum(sizes).tolist()
+    first: dict[int, np.ndarray] = {}
+    for size, end in zip(sizes, ends, strict=True):
+        part = ids[end - size : end]
+        t.tie(first.setdefault(size, part), part)
+    t.bindings += [Binding(t.stack[-1], names[0], None, first[size]) for size, names in named.items()]
+    return True
