@@ -909,20 +909,6 @@ class DualPath(nn.Module):
         return self.head(torch.cat([added, x[:, self.n_added :], y[:, self.n_added :]], 1).relu())
 
 
-class OneTap(nn.Module):
-    """Tokens are mixed by a convolution with kernels of one position along the channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.mix, self.head = nn.Linear(8, 6), nn.Conv1d(4, 2, 1), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(F.relu(self.mix(F.relu(self.a(x))))).mean(1)
-
-
-ZOO["OneTap"] = Net(OneTap, tokens(4), [6])
-
-
 @net([2, 2, 5])
 class Res2Net(nn.Module):
     """Parts of a fixed width, each added to what came of the one before."""
