@@ -909,6 +909,48 @@ class DualPath(nn.Module):
         return self.head(torch.cat([added, x[:, self.n_added :], y[:, self.n_added :]], 1).relu())
 
 
+class KeysWithoutBias(nn.Module):
+    """Swin v2 as torchvision has it: the thirds of a packed bias, by bounds that no attribute keeps; a mask of 12 x 12."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_heads = 3
+        self.qkv, self.proj, self.head = nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):  # (N, 12, 6)
+        length = self.qkv.bias.numel() // 3
+        bias = self.qkv.bias.clone()
+        bias[length : 2 * length].zero_()
+        b, t, c = x.shape
+        q, k, v = F.linear(x, self.qkv.weight, bias).reshape(b, t, 3, self.n_heads, c // 3).permute(2, 0, 3, 1, 4)
+        mask = x.new_zeros(12, 12)
+        mask[3:6, :3] = -1.0
+        y = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) + mask).softmax(-1) @ v
+        return self.head(self.proj(y.transpose(1, 2).reshape(b, t, -1)).relu().mean(1))
+
+
+ZOO["KeysWithoutBias"] = Net(KeysWithoutBias, tokens(12, 6), [3, 6])
+
+
+class TwoHeadsByEinsum(nn.Module):
+    """Where one of two heads is left, einsum moves the dimension of extent 1 elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_heads, self.head_dim = 2, 4
+        self.qkv, self.merge, self.head = nn.Linear(6, 24), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):  # (N, T, 6)
+        b, t, _ = x.shape
+        q, k, v = (z.reshape(b, t, self.n_heads, self.head_dim).permute(0, 2, 1, 3) for z in self.qkv(x).chunk(3, -1))
+        scores = torch.einsum("b h i d, b h j d -> b h i j", q, k).softmax(-1)
+        y = torch.einsum("b h i j, b h j d -> b h i d", scores, v)
+        return self.head(self.merge(y.permute(0, 2, 1, 3).reshape(b, t, -1)).relu().mean(1))
+
+
+ZOO["TwoHeadsByEinsum"] = Net(TwoHeadsByEinsum, tokens(7, 6), [2, 6])
+
+
 @net([2, 2, 5])
 class Res2Net(nn.Module):
     """Parts of a fixed width, each added to what came of the one before."""

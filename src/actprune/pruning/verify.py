@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -109,15 +110,22 @@ class _Checker(TorchDispatchMode):
     def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
         if tensor.dim() != len(dims):
             return
-        for extent, column in zip(tensor.shape, dims, strict=True):
-            if column is None:
-                continue
-            if id(column) not in self._kept:
-                self._kept[id(column)] = int(self._stays[column].sum())
-            if extent != self._kept[id(column)]:
-                raise _ShapeError(
-                    f"{name} gives shape {tuple(tensor.shape)}, with {self._kept[id(column)]} where {extent} stands"
-                )
+        due = [None if column is None else self._extent(column) for column in dims]
+        for extent, expected in zip(tensor.shape, due, strict=True):
+            if expected is not None and extent != expected and not _only_moved(tensor.shape, due):
+                raise _ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
+
+    def _extent(self, column: NDArray[np.int64]) -> int:
+        """How many of these positions stay."""
+        if id(column) not in self._kept:
+            self._kept[id(column)] = int(self._stays[column].sum())
+        return self._kept[id(column)]
+
+
+def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
+    """Whether an extent that became 1 explains the shape: einsum puts such dimensions elsewhere than others."""
+    wide = Counter(extent for extent in due if extent is not None and extent > 1)
+    return 1 in due and not wide - Counter(shape)
 
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:

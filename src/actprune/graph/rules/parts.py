@@ -15,20 +15,27 @@ from actprune.graph.state import Binding, TraceState
 
 @rule("slice")
 def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """A range of positions: the two halves of a dimension leave evenly, other ranges need bounds that the module keeps."""
+    """A range of positions: halves, thirds and quarters leave evenly, other ranges need bounds that the module keeps."""
     ids = list(t.ids(a.input))
     n, dim = a.input.shape[a.dim], a.dim
     start, stop, _ = slice(a.start, a.end, a.step).indices(n)
     if out.shape[dim] != n and ids[dim] is not None:
-        if a.step == 1 and n % 2 == 0 and (start, stop) in ((0, n // 2), (n // 2, n)):
-            halves = ids[dim].reshape(2, -1)
-            t.tie(halves[0], halves[1])
-        elif a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}):
+        parts = _parts(n, start, stop) if a.step == 1 else 0
+        if parts == 2 or (parts and not _bind_bounds(t, ids[dim], {start, stop} - {0, n})):
+            whole = ids[dim].reshape(parts, -1)
+            t.tie_all(whole[:1], whole)
+        elif not parts and (a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n})):
             t.lock(ids[dim], "slice of this dimension by position")
         ids[dim] = ids[dim][slice(start, stop, a.step)]
     t.set(out, ids)
     if out.shape[dim] == n:
         t.inherit(a.input, out)
+
+
+def _parts(n: int, start: int, stop: int) -> int:
+    """2, 3 or 4 where a range is one of so many equal parts of ``n`` (queries, keys and values, packed); else 0."""
+    size = stop - start
+    return n // size if size and n % size == 0 and start % size == 0 and n // size in (2, 3, 4) else 0
 
 
 @rule("split", "unsafe_split", "unsafe_chunk")
@@ -95,11 +102,12 @@ def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
 
 
 def _keepers(t: TraceState, n: int) -> list[str]:
-    """Names of integers of the innermost module, which somebody else wrote, that are ``n``."""
+    """Names of integers of the innermost module, which somebody else wrote, that are ``n`` and count nothing but parts."""
     path = t.stack[-1]
     if type(t.modules[path]).__module__.startswith("torch.nn"):
         return []
-    return [name for name, value in t.integers(path) if value == n]
+    taken = {one.attribute for one in t.bindings if one.module == path and (path, one.attribute) not in t.bounds}
+    return [name for name, value in t.integers(path) if value == n and name not in taken]
 
 
 def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
@@ -114,6 +122,7 @@ def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
     for named in found:
         into = t.bindings if len(named) == 1 else t.possible
         into += [Binding(t.stack[-1], name, None, counts) for name, counts in named]
+        t.bounds |= {(t.stack[-1], name) for name, _ in named}
     return True
 
 
@@ -128,4 +137,5 @@ def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
         part = ids[end - size : end]
         t.tie(first.setdefault(size, part), part)
     t.bindings += [Binding(t.stack[-1], names[0], None, first[size]) for size, names in named.items()]
+    t.bounds |= {(t.stack[-1], names[0]) for names in named.values()}
     return True
