@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import floor
 from typing import Any
 
 import torch
 from images import decode, files, sample
-from lightning import Callback
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from actprune import Budget, Schedule, Selection, criteria
@@ -44,6 +45,8 @@ class Setting:
     interval: int
     """Epochs from one pruning stage of SeReNe to the next."""
     strengths: dict[str, tuple[float, ...]]
+    until: float = 1.0
+    """Share of the epochs in which units leave by penalty or SeReNe, and penalties act; then recovery, as with statistics."""
 
 
 # --- data ---
@@ -112,8 +115,8 @@ SETTINGS = {
         data=cifar,
         optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
         proximal=partial(ProxSGD, lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        epochs=8,
-        batch=128,
+        epochs=10,
+        batch=64,
         augment={"shift": 4, "flip": True, "fill": 0.0},
         serene={"decay": 1e-4, "sensitivity": "lower_bound"},
         interval=1,
@@ -122,9 +125,11 @@ SETTINGS = {
             "random": (0.5, 0.3),
             "entropy": (0.5, 0.3),
             "rademacher": (0.5, 0.3),
-            "prox": (2e-4, 4e-4, 8e-4),
-            "serene": (0.1, 0.3, 1.0),
+            "prox": (1.2e-3, 2e-3),
+            "mcp": (0.0187, 0.0195),
+            "serene": (0.9, 2.0),
         },
+        until=0.6,
     ),
 }
 
@@ -136,21 +141,33 @@ def ranked(criterion: Callable[[], Any], setting: Setting, keep: float, epochs: 
     return setting.optimizer, PruningCallback(criterion(), Budget(params=keep), monitor="val/accuracy")
 
 
-def prox(setting: Setting, lam: float, epochs: int) -> tuple[Any, Callback]:
-    optimizer = partial(setting.proximal, penalty="group_lasso", lam=lam)
-    schedule = stages(epochs, min(1, epochs - 2))
-    return optimizer, PruningCallback(criteria.ZeroUnits(), LEAST, schedule, NEARLY_ALL, monitor="val/accuracy")
+class Ending(PruningCallback):
+    """Takes out what became zero; after its last step there is no penalty either."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.current_epoch > self.schedule.epochs(trainer.max_epochs)[-1]:
+            for group in trainer.optimizers[0].param_groups:
+                group["lam"] = 0.0
+
+
+def prox(penalty: dict[str, Any], setting: Setting, lam: float, epochs: int) -> tuple[Any, Callback]:
+    optimizer = partial(setting.proximal, **penalty, lam=lam)
+    schedule = stages(epochs, min(1, epochs - 2), until=setting.until)
+    callback = PruningCallback if setting.until == 1 else Ending
+    return optimizer, callback(criteria.ZeroUnits(), LEAST, schedule, NEARLY_ALL, monitor="val/accuracy")
 
 
 def serene(setting: Setting, tolerance: float, epochs: int) -> tuple[Any, Callback]:
-    schedule = stages(epochs, min(epochs // 5, epochs - 2), setting.interval)
+    schedule = stages(epochs, min(epochs // 5, epochs - 2), setting.interval, setting.until)
     how = {"tolerance": tolerance, "schedule": schedule, "selection": NEARLY_ALL, "monitor": "val/accuracy"}
     return setting.optimizer, SeReNe(LEAST, **setting.serene, **how)
 
 
-def stages(epochs: int, start: int, interval: int = 1) -> Schedule:
-    """Units may leave after every ``interval`` epochs from ``start`` on, but not after the last one."""
-    return Schedule(start=start, interval=interval, steps=max(1, (epochs - 1 - start) // interval))
+def stages(epochs: int, start: int, interval: int = 1, until: float = 1.0) -> Schedule:
+    """Units may leave after every ``interval`` epochs from ``start`` on, in that share of the epochs and not after the last."""
+    end = min(epochs - 1, floor(until * epochs))
+    return Schedule(start=start, interval=interval, steps=max(1, (end - start) // interval))
 
 
 METHODS: dict[str, Callable[[Setting, float, int], tuple[Any, Callback | None]]] = {
@@ -158,6 +175,7 @@ METHODS: dict[str, Callable[[Setting, float, int], tuple[Any, Callback | None]]]
     "random": partial(ranked, criteria.Random),
     "entropy": partial(ranked, criteria.Entropy),
     "rademacher": partial(ranked, criteria.Rademacher),
-    "prox": prox,
+    "prox": partial(prox, {"penalty": "group_lasso"}),
+    "mcp": partial(prox, {"penalty": "group_mcp", "gamma": 5.0}),  # above lr / (1 - momentum)
     "serene": serene,
 }
