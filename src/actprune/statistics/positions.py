@@ -17,8 +17,8 @@ from actprune.statistics.counter import below
 
 VALUES = 3 << 13
 """Values per unit from which a ranking hardly changes with more: see docs/criteria.md."""
-LEAST, USUAL = 4, 8
-"""Positions per map, at least, and where nobody knows how many samples will come."""
+FEW, LEAST, USUAL = 4, 2, 8
+"""Positions per map: so few stand for many samples, where LEAST will do; and where nobody knows how many samples will come."""
 
 _ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
 
@@ -27,9 +27,13 @@ def enough_positions(n_samples: int | None) -> int:
     """Positions per map so that every unit gives about ``VALUES`` values; 8 where the number of samples is unknown.
 
     The nearest power of two, so that numbers that differ a little, as those of two ways to deal out 2,048 samples do, mean
-    the same.
+    the same. Values of different samples say more than values of one map: where that would be 4 or fewer, from 4,345 samples
+    on, it is 2.
     """
-    return USUAL if n_samples is None else max(LEAST, 2 ** round(math.log2(VALUES / max(1, n_samples))))
+    if n_samples is None:
+        return USUAL
+    wanted = 2 ** round(math.log2(VALUES / max(1, n_samples)))
+    return wanted if wanted > FEW else LEAST
 
 
 def check_positions(positions: object) -> None:
