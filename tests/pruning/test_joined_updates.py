@@ -1,13 +1,17 @@
 """Updates are joined where that changes nothing, and only there."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch import nn
 
 from actprune import Budget, Pruner
 from actprune.compensation import LeastSquares, Mean
+from actprune.core.errors import ObservationError
 from actprune.criteria import Reconstruction
 from actprune.pruning.updates import Updates
-from actprune.statistics import Histogram
+from actprune.statistics import Activity, Histogram, LinearRademacher, Moments
 
 
 def test_reconstruction_sees_variances_over_positions_with_either_compensation():
@@ -56,3 +60,43 @@ def test_a_statistic_that_is_read_twice_in_a_batch_counts_twice():
         updates.flush()
     for one, other in zip(made, alone, strict=True):
         torch.testing.assert_close(one.compute(), other.compute(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("held", [1, 200, 1 << 23])
+def test_batches_that_waited_for_each_other_give_what_each_would_have_given(monkeypatch, held):
+    monkeypatch.setattr("actprune.pruning.updates.HELD_ON_CPU", held)
+    torch.manual_seed(0)
+    kinds = {"histogram": lambda n: Histogram(n, bins=8), "rademacher": partial(LinearRademacher, pool="positions")}
+    made, alone = ({key: [make(3) for _ in range(3)] for key, make in kinds.items()} for _ in range(2))
+    updates, first = Updates(), 0
+    for size in (4, 7, 1, 4, 4):
+        ids = torch.arange(first, first + size)
+        first += size
+        for number in (0, 1, 2):
+            x = torch.randn(size, 3, 2).relu()
+            for key, make in kinds.items():
+                updates.add(key, make, made[key][number], x, ids)
+                alone[key][number].update(x, ids)
+        updates.batch_ends()
+    updates.flush()
+    for key in kinds:
+        for one, other in zip(made[key], alone[key], strict=True):
+            torch.testing.assert_close(one.compute(), other.compute(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Activity, Moments, Histogram, LinearRademacher])
+def test_of_batches_that_waited_the_one_that_was_not_finite_is_named(kind):
+    made, updates = [kind(3) for _ in range(3)], Updates()
+    for batch in range(5):
+        ids = torch.arange(4) + 4 * batch
+        for number in (0, 1, 2):
+            x = torch.randn(4, 3, 2)
+            if batch in (2, 4) and number == 1:
+                x[3, 0, 1] = torch.nan if batch == 2 else torch.inf
+            updates.add("one", kind, made[number], x, ids)
+        updates.batch_ends()
+    updates.flush()
+    for number in (0, 2):
+        made[number].check()
+    with pytest.raises(ObservationError, match="1 of 3 units had NaN or Inf activations, first in batch 2"):
+        made[1].check()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actprune.core.errors import ConfigError
-from actprune.statistics import sample_positions
+from actprune.statistics import position_bits, sample_positions
 from actprune.statistics.counter import below, hashed, signs, splitmix64, uniform
 
 
@@ -33,7 +33,7 @@ def test_uniform_is_uniform_and_below_one():
 
 
 def test_below_reaches_every_number_equally():
-    drawn = torch.bincount(below(7, 5, torch.arange(70_000)), minlength=8)
+    drawn = torch.bincount(below(7, hashed(5, torch.arange(70_000))), minlength=8)
     assert drawn[7] == 0
     assert (drawn[:7] - 10_000).abs().max() < 500
 
@@ -74,6 +74,7 @@ def test_positions_of_a_sample_do_not_depend_on_its_batch():
     for order in ([2, 0], [3, 1, 0, 2]):
         assert torch.equal(sample_positions(ids[order], 64, 9, seed=3), whole[order])
     assert not torch.equal(sample_positions(ids, 64, 9, seed=4), whole)
+    assert torch.equal(sample_positions(ids, 64, 9, seed=3, bits=position_bits(ids, 9, seed=3)), whole)
 
 
 @pytest.mark.parametrize("k", [6, 7, 100])

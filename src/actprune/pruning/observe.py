@@ -217,7 +217,7 @@ class Observation:
         """
         if self._paused:
             return
-        self._updates.flush()
+        self._updates.batch_ends()
         if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
             given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ObservationError(

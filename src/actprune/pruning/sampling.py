@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from actprune.statistics import at_positions, sample_positions
+from actprune.statistics import at_positions, position_bits, sample_positions
 
 
 class Sampling:
@@ -18,6 +18,7 @@ class Sampling:
     def __init__(self, positions: int | None) -> None:
         self._positions = positions
         self._drawn: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._bits: tuple[Tensor, Tensor] | None = None
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._numbers: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
@@ -32,7 +33,9 @@ class Sampling:
         if known is None or known[0] is not ids:
             assert self._positions is not None
             # where the ids are: a draw is many small operations, for a device more work than its copy
-            drawn = sample_positions(ids, seen, self._positions, seed=0)
+            if self._bits is None or self._bits[0] is not ids:
+                self._bits = (ids, position_bits(ids, self._positions, seed=0))
+            drawn = sample_positions(ids, seen, self._positions, seed=0, bits=self._bits[1])
             known = self._drawn[seen, device] = (ids, drawn.to(device, non_blocking=True))
         return known[1]
 

@@ -1,7 +1,8 @@
-"""Collect what the sites of a network read, and update statistics of many sites with one call.
+"""Collect what the sites of a network read, and update statistics of many sites and several batches with one call.
 
 A network reads the same sites in every batch. What the first batch brought together becomes one statistic for good (see
-``statistics.joined``); what comes in another company later is updated by itself.
+``statistics.joined``); what comes in another company later is updated by itself. Batches wait for each other: adding to a
+histogram costs a pass over its table, and every operation its call, however few values there are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from actprune.statistics.joined import join
 Make = Callable[[int], Statistic | None]
 
 AT_ONCE_ON_CPU = 1 << 16
-"""Elements of a joined update, so that its intermediate results stay in the cache."""
+"""Elements that one batch gives to a joined update, so that its intermediate results stay in the cache."""
 AT_ONCE = 1 << 22
 """The same on a device, where a call costs more than its elements."""
+HELD_ON_CPU, HELD = 1 << 23, 1 << 24
+"""Elements of all statistics that wait for later batches: 32 MiB of float32, 64 MiB on a device."""
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Updates:
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
         self._settings: dict[int, tuple[object, ...]] = {}
+        self._waiting: dict[tuple[int, ...], list[tuple[list[Tensor], Tensor]]] = {}
+        self._held = 0
+        self._joined_ids: tuple[list[Tensor], Tensor] | None = None
 
     def add(
         self,
@@ -82,10 +88,15 @@ class Updates:
             del self._piles[group]
             self._update(pile)
 
-    def flush(self) -> None:
-        """Make every update that waits."""
+    def batch_ends(self) -> None:
+        """Nothing more comes of this batch: what still waits for its likes waits no longer, but may for later batches."""
         while self._piles:
             self._update(self._piles.popitem()[1])
+
+    def flush(self) -> None:
+        """Make every update that waits."""
+        self.batch_ends()
+        self._catch_up()
 
     def _update(self, pile: _Pile) -> None:
         device = pile.parts[0][1].device
@@ -94,14 +105,15 @@ class Updates:
         if whole is not None and whole.device != device:
             self._part(members)
             whole = None
-        if whole is None and len(set(members)) == len(members) > 1 and not any(m in self._member for m in members):
-            whole = self._wholes[members] = join([s for s, _ in pile.parts], pile.make, device)  # type: ignore[arg-type]
+        if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
+            alone = pile.parts[0][0]
+            whole = join([s for s, _ in pile.parts], pile.make, device) if len(members) > 1 else alone.to(device)
+            self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
         if whole is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                x = torch.cat([x for _, x in pile.parts], 1)
-            whole.update(x, pile.ids)
+            self._wait(members, [x for _, x in pile.parts], pile.ids)
             return
+        self._catch_up()
         for statistic, x in pile.parts:
             known = self._member.get(id(statistic))
             if known is not None and statistic.device != device:
@@ -112,8 +124,38 @@ class Updates:
             if known is not None and known in self._wholes:
                 self._wholes[known]._update_count = statistic._update_count
 
+    def _wait(self, members: tuple[int, ...], parts: list[Tensor], ids: Tensor) -> None:
+        """Keep what one batch brings to a whole."""
+        before = self._waiting.setdefault(members, [])
+        if before and (before[0][0][0].shape[2], before[0][0][0].dtype) != (parts[0].shape[2], parts[0].dtype):
+            self._catch_up()
+            before = self._waiting.setdefault(members, [])
+        before.append((parts, ids))
+        self._held += sum(x.numel() for x in parts)
+        if self._held >= (HELD_ON_CPU if ids.device.type == "cpu" else HELD):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Update with everything that waits."""
+        for members, batches in self._waiting.items():
+            with torch.inference_mode(False), torch.no_grad():
+                x = torch.cat([torch.cat(parts, 1) for parts, _ in batches])
+            ids = self._together([ids for _, ids in batches])
+            self._wholes[members].update(x, ids, sizes=[len(ids) for _, ids in batches])
+        self._waiting.clear()
+        self._held, self._joined_ids = 0, None
+
+    def _together(self, ids: list[Tensor]) -> Tensor:
+        """Ids of several batches; the same tensor for all wholes that saw the same ones."""
+        known = self._joined_ids
+        if known is None or len(known[0]) != len(ids) or any(a is not b for a, b in zip(known[0], ids, strict=True)):
+            with torch.inference_mode(False):
+                known = self._joined_ids = (ids, torch.cat(ids))
+        return known[1]
+
     def _part(self, members: tuple[int, ...]) -> None:
         """Forget a whole: its parts go on alone."""
+        self._catch_up()
         del self._wholes[members]
         for member in members:
             del self._member[member]

@@ -9,7 +9,7 @@ from actprune.statistics.class_histogram import ClassHistogram
 from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
-from actprune.statistics.positions import at_positions, check_positions, enough_positions, sample_positions
+from actprune.statistics.positions import at_positions, check_positions, enough_positions, position_bits, sample_positions
 from actprune.statistics.rademacher import LinearRademacher
 from actprune.statistics.rank import MapRank
 from actprune.statistics.reduce import all_reduce, merge_shards
@@ -33,5 +33,6 @@ __all__ = [
     "output_sensitivity",
     "check_positions",
     "enough_positions",
+    "position_bits",
     "sample_positions",
 ]

@@ -76,8 +76,9 @@ class Accumulator(Statistic):
         x: Tensor,  # (N, U, P)
         sample_ids: Tensor,  # (N,) int64
         labels: Tensor | None = None,  # (N,) integers
+        sizes: Sequence[int] | None = None,
     ) -> None:
-        """Accumulate one batch.
+        """Accumulate one batch, or several in a row: ``sizes`` says how many samples each has.
 
         Raises:
             ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,); or labels are missing.
@@ -100,13 +101,21 @@ class Accumulator(Statistic):
             if self.device != x.device:
                 self.to(x.device)
             self.n_samples.add_(len(x))
+            first = self.update_count - 1
+            self._update_count += len(sizes or [0]) - 1
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
-            bad = ~torch.isfinite(witness)
-            self.nonfinite.add_(bad)
-            number = torch.full_like(self.first_nonfinite, self.update_count - 1.0).masked_fill_(~bad, torch.inf)
-            torch.minimum(self.first_nonfinite, number, out=self.first_nonfinite)
+            self._report(~torch.isfinite(witness), x, first, sizes or [len(x)])
+
+    def _report(self, bad: Tensor, x: Tensor, first: int, sizes: Sequence[int]) -> None:
+        """Note which units (U,) had a NaN or Inf, and in which batch the first one was."""
+        self.nonfinite.add_(bad)
+        batches = x.split(list(sizes)) if len(sizes) > 1 else [x]
+        for number, batch in enumerate(batches, first):
+            here = bad if len(sizes) == 1 else ~torch.isfinite(batch).all(2).all(0)
+            when = torch.full_like(self.first_nonfinite, float(number)).masked_fill_(~here, torch.inf)
+            torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
 
     def compute(self) -> Tensor:
         """The statistic's values in float64, first dimension U.

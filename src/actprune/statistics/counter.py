@@ -56,9 +56,9 @@ def uniform(seed: int, *keys: Tensor) -> Tensor:
     return _shift_right(hashed(seed, *keys), 11).to(torch.float64) * 2.0**-53
 
 
-def below(limit: Tensor | int, seed: int, *keys: Tensor) -> Tensor:
-    """Int64 numbers in [0, limit), limit <= 2^31; the bias of the reduction is under limit / 2^63."""
-    return _shift_right(hashed(seed, *keys), 1) % limit
+def below(limit: Tensor | int, bits: Tensor) -> Tensor:
+    """Int64 numbers in [0, limit), limit <= 2^31, of 64 random bits each; the bias of the reduction is under limit / 2^63."""
+    return _shift_right(bits, 1) % limit
 
 
 def signs(

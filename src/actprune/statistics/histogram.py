@@ -80,8 +80,9 @@ class Histogram(Accumulator):
         if self.pool == "gap":
             x = x.mean(2, keepdim=True)
         rows = x.flatten(1)
-        witness = self.low if self._holds(rows, x.shape[2]) else self._follow(rows, x.shape[2])
-        self._count(rows, x.shape[2])
+        held = self._holds(rows, x.shape[2])
+        witness = self.low if held else self._follow(rows, x.shape[2])
+        self._count(rows, x.shape[2], held)
         if self.zero_bin:
             self.zeros.add_(_per_unit(torch.eq(rows, 0, out=torch.empty_like(rows)).sum(0), x.shape[2]).sum(1))
         return witness
@@ -143,11 +144,12 @@ class Histogram(Accumulator):
         """The windows of sites, for each of their units."""
         return bounds if self._sites is None else (bounds[0][self._sites], bounds[1][self._sites])
 
-    def _count(self, rows: Tensor, positions: int) -> None:
+    def _count(self, rows: Tensor, positions: int, inside: bool) -> None:
         for units, scale, shift in self._blocks(positions):
             part = rows[:, units.start * positions : units.stop * positions]
             counts = self.counts[units].view(-1)
-            _increment(counts, bin_index(part, scale, shift).clamp_(0, len(counts) - 1))
+            index = bin_index(part, scale, shift)
+            _increment(counts, index if inside else index.clamp_(0, len(counts) - 1))
 
     def _blocks(self, positions: int) -> list[Block]:
         """Units that are counted together, and how their values become places; on a CPU, kept while the range stays."""

@@ -13,23 +13,28 @@ import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError
-from actprune.statistics.counter import below
+from actprune.statistics.counter import below, hashed
 
 VALUES = 3 << 13
 """Values per unit from which a ranking hardly changes with more: see docs/criteria.md."""
-LEAST, USUAL = 4, 8
-"""Positions per map, at least, and where nobody knows how many samples will come."""
+FEW, LEAST, USUAL = 4, 2, 8
+"""Positions per map: so few stand for many samples, where LEAST will do; and where nobody knows how many samples will come."""
 
-_ROTATION = -1  # a stratum index that no stratum has: the rotation is drawn independently of the strata
+_ROTATION = -1
+"""A stratum index that no stratum has: the rotation is drawn independently of the strata."""
 
 
 def enough_positions(n_samples: int | None) -> int:
     """Positions per map so that every unit gives about ``VALUES`` values; 8 where the number of samples is unknown.
 
     The nearest power of two, so that numbers that differ a little, as those of two ways to deal out 2,048 samples do, mean
-    the same.
+    the same. Values of different samples say more than values of one map: where that would be 4 or fewer, from 4,345 samples
+    on, it is 2.
     """
-    return USUAL if n_samples is None else max(LEAST, 2 ** round(math.log2(VALUES / max(1, n_samples))))
+    if n_samples is None:
+        return USUAL
+    wanted = 2 ** round(math.log2(VALUES / max(1, n_samples)))
+    return wanted if wanted > FEW else LEAST
 
 
 def check_positions(positions: object) -> None:
@@ -44,8 +49,16 @@ def sample_positions(
     n_positions: int,
     k: int,
     seed: int,
+    bits: Tensor | None = None,
 ) -> Tensor:
     """Draw ``min(k, n_positions)`` distinct positions for every sample.
+
+    Args:
+        sample_ids: on them, and on nothing else that differs within a map's size, depends what is drawn.
+        n_positions: of a map.
+        k: how many are drawn.
+        seed: of the draw.
+        bits: ``position_bits(sample_ids, k, seed)``, where maps of several sizes are drawn from.
 
     Returns:
         Int64 tensor (N, min(k, n_positions)), ascending in each row; all positions in order when k >= n_positions.
@@ -59,14 +72,24 @@ def sample_positions(
     if k >= n_positions:
         return torch.arange(n_positions, device=device).expand(len(sample_ids), n_positions)
     edges = torch.arange(k + 1, device=device) * n_positions // k
-    strata = torch.arange(k, device=device)
-    rows = sample_ids.unsqueeze(1)
-    drawn = edges[:-1] + below(edges[1:] - edges[:-1], seed, rows, strata)
-    rotation = below(n_positions, seed, rows, torch.full((1,), _ROTATION, device=device))
+    bits = position_bits(sample_ids, k, seed) if bits is None else bits
+    drawn = edges[:-1] + below(edges[1:] - edges[:-1], bits[:, :k])
+    rotation = below(n_positions, bits[:, k:])
     rotated = drawn + rotation  # ascending: those beyond the end come first
     beyond = rotated >= n_positions
-    order = (strata - beyond.sum(dim=1, keepdim=True)) % k
+    order = (torch.arange(k, device=device) - beyond.sum(dim=1, keepdim=True)) % k
     return torch.where(beyond, rotated - n_positions, rotated).gather(1, order)
+
+
+def position_bits(
+    sample_ids: Tensor,  # (N,) int64
+    k: int,
+    seed: int,
+) -> Tensor:
+    """Random bits of every sample for k strata and the rotation, int64 (N, k + 1): the same for maps of all sizes."""
+    strata = torch.arange(k + 1, device=sample_ids.device)
+    strata[k] = _ROTATION
+    return hashed(seed, sample_ids.unsqueeze(1), strata)
 
 
 def at_positions(
