@@ -106,8 +106,8 @@ class Updates:
             self._part(members)
             whole = None
         if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
-            alone = pile.parts[0][0]
-            whole = join([s for s, _ in pile.parts], pile.make, device) if len(members) > 1 else alone.to(device)
+            parts = [statistic for statistic, _ in pile.parts]
+            whole = join(parts, pile.make, device) if len(parts) > 1 else parts[0].to(device)  # type: ignore[arg-type]
             self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
         if whole is not None:
