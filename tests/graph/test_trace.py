@@ -292,3 +292,18 @@ def test_lists_that_a_module_keeps_need_not_be_shapes():
 
     (group,) = trace(Keeper(), torch.rand(3, 2, 4)).unlocked
     assert (group.name, group.size) == ("inner", 6)
+
+
+def test_what_nobody_detected_is_concatenated_and_indexed():
+    class Finder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            scores = self.outer(self.inner(x).relu())
+            found = [row[row > 1e9] for row in scores]  # one empty tensor per sample
+            return scores, torch.cat(found)[torch.cat(found) > 0]
+
+    (group,) = trace(Finder(), torch.rand(3, 4)).unlocked
+    assert (group.name, group.size) == ("inner", 6)

@@ -93,7 +93,7 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
 @rule("cat")
 def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Ids are concatenated along the dimension and tied along the others."""
-    tensors = [x for x in a.tensors if not (x.dim() == 1 and x.numel() == 0)]
+    tensors = [x for x in a.tensors if not (x.dim() == 1 and x.numel() == 0)] or a.tensors  # no detections at all
     dim = a.dim % out.dim()
     result: list[Ids] = []
     for d, columns in enumerate(zip(*(t.ids(x) for x in tensors), strict=True)):
