@@ -66,7 +66,7 @@ class Answers(nn.Module):
 
     def forward(self, x):
         x = self.embed(x).relu()
-        return {self.key: self.head(x), "last_hidden_state": x, "part_output": {"pooled": x.mean(1)}}
+        return {self.key: self.head(x), "last_hidden_state": x}
 
 
 class Experts(nn.Module):

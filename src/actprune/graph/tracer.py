@@ -224,8 +224,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, Mapping):
         answered = any("logits" in str(key) for key in output)
         for key, value in output.items():
-            internal = any(word in str(key) for word in _INTERNAL) or _unanswered(value)
-            if not (answered and internal):
+            if not (answered and any(word in str(key) for word in _INTERNAL)):
                 yield from _tensors(value)
     elif isinstance(output, (list, tuple, set)):
         for value in output:
@@ -233,11 +232,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(output) or hasattr(output, "__dict__"):
         for value in vars(output).values():
             yield from _tensors(value)
-
-
-def _unanswered(output: Any) -> bool:
-    """Whether an output is that of a part of the model, without logits of its own."""
-    return isinstance(output, Mapping) and not any("logits" in str(key) for key in output)
 
 
 def _describe(example: Any) -> str:
