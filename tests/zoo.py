@@ -865,32 +865,21 @@ class SplitBySizes(nn.Module):
         return self.head(F.relu(self.b(one) + self.c(two)))
 
 
-@net([3, 3, 5])
-class SplitByIntegers(nn.Module):
-    """Unequal parts, each size an integer of the module; one part is convolved, both are joined again."""
+class BoundByChance(nn.Module):
+    """An integer that counts nothing equals the bound of a slice."""
 
     def __init__(self):
         super().__init__()
-        self.dim_a, self.dim_b = 3, 5
-        self.a, self.b, self.head = conv(3, 8), conv(3, 3), Head(8)
+        self.temperature = 4
+        self.a, self.b, self.head = nn.Linear(5, 10), nn.Linear(5, 4), nn.Linear(10, 3)
 
     def forward(self, x):
-        one, two = self.a(x).split([self.dim_a, self.dim_b], 1)
-        return self.head(F.relu(torch.cat([self.b(one), two], 1)))
+        y, z = self.b(x), self.a(x)
+        k = y.shape[1]
+        return self.head(torch.cat([z[:, :k] + y, z[:, k:]], 1).relu()) / self.temperature
 
 
-@net([3, 4, 5])
-class SplitPartlyEvenly(nn.Module):
-    """Two parts of one size and one of another."""
-
-    def __init__(self):
-        super().__init__()
-        self.key_dim, self.value_dim = 3, 4
-        self.a, self.b, self.c, self.head = conv(3, 10), conv(3, 5), conv(4, 5), Head(5)
-
-    def forward(self, x):
-        one, two, three = F.relu(self.a(x)).split([self.key_dim, self.key_dim, self.value_dim], 1)
-        return self.head(F.relu(self.b(one * two) + self.c(three)))
+ZOO["BoundByChance"] = Net(BoundByChance, lambda: torch.randn(2, 5), [4, 6])
 
 
 @net([2, 3, 6])

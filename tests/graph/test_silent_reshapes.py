@@ -1,5 +1,6 @@
 """A reshape that infers an extent can take a wrong one without failing: rehearsals see it by shape."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -56,3 +57,31 @@ def test_head_counts_without_telling_names_follow():
 def test_hidden_units_of_a_recurrent_layer_leave_in_all_layers_and_directions():
     torch.manual_seed(0)
     check(Recurrent().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64), [7], {"rnn": [0, 3]})
+
+
+class Tail(nn.Module):
+    """Of two halves that leave together the second is read beside the rest; one unit of two is left in a rehearsal."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.inner(x).relu()
+        return self.head(h) + h[:, 2:].sum(1, keepdim=True)
+
+
+class First(Tail):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.inner(x).relu()
+        return self.head(h) + h[:, :2].amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("net", [Tail, First])
+def test_bounds_in_the_code_are_seen_where_a_single_unit_is_left(net):
+    graph, _ = rehearse(net().eval(), torch.randn(5, 3))
+    assert not graph.unlocked, str(graph)

@@ -100,3 +100,21 @@ def test_of_batches_that_waited_the_one_that_was_not_finite_is_named(kind):
         made[number].check()
     with pytest.raises(ObservationError, match="1 of 3 units had NaN or Inf activations, first in batch 2"):
         made[1].check()
+
+
+def test_what_was_counted_before_an_error_is_not_counted_again(monkeypatch):
+    x, ids, updates = torch.randn(4, 3, 2), torch.arange(4), Updates()
+    statistics = [Moments(3), Activity(3), Histogram(3)]
+    for key, statistic in zip("abc", statistics, strict=True):
+        updates.add(key, type(statistic), statistic, x.clone(), ids)
+    updates.batch_ends()
+    broken = statistics[1]
+
+    def fails(*_args, **_kwargs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(broken, "update", fails)
+    with pytest.raises(MemoryError):
+        updates.flush()
+    updates.flush()
+    assert [int(s.n_samples) for s in statistics if s is not broken] == [4, 4]

@@ -316,3 +316,13 @@ def test_a_pruner_with_a_threshold_heeds_neither_the_schedule_nor_a_budget_out_o
                 model.get_parameter(tensor)[positions[2]] = 0
     assert pruner.plan(None, due=0.0).groups == {group.name: 1}
     assert Pruner(model, example, criteria.ZeroUnits(), Budget(params=1.0), compensation=None).plan(None) is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.57, 0.58])
+def test_shares_of_units_are_met_exactly_where_they_can_be(share):
+    model = nn.Sequential(nn.Linear(5, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 3))
+    uniform = Selection(scope="uniform")
+    pruner = Pruner(model, torch.randn(2, 5), criteria.Random(), Budget(units=share), uniform, compensation=None)
+    pruner.execute(pruner.plan(None))
+    assert [now for _, _, now in pruner.widths()] == [round(100 * share)] * 2
+    assert pruner.units <= pruner.target(1.0)

@@ -47,4 +47,4 @@ class Budget:
 
     def due(self, fraction: float) -> float:
         """Share that may be left when ``fraction`` in [0, 1] of the whole reduction is due."""
-        return 1.0 - fraction * (1.0 - self.share)
+        return fraction * self.share + (1.0 - fraction)

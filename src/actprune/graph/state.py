@@ -75,8 +75,6 @@ class TraceState:
     bindings: list[Binding] = field(default_factory=list)
     possible: list[Binding] = field(default_factory=list)
     """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""
-    bounds: set[tuple[str, str]] = field(default_factory=set)
-    """(module, attribute) of integers that the sizes or bounds of parts are."""
     asked: list[Binding] = field(default_factory=list)
     """Attributes that equal an extent of what their module is given: tried after those of ``possible``."""
     outer: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -149,7 +150,8 @@ class Pruner:
 
     def target(self, due: float) -> float:
         """Parameters, MACs or units that may be left when ``due`` in [0, 1] of the whole reduction is due."""
-        return self.budget.due(due) * float(getattr(self, f"{self.budget.unit}_before"))
+        left = self.budget.due(due) * float(getattr(self, f"{self.budget.unit}_before"))
+        return math.floor(left + 1e-6) if self.budget.unit == "units" else left
 
     def _target_now(self, due: float) -> float:
         """The target of what the graph counts: units of a group that can no longer be cut are left anyway."""

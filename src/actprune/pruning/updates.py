@@ -137,13 +137,14 @@ class Updates:
 
     def _catch_up(self) -> None:
         """Update with everything that waits."""
-        for members, batches in self._waiting.items():
+        self._held = 0
+        while self._waiting:  # each leaves before it is counted, so that nothing is counted twice after an error
+            members, batches = self._waiting.popitem()
             with torch.inference_mode(False), torch.no_grad():
                 x = torch.cat([torch.cat(parts, 1) for parts, _ in batches])
             ids = self._together([ids for _, ids in batches])
             self._wholes[members].update(x, ids, sizes=[len(ids) for _, ids in batches])
-        self._waiting.clear()
-        self._held, self._joined_ids = 0, None
+        self._joined_ids = None
 
     def _together(self, ids: list[Tensor]) -> Tensor:
         """Ids of several batches; the same tensor for all wholes that saw the same ones."""

@@ -124,8 +124,8 @@ class _Checker(TorchDispatchMode):
 
 def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
     """Whether an extent that became 1 explains the shape: einsum puts such dimensions elsewhere than others."""
-    wide = Counter(extent for extent in due if extent is not None and extent > 1)
-    return 1 in due and not wide - Counter(shape)
+    known = Counter(extent for extent in due if extent is not None)
+    return 1 in due and not known - Counter(shape)
 
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:

@@ -106,7 +106,7 @@ class Accumulator(Statistic):
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
-            self._report(~torch.isfinite(witness), x, first, sizes or [len(x)])
+            self._report(~torch.isfinite(witness), x.float(), first, sizes or [len(x)])
 
     def _report(self, bad: Tensor, x: Tensor, first: int, sizes: Sequence[int]) -> None:
         """Note which units (U,) had a NaN or Inf, and in which batch the first one was."""

@@ -21,7 +21,8 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     start, stop, _ = slice(a.start, a.end, a.step).indices(n)
     if out.shape[dim] != n and ids[dim] is not None:
         parts = _parts(n, start, stop) if a.step == 1 else 0
-        if parts == 2 or (parts and not _bind_bounds(t, ids[dim], {start, stop} - {0, n})):
+        inside = start > 0 and stop < n
+        if parts == 2 or (parts and (inside or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}))):
             whole = ids[dim].reshape(parts, -1)
             t.tie_all(whole[:1], whole)
         elif not parts and (a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n})):
@@ -58,7 +59,7 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
     if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
         # queries beside keys and values, packed: three parts, whatever the module's own code calls them
         _leave_evenly(t, ids, [sizes[0]] * 3, "")
-    elif ids is not None and len(sizes) > 1 and not (_bind_list(t, sizes, ids) or _bind_integers(t, sizes, ids)):
+    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
         _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
     _set_parts(t, whole, dim, sizes, out)
 
@@ -102,16 +103,16 @@ def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
 
 
 def _keepers(t: TraceState, n: int) -> list[str]:
-    """Names of integers of the innermost module, which somebody else wrote, that are ``n`` and count nothing but parts."""
+    """Names of integers of the innermost module, which somebody else wrote, that are ``n`` and count nothing yet."""
     path = t.stack[-1]
     if type(t.modules[path]).__module__.startswith("torch.nn"):
         return []
-    taken = {one.attribute for one in t.bindings if one.module == path and (path, one.attribute) not in t.bounds}
+    taken = {one.attribute for one in t.bindings if one.module == path}
     return [name for name, value in t.integers(path) if value == n and name not in taken]
 
 
 def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
-    """Bounds follow the cut where an integer counts what is before or behind them; several may, and a rehearsal tells."""
+    """Bounds may follow the cut where an integer counts what is before or behind them; a rehearsal tells: 4 may be any 4."""
     found = []
     for bound in bounds:
         before = [(name, ids[:bound]) for name in _keepers(t, bound)]
@@ -119,23 +120,5 @@ def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
         if not before and not behind:
             return False
         found.append(before + behind)
-    for named in found:
-        into = t.bindings if len(named) == 1 else t.possible
-        into += [Binding(t.stack[-1], name, None, counts) for name, counts in named]
-        t.bounds |= {(t.stack[-1], name) for name, _ in named}
-    return True
-
-
-def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
-    """Sizes that differ, each kept by one integer: parts of one size leave evenly, the others by themselves."""
-    named = {size: _keepers(t, size) for size in sizes}
-    if len(named) < 2 or any(len(names) != 1 for names in named.values()):
-        return False
-    ends = np.cumsum(sizes).tolist()
-    first: dict[int, np.ndarray] = {}
-    for size, end in zip(sizes, ends, strict=True):
-        part = ids[end - size : end]
-        t.tie(first.setdefault(size, part), part)
-    t.bindings += [Binding(t.stack[-1], names[0], None, first[size]) for size, names in named.items()]
-    t.bounds |= {(t.stack[-1], names[0]) for names in named.values()}
+    t.possible += [Binding(t.stack[-1], name, None, counts) for named in found for name, counts in named]
     return True
