@@ -83,7 +83,10 @@ def _compared(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def _lively(model: nn.Module, example: Any) -> None:
-    """Running statistics of one batch: with those of a fresh network, what a deep one says hardly depends on its input."""
+    """Running statistics of one batch, and no weights at zero: what a fresh network says hardly depends on its input."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # heads that begin at zero hide what comes before them
+            nn.init.normal_(parameter, std=0.02)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
