@@ -307,3 +307,23 @@ def test_what_nobody_detected_is_concatenated_and_indexed():
 
     (group,) = trace(Finder(), torch.rand(3, 4)).unlocked
     assert (group.name, group.size) == ("inner", 6)
+
+
+def test_a_batch_norm_that_sees_no_sample_is_cut_with_its_layer():
+    """Without samples PyTorch multiplies by ``weight[0]`` instead: the head of a detector that found nothing."""
+
+    class Finder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6)
+            self.c, self.d = nn.Conv2d(6, 2, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            f = self.a(x).relu()
+            found = f if self.training else f[f.mean((1, 2, 3)) > 1e9]
+            return self.d(f), self.c(self.bn(self.b(found)).relu())
+
+    graph = trace(Finder(), torch.randn(2, 3, 8, 8))
+    tensors = {name for name, _ in graph.group("b").members}
+    assert tensors == {"b.weight", "c.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"}
+    assert graph.group("b").locked is None

@@ -21,6 +21,7 @@ from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.stack import module_stack
 from actprune.graph.rules import RULES, bind, pointwise
+from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
 
 # operators whose outputs are fixed constants: they need no ids and lock nothing
@@ -36,6 +37,17 @@ _FILLED = {
     "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty",
     "new_empty_strided", "empty_strided",
 }  # fmt: skip
+
+
+def _normalises_nothing(t: TraceState) -> SimpleNamespace | None:
+    """Input and tensors of the running batch norm if there is no sample: PyTorch then multiplies by ``weight[0]`` instead."""
+    frame = t.frames[-1]
+    module = t.modules.get(frame.path)
+    x = frame.args[0] if frame.args else None
+    if not isinstance(module, nn.modules.batchnorm._NormBase) or not isinstance(x, Tensor) or x.numel():
+        return None
+    tensors = {name: getattr(module, name) for name in ("weight", "bias", "running_mean", "running_var")}
+    return SimpleNamespace(input=x, **tensors)
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -65,7 +77,10 @@ class ChannelTracer(TorchDispatchMode):
         function = RULES.get(name)
         if function is None and name.endswith("_") and not name.endswith("__"):
             function = RULES.get(name[:-1])
-        if function is not None:
+        if (empty := _normalises_nothing(t)) is not None:
+            if outputs and outputs[0].shape == empty.input.shape:
+                batch_norm(t, empty, outputs)
+        elif function is not None:
             function(
                 t,
                 bind(func, args, kwargs) if name.startswith("unsqueeze") else _positive(bind(func, args, kwargs)),
