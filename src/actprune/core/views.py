@@ -88,7 +88,7 @@ class GroupView:
     readers: Callable[[], list[Reader]] = list
     """The layers that read the group, where compensation observed their second moments; for criteria with ``needs_readers``."""
     cost: float = 1.0
-    """Share of the budgeted quantity (MACs or parameters) that one unit frees in the model as it is."""
+    """Share of the budgeted quantity (MACs, parameters or units) that one unit frees in the model as it is."""
     columns: Callable[[], list[Tensor | None]] = list
     """The weights that read each unit, (U, n_elements) for every site in order; None where no layer's own weight reads it."""
     norms: Callable[[], list[Tensor]] = list

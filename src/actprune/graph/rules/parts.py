@@ -21,12 +21,13 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     start, stop, _ = slice(a.start, a.end, a.step).indices(n)
     if out.shape[dim] != n and ids[dim] is not None:
         parts = _parts(n, start, stop) if a.step == 1 else 0
-        inside = start > 0 and stop < n
-        if parts == 2 or (parts and (inside or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}))):
-            whole = ids[dim].reshape(parts, -1)
-            t.tie_all(whole[:1], whole)
-        elif not parts and (a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n})):
-            t.lock(ids[dim], "slice of this dimension by position")
+        evenly = parts == 2 or (parts and start > 0 and stop < n)
+        if evenly or a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}):
+            if parts:
+                whole = ids[dim].reshape(parts, -1)
+                t.tie_all(whole[:1], whole)
+            else:
+                t.lock(ids[dim], "slice of this dimension by position")
         ids[dim] = ids[dim][slice(start, stop, a.step)]
     t.set(out, ids)
     if out.shape[dim] == n:
@@ -115,10 +116,9 @@ def _bind_bounds(t: TraceState, ids: np.ndarray, bounds: set[int]) -> bool:
     """Bounds may follow the cut where an integer counts what is before or behind them; a rehearsal tells: 4 may be any 4."""
     found = []
     for bound in bounds:
-        before = [(name, ids[:bound]) for name in _keepers(t, bound)]
-        behind = [(name, ids[bound:]) for name in _keepers(t, len(ids) - bound)]
-        if not before and not behind:
+        named = [(name, side) for side in (ids[:bound], ids[bound:]) for name in _keepers(t, len(side))]
+        if not named:
             return False
-        found.append(before + behind)
-    t.possible += [Binding(t.stack[-1], name, None, counts) for named in found for name, counts in named]
+        found += named
+    t.possible += [Binding(t.stack[-1], name, None, counts) for name, counts in found]
     return True
