@@ -5,12 +5,14 @@
 
 ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, batch by batch
 in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
-processors others used meanwhile is printed beside it. Bars: entropy 1.10, linear Rademacher
-complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria at once, without
-HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read, and the last
-column says how often a batch, once two were seen, made the host wait for the device (0 is due; where it is more, the
-lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over groups, of the
-scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in memory. DIR
+processors others used meanwhile is printed beside it. The C library is told to keep freed memory (Linux): else each forward
+maps its activations anew or does not, by chance, which weighs more than what is measured (ResNet-56: 0 or 170,000 page faults
+per batch, 250 or 470 ms). Bars: entropy 1.10, linear Rademacher complexity with 64 replicates 1.15, zero rate, mean, variance
+and RMS 1.05, all of the activation criteria at once, without HRank, 1.35; on a GPU 1.05 for each. There whole epochs take
+turns, each waited for before the clock is read, and the last column says how often a batch, once two were seen, made the host
+wait for the device (0 is due; where it is more, the lines that did so follow). Rows with mean compensation observe for that,
+too. Below: Spearman's rho, mean over groups, of the scores from sampled positions and from all (bar 0.98) on ``--images``
+images, and what the statistics keep in memory. DIR
 holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times only.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -30,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from images import decode, files, sample
@@ -42,7 +46,7 @@ from actprune.core.ranks import spearman
 from actprune.core.views import Criterion
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import Observation, Panel
-from actprune.statistics import enough_positions
+from actprune.statistics import Density, enough
 
 BATCH = 256
 BARS = {
@@ -64,10 +68,12 @@ ALONE: dict[str, Callable[[], Criterion]] = {
     "variance": criteria.Variance,
     "rms": criteria.RMS,
 }
+MANY = 5120
 AGREES = 0.98
+Positions = int | Literal["auto"] | None
 
 
-def pruner_of(model: CifarResNet, criterion: Criterion, positions: int | None, compensation: Mean | None) -> Pruner:
+def pruner_of(model: CifarResNet, criterion: Criterion, positions: Positions, compensation: Mean | None) -> Pruner:
     example = torch.zeros(1, 3, 32, 32, device=model.linear.weight.device)
     return Pruner(model, example, criterion, Budget(params=0.5), compensation=compensation, positions=positions)
 
@@ -83,7 +89,7 @@ def epoch(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], prune
     seconds = torch.zeros(2, 2, dtype=torch.float64)
     on_gpu = batches[0].is_cuda
     began = now(on_gpu)
-    with torch.inference_mode(), pruner.observe() as observation:
+    with torch.inference_mode(), pruner.observe(len(batches) * BATCH) as observation:
         seconds[1] += now(on_gpu) - began
         for turn in [range(len(batches))] if on_gpu else [range(k, k + 1) for k in range(len(batches))]:
             for side in (first, 1 - first) if turn.start % 2 else (1 - first, first):
@@ -106,13 +112,34 @@ def now(on_gpu: bool) -> Tensor:
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
+def read(positions: Positions, images: int) -> str:
+    """What is read of large maps, in words."""
+    density = Density(positions) if isinstance(positions, int) else enough(images)
+    return f"{density.positions} positions per map" + (" of every second image" if density.halved else "")
+
+
+def keep_memory() -> None:
+    """Freed memory stays with the process, on both sides alike; nothing happens where the C library has no such setting."""
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_threshold, 1 << 25)  # the greatest that is accepted
+
+
+def number(said: str) -> Positions:
+    return "auto" if said == "auto" else int(said)
+
+
 def announce(observation: Observation, number: int, x: Tensor) -> None:
     observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
 
 
 def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str]:
     """Where the host waits for the device in observed batches after the second, one entry per time (file and line)."""
-    with torch.inference_mode(), pruner.observe() as observation:
+    with torch.inference_mode(), pruner.observe(MANY) as observation:
         announce(observation, 0, batches[0])
         model(batches[0])
         announce(observation, 1, batches[1])  # what sites have in common is found out, and brought to the device, here
@@ -158,9 +185,9 @@ def used_by_others() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: int | None) -> dict[str, dict[str, Tensor]]:
+def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: Positions) -> dict[str, dict[str, Tensor]]:
     pruner = pruner_of(model, panel, positions, None)
-    with torch.no_grad(), pruner.observe() as observation:
+    with torch.no_grad(), pruner.observe(len(x)) as observation:
         for number, batch in enumerate(x.split(BATCH)):
             observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(batch)))
             model(batch)
@@ -168,12 +195,12 @@ def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: int | None) -
     return panel.scores
 
 
-def agreement(model: CifarResNet, x: Tensor, positions: int) -> dict[str, dict[str, float]]:
+def agreement(model: CifarResNet, x: Tensor, positions: Positions) -> dict[str, dict[str, float]]:
     """Spearman's rho of the scores from a few positions and from all: mean over groups, and least."""
     full, few = (
         scores(model, x, Panel({name: criterion() for name, criterion in ALONE.items()}), k) for k in (None, positions)
     )
-    print(f"\nSpearman, {positions} positions against all, {len(full)} groups, {len(x):,} images; bar {AGREES}")
+    print(f"\nSpearman, {read(positions, len(x))} against all, {len(full)} groups, {len(x):,} images; bar {AGREES}")
     agreed = {}
     for name in ALONE:
         each = [spearman(few[group][name], full[group][name]) for group in full]
@@ -198,13 +225,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batches", type=int, default=None, help="per epoch; 20, on a GPU 100")
     parser.add_argument("--images", type=int, default=5120, help="behind the rank correlations; 0: none are taken")
-    parser.add_argument("--positions", type=int, default=None, help="per map; by default what the number of images asks for")
+    parser.add_argument("--positions", type=number, default="auto", help="per map; auto: what the number of images asks for")
     parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     args.batches = args.batches or (100 if on_gpu else 20)
     torch.set_num_threads(args.threads)
+    keep_memory()
     torch.manual_seed(0)
     model = CifarResNet(56, weights=args.weights).eval().to(args.device)
     if args.data is None:
@@ -217,12 +245,10 @@ def main() -> None:
     made["all at once"] = Panel({name: criterion() for name, criterion in ALONE.items()})
     batches = list(x[: args.batches * BATCH].split(BATCH))
 
-    if args.positions is None:
-        args.positions = enough_positions(args.batches * BATCH)
     plain = copy.deepcopy(model)
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"{args.threads} threads"
     print(
-        f"ResNet-56, batches of {BATCH}, {device}, {args.positions} positions per map; medians of "
+        f"ResNet-56, batches of {BATCH}, {device}, {read(args.positions, args.batches * BATCH)}; medians of "
         f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most); "
         "cpu: the ratio of processor times"
     )

@@ -10,7 +10,7 @@ from actprune import Budget, Pruner
 from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
 from actprune.criteria import Reconstruction
-from actprune.pruning.updates import Updates
+from actprune.pruning.updates import Part, Updates
 from actprune.statistics import Activity, Histogram, LinearRademacher, Moments
 
 
@@ -36,12 +36,12 @@ def test_statistics_with_other_settings_are_not_joined():
     torch.manual_seed(0)
     made = [Histogram(4, bins=8), Histogram(4, bins=8, zero_bin=False), Histogram(4, bins=8), Histogram(4, bins=16)]
     alone = [Histogram(4, bins=8), Histogram(4, bins=8, zero_bin=False), Histogram(4, bins=8), Histogram(4, bins=16)]
-    updates = Updates()
+    places, updates = [[Part("histogram", lambda n: Histogram(n, bins=8), one)] for one in made], Updates()
     for _ in range(3):
         ids = torch.arange(6)
-        for one, other in zip(made, alone, strict=True):
+        for place, other in zip(places, alone, strict=True):
             x = torch.randn(6, 4, 5).relu()
-            updates.add("histogram", lambda n: Histogram(n, bins=8), one, x, ids)
+            updates.add(place, x, ids)
             other.update(x, ids)
         updates.flush()
     for one, other in zip(made, alone, strict=True):
@@ -51,11 +51,12 @@ def test_statistics_with_other_settings_are_not_joined():
 def test_a_statistic_that_is_read_twice_in_a_batch_counts_twice():
     torch.manual_seed(0)
     made, alone, updates = [Histogram(3, bins=8) for _ in range(3)], [Histogram(3, bins=8) for _ in range(3)], Updates()
+    places = [[Part("histogram", lambda n: Histogram(n, bins=8), one)] for one in made]
     for batch in range(3):
         ids = torch.arange(4) + 4 * batch
         for number in (0, 1, 1, 2):
             x = torch.randn(4, 3, 2)
-            updates.add("histogram", lambda n: Histogram(n, bins=8), made[number], x, ids)
+            updates.add(places[number], x, ids)
             alone[number].update(x, ids)
         updates.flush()
     for one, other in zip(made, alone, strict=True):
@@ -68,14 +69,15 @@ def test_batches_that_waited_for_each_other_give_what_each_would_have_given(monk
     torch.manual_seed(0)
     kinds = {"histogram": lambda n: Histogram(n, bins=8), "rademacher": partial(LinearRademacher, pool="positions")}
     made, alone = ({key: [make(3) for _ in range(3)] for key, make in kinds.items()} for _ in range(2))
+    places = [[Part(key, kinds[key], made[key][number]) for key in kinds] for number in range(3)]
     updates, first = Updates(), 0
     for size in (4, 7, 1, 4, 4):
         ids = torch.arange(first, first + size)
         first += size
         for number in (0, 1, 2):
             x = torch.randn(size, 3, 2).relu()
-            for key, make in kinds.items():
-                updates.add(key, make, made[key][number], x, ids)
+            updates.add(places[number], x, ids)
+            for key in kinds:
                 alone[key][number].update(x, ids)
         updates.batch_ends()
     updates.flush()
@@ -87,13 +89,14 @@ def test_batches_that_waited_for_each_other_give_what_each_would_have_given(monk
 @pytest.mark.parametrize("kind", [Activity, Moments, Histogram, LinearRademacher])
 def test_of_batches_that_waited_the_one_that_was_not_finite_is_named(kind):
     made, updates = [kind(3) for _ in range(3)], Updates()
+    places = [[Part("one", kind, statistic)] for statistic in made]
     for batch in range(5):
         ids = torch.arange(4) + 4 * batch
         for number in (0, 1, 2):
             x = torch.randn(4, 3, 2)
             if batch in (2, 4) and number == 1:
                 x[3, 0, 1] = torch.nan if batch == 2 else torch.inf
-            updates.add("one", kind, made[number], x, ids)
+            updates.add(places[number], x, ids)
         updates.batch_ends()
     updates.flush()
     for number in (0, 2):
@@ -105,8 +108,9 @@ def test_of_batches_that_waited_the_one_that_was_not_finite_is_named(kind):
 def test_what_was_counted_before_an_error_is_not_counted_again(monkeypatch):
     x, ids, updates = torch.randn(4, 3, 2), torch.arange(4), Updates()
     statistics = [Moments(3), Activity(3), Histogram(3)]
-    for key, statistic in zip("abc", statistics, strict=True):
-        updates.add(key, type(statistic), statistic, x.clone(), ids)
+    places = [[Part(key, type(statistic), statistic)] for key, statistic in zip("abc", statistics, strict=True)]
+    for place in places:
+        updates.add(place, x.clone(), ids)
     updates.batch_ends()
     broken = statistics[1]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from actprune import Budget, Pruner, criteria
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
-from actprune.statistics import enough_positions, sample_positions
+from actprune.statistics import Density, enough, every_second, sample_positions
 from zoo import Attention, build
 
 
@@ -292,18 +292,66 @@ def test_small_maps_are_seen_whole_and_sampling_can_be_off(positions):
         same(only(seen["0"][key]), model[:3](x).flatten(2))
 
 
-@pytest.mark.parametrize(("samples", "positions"), [(450, 64), (2047, 16), (2049, 16), (5000, 2), (10**6, 2), (None, 8)])
-def test_more_samples_need_fewer_positions(samples, positions):
-    assert enough_positions(samples) == positions
+@pytest.mark.parametrize(
+    ("samples", "density"),
+    [
+        (450, Density(64)),
+        (2047, Density(16)),
+        (2049, Density(16)),
+        (5000, Density(2, halved=True)),
+        (10**6, Density(2, halved=True)),
+        (None, Density(8)),
+    ],
+)
+def test_more_samples_need_fewer_positions(samples, density):
+    assert enough(samples) == density
     if samples is not None:
-        assert samples * positions > (3 << 13) / (2**0.5 if positions > 2 else 3)
+        read = samples / 2 if density.halved else samples
+        assert read * density.positions > (3 << 13) / (2**0.5 if density.positions > 2 else 6)
     model, _ = build("ConvBn")
     pruner = Pruner(model.eval(), torch.randn(2, 3, 8, 8), criteria.Entropy(), Budget(params=0.6), compensation=None)
     with pruner.observe(samples) as observation:
-        observation.begin_batch(torch.arange(2))
-        model(torch.randn(2, 3, 8, 8))
+        observation.begin_batch(torch.arange(20))
+        model(torch.randn(20, 3, 8, 8))
     (statistic,) = observation.scores["0"]["histogram"]
-    assert statistic.counts.sum(1).tolist() == [2 * min(64, positions)] * statistic.n_units
+    n = len(every_second(torch.arange(20), seed=0)) if density.halved else 20
+    assert statistic.counts.sum(1).tolist() == [n * min(64, density.positions)] * statistic.n_units
+
+
+class Mean(Recorder):
+    """The mean of every map."""
+
+    whole_maps, means_do = False, True
+
+
+class Halved(Recording):
+    def statistics(self):
+        return {"few": Sampling, "all": Recorder, "mean": Mean}
+
+
+def test_of_many_samples_every_second_one_is_read_where_positions_are_drawn():
+    model, _ = build("ConvBn")
+    model.eval()
+    torch.manual_seed(0)
+    x, ids = torch.randn(40, 3, 8, 8), torch.randperm(1000)[:40]
+    maps = model[:3](x).flatten(2)
+    seen = []
+    for size in (40, 7, 1):
+        pruner = Pruner(model, x[:1], Halved(), Budget(params=0.999), compensation=None)
+        with pruner.observe(5000) as observation, torch.no_grad():
+            for part in torch.arange(40).split(size):
+                observation.begin_batch(ids[part])
+                model(x[part])
+        seen.append(observation.scores["0"])
+    rows = every_second(ids, seed=0)
+    assert 8 < len(rows) < 32
+    drawn = sample_positions(ids, 64, 2, seed=0)
+    expected = torch.stack([maps[n][:, drawn[n]] for n in rows.tolist()])
+    for one in seen:
+        same(only(one["few"]), expected)
+        assert one["few"][0].ids == ids[rows].tolist()
+        same(only(one["all"]), maps)
+        same(only(one["mean"]), maps.mean(2, keepdim=True))
 
 
 @pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "Flatten"])
@@ -459,3 +507,28 @@ def test_compiled_modules_are_observed_and_pruned(whole):
         assert network(x).shape == (8, 3)
     assert torch.equal(found[0], found[1])
     assert torch.allclose(model(x), plain(x), atol=1e-6)
+
+
+def test_what_is_got_ready_and_what_is_not_read_alike(monkeypatch):
+    """Batches of other sizes, images of another size, another memory layout, gradients: what is expected, or not."""
+    model, _ = build("ConvBn")
+    model.eval()
+    torch.manual_seed(0)
+    batches = [torch.randn(n, 3, size, size) for n, size in ((6, 8), (6, 8), (4, 8), (6, 6), (6, 8), (5, 8))]
+    batches.append(torch.randn(6, 3, 8, 8).contiguous(memory_format=torch.channels_last))
+    found = []
+    for ready in (True, False):
+        if not ready:
+            monkeypatch.setattr("actprune.pruning.reads.Reads.takes", lambda self, x: False)
+        pruner = Pruner(model, batches[0], criteria.Entropy(), Budget(params=0.6), compensation=None, positions=3)
+        with pruner.observe() as observation:
+            for number, x in enumerate(batches):
+                observation.begin_batch(torch.arange(len(x)) + 10 * number)
+                with torch.set_grad_enabled(number % 2 == 0):
+                    model(x)
+                if number == 3:
+                    assert observation.scores
+        (statistic,) = observation.scores["0"]["histogram"]
+        found.append(statistic)
+    assert torch.equal(found[0].compute(), found[1].compute())
+    assert found[0].n_samples == sum(map(len, batches))

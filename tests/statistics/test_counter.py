@@ -56,11 +56,11 @@ def test_signs_of_a_sample_depend_on_its_key_only():
 
 
 @pytest.mark.parametrize(("n", "k"), [(1024, 16), (49, 10), (10, 9), (7, 1), (1, 1)])
-def test_positions_are_distinct_sorted_and_equally_likely(n, k):
+def test_positions_are_distinct_and_equally_likely(n, k):
     drawn = sample_positions(torch.arange(30_000), n, k, seed=1)
     assert drawn.shape == (30_000, k)
     assert drawn.dtype == torch.int64
-    assert (drawn.diff(dim=1) > 0).all()
+    assert (drawn.sort(dim=1).values.diff(dim=1) > 0).all()
     assert drawn.min() >= 0
     assert drawn.max() < n
     counts = torch.bincount(drawn.flatten(), minlength=n)

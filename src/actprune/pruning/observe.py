@@ -1,13 +1,12 @@
 """Observe: accumulate the criterion's and the compensation's statistics while batches flow through the model.
 
-Of large maps, a criterion's statistics see a few positions, drawn for every sample (``statistics.positions``), unless they ask
-for whole maps; one draw and one copy serve all of them. Compensation sees everything. A NaN that no statistic sees is not
-reported.
+Of large maps, a criterion's statistics see a few positions, of many samples in every second one (``statistics.positions``),
+unless they ask for whole maps or for means; one draw and one copy serve all of them. Compensation sees everything. A NaN that
+no statistic sees is not reported.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,13 +26,11 @@ from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, Site
 from actprune.pruning.gradients import differentiated
-from actprune.pruning.sampling import Reading, Sampling
+from actprune.pruning.reads import Reads
+from actprune.pruning.sampling import Sampling
 from actprune.pruning.unfolded import tell_unfolded
-from actprune.pruning.updates import Updates
-from actprune.statistics import all_reduce
-
-Reads = tuple[Site, Tensor | None, list[tuple[str, Statistic]]]
-"""A site, the channels of every unit there, (U, k), or None where unit i is channel i; and what accumulates them, by key."""
+from actprune.pruning.updates import Part, Updates
+from actprune.statistics import EVERYTHING, Density, all_reduce
 
 
 class Observation:
@@ -44,7 +41,7 @@ class Observation:
         graph: its channel graph.
         criterion: whose statistics are accumulated at every site.
         compensation: whose statistics are accumulated at every layer that reads units.
-        positions: how many of each unit's positions in a sample the criterion's statistics see; None: all.
+        density: how much of large maps the criterion's statistics see.
     """
 
     def __init__(
@@ -53,10 +50,10 @@ class Observation:
         graph: Graph,
         criterion: Criterion,
         compensation: Compensation | None,
-        positions: int | None = None,
+        density: Density = EVERYTHING,
     ) -> None:
         self._model = model
-        self._sampling, self._updates = Sampling(positions), Updates()
+        self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
         self._sample_ids = self._counted_ids = torch.empty(0, dtype=torch.int64)
         self._first_time: Tensor | None = None
@@ -68,8 +65,8 @@ class Observation:
         self._folds: dict[int, tuple[Layer, Statistic]] = {}
         self._inputs: dict[str, list[Watcher]] = defaultdict(list)
         self._operands: dict[str, dict[tuple[int, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
-        self._gates: dict[str, dict[Place, list[Reads]]] = defaultdict(lambda: defaultdict(list))
-        self._reads: dict[tuple[str, int | None, int, int], list[Reads]] = defaultdict(list)
+        self._gates: dict[str, dict[Place, dict[int, Reads]]] = defaultdict(lambda: defaultdict(dict))
+        self._reads: dict[tuple[str, int | None, int, int], Reads] = {}
         self._where: dict[int, str] = {}
         self._criterion(graph, criterion)
         if compensation is not None:
@@ -95,13 +92,18 @@ class Observation:
                 for kind, statistics in kinds.items():
                     place = (site.module, site.ordinal, site.operand)
                     if kind is not None:
-                        self._gates[kind][place].append((site, index, statistics))
-                        continue
-                    alike = self._reads[(*place, site.dim)]
-                    if not alike:
-                        self._at(*place, partial(self._watch, alike))
-                    alike.append((site, index, statistics))
+                        reads = self._gates[kind][place].setdefault(site.dim, self._nothing(site))
+                    else:
+                        at = (*place, site.dim)
+                        if at not in self._reads:
+                            self._reads[at] = self._nothing(site)
+                            self._at(*place, partial(self._watch, self._reads[at]))
+                        reads = self._reads[at]
+                    reads.entries.append((site, index, statistics))
             self._scores[group.name] = made
+
+    def _nothing(self, site: Site) -> Reads:
+        return Reads(site.module, site.dim, self._make, self._sampling, self._updates)
 
     def _compensation(self, graph: Graph, compensation: Compensation) -> None:
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)
@@ -120,7 +122,8 @@ class Observation:
             statistic.means_do = type(compensation) is Mean and not self._needs_readers
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
             self._folds[number] = (layer, statistic)
-            watcher = partial(self._channels, consumer, layer, statistic, compensation)
+            alone = [Part("compensation", partial(compensation.statistic, layer), statistic)]
+            watcher = partial(self._channels, consumer, layer, alone, compensation)
             self._at(consumer.module, consumer.ordinal, consumer.operand, watcher)
 
     def _at(self, module: str, ordinal: int | None, operand: int, watcher: Watcher) -> None:
@@ -129,61 +132,45 @@ class Observation:
         else:
             self._operands[module][(ordinal, operand)].append(watcher)
 
-    def _watch(self, reads: list[Reads], x: Tensor) -> None:
-        if not self._paused:
-            self._see(reads, x, reads[0][0].dim)
+    def _watch(self, reads: Reads, x: Tensor) -> None:
+        if not self._paused and not reads.takes(x):
+            self._see(reads, x, reads.dim)
 
-    def _see(self, reads: list[Reads], x: Tensor, dim: int) -> None:
+    def _see(self, reads: Reads, x: Tensor, dim: int) -> None:
         """Hand what one place reads to the statistics of all groups that are read there."""
-        x, ids = self._samples(x, dim, reads[0][0].module)
+        read = x
+        x, ids = self._samples(read, dim, reads.module)
         if not len(ids):
             return
-        reading = Reading(self._sampling, x.reshape(*x.shape[:2], -1), ids)
-        space = math.prod(x.shape[2:])
-        for site, index, statistics in reads:
-            units, width = site.positions.shape
-            samples = self._sampling.samples(width * space)
-            made: dict[str, Tensor] = {}
-            for key, statistic in statistics:
-                how = "mean" if statistic.means_do else "few" if samples and not statistic.whole_maps else "whole"
-                if how not in made:
-                    made[how] = getattr(reading, how)(units, index)
-                self._update(key, statistic, made[how], ids, waits=how != "whole")
-
-    def _update(self, key: str, statistic: Statistic, x: Tensor, ids: Tensor, waits: bool) -> None:
-        """Update a statistic; later, with its likes, where x is no view into what the network goes on with."""
-        if not statistic.needs_labels:
-            there = self._sampling.on(x.device, ids)
-            if waits:
-                self._updates.add(key, self._make[key], statistic, x, there)
-            else:
-                statistic.update(x, there)
-        elif ids is self._counted_ids:
-            statistic.update(x, ids, self._labels)
-        else:
+        if self._needs_labels and ids is not self._counted_ids and reads.needs_labels:
             raise ObservationError(
-                f"{self._where[id(statistic)]}: no dimension of what it reads counts the {len(self._sample_ids)} samples, so "
-                "its rows have no label; choose a criterion without labels"
+                f"{self._where[id(reads.entries[0][2][0][1])]}: no dimension of what it reads counts the "
+                f"{len(self._sample_ids)} samples, so its rows have no label; choose a criterion without labels"
             )
+        as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._sample_ids
+        reads.hand_over(x, ids, self._labels, as_read)
 
-    def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
+    def _channels(self, consumer: Consumer, layer: Layer, alone: list[Part], compensation: Compensation, x: Tensor) -> None:
         if self._paused:
             return
         x, ids = self._samples(x, consumer.dim, consumer.module)
         if not len(ids):
             return
         layer.space = tuple(x.shape[2:])
-        there = self._sampling.on(x.device, ids)
-        if statistic.means_do:
-            mean = Reading(self._sampling, x.reshape(*x.shape[:2], -1), ids).mean(x.shape[1], None)
-            self._updates.add("compensation", partial(compensation.statistic, layer), statistic, mean, there)
-        else:
+        there, statistic = self._sampling.on(x.device, ids), alone[0].statistic
+        if not statistic.means_do:
             compensation.observe(statistic, layer, x, there)
+            return
+        mean = x.reshape(*x.shape[:2], -1).mean(2, keepdim=True, dtype=torch.float32)
+        if alone[0].waits:
+            self._updates.add(alone, mean, there)
+        else:
+            statistic.update(mean, there)
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
         if x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self._sample_ids) and self._first_time is None:
-            return x.detach(), self._sample_ids  # as nearly always
+            return x.detach() if x.requires_grad else x, self._sample_ids  # as nearly always
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:
             x = x.unsqueeze(0)
@@ -218,19 +205,22 @@ class Observation:
         if self._paused:
             return
         self._updates.batch_ends()
+        self._sampling.next_batch()
         if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
             given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ObservationError(
                 f"the criterion needs the class of each of {len(sample_ids)} samples as a vector of integers, got {given}; "
                 "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
             )
-        self._sample_ids = self._counted_ids = sample_ids
+        self._sample_ids = self._counted_ids = sample_ids.clone()  # what waits is counted by them later
         self._labels, self._first_time = labels, None
         if (sample_ids < 0).any():
             self._first_time = (sample_ids >= 0).nonzero().flatten()
             self._counted_ids = sample_ids[self._first_time]
             self._labels = None if labels is None else labels[self._first_time]
         self._next_id += len(self._counted_ids)
+        for reads in self._reads.values():
+            reads.get_ready(self._counted_ids)
 
     def differentiate(self, outputs: Callable[[], Any] | None = None, loss: Callable[[], Tensor] | None = None) -> None:
         """Run the batch that was named once more, for statistics of gradients; nothing to do where there are none.
@@ -252,8 +242,8 @@ class Observation:
                 raise ObservationError(f"the criterion differentiates {kind}: give differentiate() a function that returns it")
             with self.paused():
                 for reading, x in differentiated(self._model, list(places), kind, run, len(self._sample_ids)):
-                    for read in places[reading.place]:
-                        self._see([read], x, read[0].dim if reading.dim is None else reading.dim)
+                    for dim, reads in places[reading.place].items():
+                        self._see(reads, x, dim if reading.dim is None else reading.dim)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -343,6 +333,9 @@ def _is_identity(at: np.ndarray) -> bool:
 
 
 def _all(watchers: list[Watcher]) -> Watcher:
+    if len(watchers) == 1:
+        return watchers[0]
+
     def watch(x: Tensor) -> None:
         for watcher in watchers:
             watcher(x)

@@ -28,7 +28,7 @@ from actprune.pruning.readers import readers_of
 from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
-from actprune.statistics import check_positions, enough_positions
+from actprune.statistics import Density, check_positions, enough
 from actprune.surgery import cut
 from actprune.surgery.tensors import lookup
 
@@ -183,8 +183,8 @@ class Pruner:
 
     def observation(self, expected: int | None = None) -> Observation:
         """An observation of the model as it is now, of about so many samples; ``with observation.recording():`` records."""
-        positions = enough_positions(expected) if self.positions == "auto" else self.positions
-        return Observation(self.model, self.graph, self.criterion, self.compensation, positions)
+        density = enough(expected) if isinstance(self.positions, str) else Density(self.positions)
+        return Observation(self.model, self.graph, self.criterion, self.compensation, density)
 
     def scores(self, observation: Observation | None) -> dict[str, Tensor]:
         """Group name -> (U,) float64 scores of every unlocked group; groups that the criterion cannot score are left out.

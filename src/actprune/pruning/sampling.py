@@ -1,58 +1,92 @@
-"""What all sites of a batch share: the samples' ids where the activations are, and the positions drawn for each sample."""
+"""What all sites of a batch share: the samples' ids where the activations are, and what is drawn of each sample."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from actprune.statistics import at_positions, position_bits, sample_positions
+from actprune.statistics import Density, every_second, position_bits, sample_positions
+
+Drawn = tuple[Tensor, Tensor, Tensor]
+"""Where the activations are: which rows of a batch are read, (n, 1), their ids, (n,), and their positions, (n, k)."""
 
 
 class Sampling:
     """Draws and copies once per batch; nothing waits for a device.
 
     Args:
-        positions: how many of each unit's positions in a sample are seen; None: all.
+        density: how much is read.
     """
 
-    def __init__(self, positions: int | None) -> None:
-        self._positions = positions
-        self._drawn: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._bits: tuple[Tensor, Tensor] | None = None
-        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    def __init__(self, density: Density) -> None:
+        self._density = density
         self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._numbers: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
+        self.next_batch()
+
+    def next_batch(self) -> None:
+        """Forget the batch before; what is kept is known by the identity of its ids, which lives as long."""
+        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._drawn: dict[tuple[int, int, torch.device], Drawn] = {}
+        self._there: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._flat: dict[tuple[int, int], Tensor] = {}
+        self._numbers: dict[tuple[int, int], Tensor] = {}
 
     def samples(self, seen: int) -> bool:
         """Whether of so many positions only some are seen."""
-        return self._positions is not None and self._positions < seen
+        return self._density.positions is not None and self._density.positions < seen
 
-    def draw(self, ids: Tensor, seen: int, device: torch.device) -> Tensor:
-        """The positions of every sample, (N, k); drawn once per batch for all maps of one size."""
-        known = self._drawn.get((seen, device))
-        if known is None or known[0] is not ids:
-            assert self._positions is not None
+    def draw(self, ids: Tensor, seen: int, device: torch.device) -> Drawn:
+        """Rows and positions that are read; drawn once per batch for all maps of one size."""
+        known = self._drawn.get((id(ids), seen, device))
+        if known is None:
             # where the ids are: a draw is many small operations, for a device more work than its copy
-            if self._bits is None or self._bits[0] is not ids:
-                self._bits = (ids, position_bits(ids, self._positions, seed=0))
-            drawn = sample_positions(ids, seen, self._positions, seed=0, bits=self._bits[1])
-            known = self._drawn[seen, device] = (ids, drawn.to(device, non_blocking=True))
-        return known[1]
+            rows, read, bits = self._read(ids)
+            k = self._density.positions
+            assert k is not None
+            drawn = sample_positions(read, seen, k, seed=0, bits=bits)
+            known = (self.on(device, rows), self.on(device, read), drawn.to(device, non_blocking=True))
+            self._drawn[id(ids), seen, device] = known
+        return known
+
+    def flat(self, ids: Tensor, channels: int, positions: int) -> Tensor:
+        """Where what is read of (N, C, P) activations lies among all their elements, (n, C, k) on the CPU."""
+        known = self._flat.get((channels, positions))
+        if known is None:
+            rows, _, drawn = self.draw(ids, positions, torch.device("cpu"))
+            maps = rows.unsqueeze(2) * channels + torch.arange(channels).unsqueeze(1)
+            known = self._flat[channels, positions] = maps * positions + drawn.unsqueeze(1)
+        return known
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows that are read of a batch of which positions were drawn, where the ids are."""
+        return self._read(ids)[0].squeeze(1)
+
+    def _read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are read, (n, 1), their ids, and what positions are drawn from."""
+        known = self._rows.get(id(ids))
+        if known is None:
+            # rows that are no samples may be too few to leave any out
+            numbered = any(ids is numbers for numbers in self._numbers.values())
+            halved = self._density.halved and not numbered
+            rows = every_second(ids, seed=0) if halved else torch.arange(len(ids), device=ids.device)
+            read = ids[rows] if halved else ids
+            known = self._rows[id(ids)] = (rows.unsqueeze(1), read, position_bits(read, self._density.positions or 1, seed=0))
+        return known
 
     def numbered(self, start: int, n: int) -> Tensor:
         """Ids from ``start`` on for rows that are no samples; the same tensor for reads of one batch that have as many."""
-        if self._numbers[0] != start or len(self._numbers[1]) != n:
-            self._numbers = (start, torch.arange(start, start + n))
-        return self._numbers[1]
+        if (start, n) not in self._numbers:
+            self._numbers[start, n] = torch.arange(start, start + n)
+        return self._numbers[start, n]
 
     def on(self, device: torch.device, ids: Tensor) -> Tensor:
         """The ids on a device, one copy per batch."""
         if ids.device == device:
             return ids
-        known = self._there.get(device)
-        if known is None or known[0] is not ids:
+        known = self._there.get((id(ids), device))
+        if known is None:
             with torch.inference_mode(False):
-                known = self._there[device] = (ids, ids.to(device, non_blocking=True))
+                known = self._there[id(ids), device] = (ids, ids.to(device, non_blocking=True))
         return known[1]
 
     def placed(self, index: Tensor, device: torch.device) -> Tensor:
@@ -63,50 +97,3 @@ class Sampling:
         if known is None:
             known = self._indices[id(index), device] = (index, index.to(device))
         return known[1]
-
-
-class Reading:
-    """What one place reads in one batch, and what the groups that are read there have of it; made once for all of them.
-
-    Args:
-        sampling: draws the positions.
-        x: (N, C, P) activations.
-        ids: (N,) of the samples.
-    """
-
-    def __init__(self, sampling: Sampling, x: Tensor, ids: Tensor) -> None:
-        self._sampling, self._x, self._ids = sampling, x, ids
-        self._few: Tensor | None = None
-        self._mean: Tensor | None = None
-
-    def few(self, units: int, index: Tensor | None) -> Tensor:
-        """A few positions of every unit, (N, U, k).
-
-        Args:
-            units: how many there are (U).
-            index: (U, width) the channels of every unit; None: unit i is channel i.
-        """
-        x, device = self._x, self._x.device
-        if index is not None and index.shape[1] > 1:
-            drawn = self._sampling.draw(self._ids, index.shape[1] * x.shape[2], device)
-            return at_positions(x, drawn, self._sampling.placed(index, device))
-        if self._few is None:
-            self._few = at_positions(x, self._sampling.draw(self._ids, x.shape[2], device))
-        return self._of(self._few, units, index)
-
-    def mean(self, units: int, index: Tensor | None) -> Tensor:
-        """The mean of every unit's map, (N, U, 1) float32."""
-        if index is not None and index.shape[1] > 1:
-            return self.whole(units, index).mean(2, keepdim=True, dtype=torch.float32)
-        if self._mean is None:
-            self._mean = self._x.mean(2, keepdim=True, dtype=torch.float32)
-        return self._of(self._mean, units, index)
-
-    def whole(self, units: int, index: Tensor | None) -> Tensor:
-        """All positions of every unit, (N, U, width P)."""
-        return self._of(self._x, units, index)
-
-    def _of(self, x: Tensor, units: int, index: Tensor | None) -> Tensor:
-        if index is None:
-            return x if units == x.shape[1] else x[:, :units]
-        return x.index_select(1, self._sampling.placed(index, x.device).flatten()).reshape(len(x), units, -1)

@@ -1,19 +1,21 @@
-"""Collect what the sites of a network read, and update statistics of many sites and several batches with one call.
+"""Keep what the places of a network read, and update statistics of many places and several batches with one call.
 
-A network reads the same sites in every batch. What the first batch brought together becomes one statistic for good (see
-``statistics.joined``); what comes in another company later is updated by itself. Batches wait for each other: adding to a
-histogram costs a pass over its table, and every operation its call, however few values there are.
+A network reads the same places in every batch, and in each batch a place costs a call or two, however few values it gives; so
+reads wait, whole, until there are many, and only then are dealt out to the groups that were read there. What comes together the
+first time becomes one statistic for good (see ``statistics.joined``); what comes in another company later is updated by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from actprune.core.views import Statistic
+from actprune.pruning.arena import Arena
 from actprune.pruning.settings import settings
 from actprune.statistics import Accumulator
 from actprune.statistics.joined import join
@@ -25,138 +27,170 @@ AT_ONCE_ON_CPU = 1 << 16
 AT_ONCE = 1 << 22
 """The same on a device, where a call costs more than its elements."""
 HELD_ON_CPU, HELD = 1 << 23, 1 << 24
-"""Elements of all statistics that wait for later batches: 32 MiB of float32, 64 MiB on a device."""
+"""Elements of all reads that wait for later batches: 32 MiB of float32, 64 MiB on a device."""
+
+
+class Part:
+    """What one statistic takes of what a place reads.
+
+    Args:
+        key: the same for statistics that ``make`` makes.
+        make: makes such a statistic for a number of units.
+        statistic: what is updated.
+        channels: (U,) where each unit is; None: unit i is channel i.
+    """
+
+    def __init__(self, key: str, make: Make, statistic: Statistic, channels: Tensor | None = None) -> None:
+        self.key, self.make, self.statistic, self._channels = key, make, statistic, channels
+        self.waits = isinstance(statistic, Accumulator) and statistic.joinable
+
+    def of(self, x: Tensor) -> Tensor:
+        """The units, (N, U, P), of x (N, C, P)."""
+        if self._channels is None:
+            units = self.statistic.n_units
+            return x if x.shape[1] == units else x[:, :units]
+        if self._channels.device != x.device:
+            self._channels = self._channels.to(x.device, non_blocking=True)
+        return x.index_select(1, self._channels)
+
+
+_Read = tuple[Part, Tensor]
+"""A part and what its place read."""
 
 
 @dataclass
-class _Pile:
-    make: Make
-    ids: Tensor
-    parts: list[tuple[Accumulator, Tensor]] = field(default_factory=list)
-    elements: int = 0
+class _Place:
+    parts: Sequence[Part]
+    kind: tuple[int, torch.dtype, torch.device]
+    reads: list[Tensor]
+    ids: list[Tensor]
 
 
 class Updates:
     """Updates that wait for their likes; ``flush`` makes them all."""
 
     def __init__(self) -> None:
-        self._piles: dict[tuple[object, ...], _Pile] = {}
+        self._waiting: dict[int, _Place] = {}
+        self.arena = Arena(HELD_ON_CPU)
+        self._held = self._held_before = 0
+        self._due: list[tuple[list[_Read], Tensor, list[int]]] = []
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
         self._settings: dict[int, tuple[object, ...]] = {}
-        self._waiting: dict[tuple[int, ...], list[tuple[list[Tensor], Tensor]]] = {}
-        self._held = 0
-        self._joined_ids: tuple[list[Tensor], Tensor] | None = None
 
     def add(
         self,
-        key: str,
-        make: Make,
-        statistic: Statistic,
-        x: Tensor,  # (N, U, P)
+        parts: Sequence[Part],
+        x: Tensor,  # (N, C, P)
         ids: Tensor,  # (N,)
     ) -> None:
-        """Update a statistic, now or later.
+        """Update statistics, later.
 
         Args:
-            key: the same for statistics that ``make`` makes.
-            make: makes such a statistic for a number of units.
-            statistic: what is updated.
-            x: a tensor of its own, which nobody changes.
+            parts: the statistics, all of which may wait; the same object whenever the place is read.
+            x: what the place reads; a tensor of its own, which nobody changes.
             ids: on x's device, the same tensor for all reads of a batch.
         """
-        if not isinstance(statistic, Accumulator) or not statistic.joinable:
-            statistic.update(x, ids)
-            return
-        if id(statistic) not in self._settings:
-            self._settings[id(statistic)] = settings(statistic)
-        group = (key, self._settings[id(statistic)], id(ids), x.shape[2], x.dtype, x.device)
-        pile = self._piles.get(group)
-        if pile is not None and any(statistic is other for other, _ in pile.parts):
-            self._update(self._piles.pop(group))  # read twice in one batch: the others stay together
-            pile = None
-        if pile is None:
-            pile = self._piles[group] = _Pile(make, ids)
-        pile.parts.append((statistic, x))
-        pile.elements += x.numel()
-        company = self._member.get(id(pile.parts[0][0]))  # the same whatever the size of the batch
-        if company is not None:
-            full = len(pile.parts) == len(company)
-        else:
-            full = pile.elements >= (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE)
-        if full:
-            del self._piles[group]
-            self._update(pile)
+        place, kind = self._waiting.get(id(parts)), (x.shape[2], x.dtype, x.device)
+        if place is not None and place.kind != kind:
+            self.flush()
+            place = None
+        if place is None:
+            place = self._waiting[id(parts)] = _Place(parts, kind, [], [])
+        place.reads.append(x)
+        place.ids.append(ids)
+        self._held += x.numel()
 
     def batch_ends(self) -> None:
-        """Nothing more comes of this batch: what still waits for its likes waits no longer, but may for later batches."""
-        while self._piles:
-            self._update(self._piles.popitem()[1])
+        """Nothing more comes of this batch, and what was got ready for it is over: the moment to make what waits.
+
+        It goes on waiting while another batch like it would not be too much.
+        """
+        if self._held:
+            on_cpu = next(iter(self._waiting.values())).reads[0].device.type == "cpu"
+            if 2 * self._held - self._held_before > (HELD_ON_CPU if on_cpu else HELD):
+                self.flush()
+        if not self._waiting and not self._due:
+            self.arena.clear()
+        self._held_before = self._held
 
     def flush(self) -> None:
         """Make every update that waits."""
-        self.batch_ends()
-        self._catch_up()
+        waiting, self._waiting, self._held = list(self._waiting.values()), {}, 0
+        with torch.inference_mode(False), torch.no_grad():
+            self._due += self._companies(waiting)
+            while self._due:  # each leaves before it is counted, so that nothing is counted twice after an error
+                self._update(*self._due.pop())
 
-    def _update(self, pile: _Pile) -> None:
-        device = pile.parts[0][1].device
-        members = tuple(id(statistic) for statistic, _ in pile.parts)
+    def _companies(self, waiting: list[_Place]) -> Iterator[tuple[list[_Read], Tensor, list[int]]]:
+        """What is updated together, the ids of its rows, and how many of them each batch has."""
+        piles: dict[tuple[int, ...], dict[tuple[object, ...], list[_Read]]] = defaultdict(lambda: defaultdict(list))
+        rows: dict[tuple[int, ...], list[Tensor]] = {}
+        while waiting:
+            place = waiting.pop(0)
+            batches = tuple(id(ids) for ids in place.ids)
+            rows[batches] = place.ids
+            x = _together(place.reads)
+            for part in place.parts:
+                if id(part.statistic) not in self._settings:
+                    self._settings[id(part.statistic)] = settings(part.statistic)
+                piles[batches][(part.key, self._settings[id(part.statistic)], *place.kind)].append((part, x))
+        for batches, of_kinds in piles.items():
+            ids, sizes = _together(rows[batches]), [len(each) for each in rows[batches]]
+            for pile in of_kinds.values():
+                while pile:
+                    n = self._company(pile, len(sizes))
+                    yield pile[:n], ids, sizes
+                    del pile[:n]
+
+    def _company(self, pile: list[_Read], batches: int) -> int:
+        """How many of a pile's first are updated together: as once they were, else until a batch gives ``AT_ONCE`` elements."""
+        known = self._member.get(id(pile[0][0].statistic))
+        if known is not None:
+            return len(known)
+        elements, seen = 0, set()
+        for n, (part, x) in enumerate(pile):
+            statistic = part.statistic
+            if id(statistic) in seen or id(statistic) in self._member:
+                return n
+            if elements >= batches * (AT_ONCE_ON_CPU if x.device.type == "cpu" else AT_ONCE):
+                return n
+            seen.add(id(statistic))
+            elements += len(x) * statistic.n_units * x.shape[2]
+        return len(pile)
+
+    def _update(self, company: list[_Read], ids: Tensor, sizes: list[int]) -> None:
+        statistics: list[Accumulator] = [part.statistic for part, _ in company]  # type: ignore[misc]
+        members, device = tuple(map(id, statistics)), ids.device
         whole = self._wholes.get(members)
         if whole is not None and whole.device != device:
             self._part(members)
             whole = None
         if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
-            parts = [statistic for statistic, _ in pile.parts]
-            whole = join(parts, pile.make, device) if len(parts) > 1 else parts[0].to(device)  # type: ignore[arg-type]
+            one = len(company) == 1
+            whole = statistics[0].to(device) if one else join(statistics, company[0][0].make, device)  # type: ignore[arg-type]
             self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
         if whole is not None:
-            self._wait(members, [x for _, x in pile.parts], pile.ids)
+            each = [part.of(x) for part, x in company]
+            whole.update(each[0] if len(each) == 1 else torch.cat(each, 1), ids, sizes=sizes)
             return
-        self._catch_up()
-        for statistic, x in pile.parts:
+        for (part, x), statistic in zip(company, statistics, strict=True):
             known = self._member.get(id(statistic))
             if known is not None and statistic.device != device:
                 self._part(known)
             elif known is not None:
                 statistic._update_count = self._wholes[known]._update_count
-            statistic.update(x, pile.ids)
+            statistic.update(part.of(x), ids, sizes=sizes)
             if known is not None and known in self._wholes:
                 self._wholes[known]._update_count = statistic._update_count
 
-    def _wait(self, members: tuple[int, ...], parts: list[Tensor], ids: Tensor) -> None:
-        """Keep what one batch brings to a whole."""
-        before = self._waiting.setdefault(members, [])
-        if before and (before[0][0][0].shape[2], before[0][0][0].dtype) != (parts[0].shape[2], parts[0].dtype):
-            self._catch_up()
-            before = self._waiting.setdefault(members, [])
-        before.append((parts, ids))
-        self._held += sum(x.numel() for x in parts)
-        if self._held >= (HELD_ON_CPU if ids.device.type == "cpu" else HELD):
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Update with everything that waits."""
-        self._held = 0
-        while self._waiting:  # each leaves before it is counted, so that nothing is counted twice after an error
-            members, batches = self._waiting.popitem()
-            with torch.inference_mode(False), torch.no_grad():
-                x = torch.cat([torch.cat(parts, 1) for parts, _ in batches])
-            ids = self._together([ids for _, ids in batches])
-            self._wholes[members].update(x, ids, sizes=[len(ids) for _, ids in batches])
-        self._joined_ids = None
-
-    def _together(self, ids: list[Tensor]) -> Tensor:
-        """Ids of several batches; the same tensor for all wholes that saw the same ones."""
-        known = self._joined_ids
-        if known is None or len(known[0]) != len(ids) or any(a is not b for a, b in zip(known[0], ids, strict=True)):
-            with torch.inference_mode(False):
-                known = self._joined_ids = (ids, torch.cat(ids))
-        return known[1]
-
     def _part(self, members: tuple[int, ...]) -> None:
         """Forget a whole: its parts go on alone."""
-        self._catch_up()
         del self._wholes[members]
         for member in members:
             del self._member[member]
+
+
+def _together(batches: list[Tensor]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(batches)

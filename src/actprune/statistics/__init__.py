@@ -9,7 +9,16 @@ from actprune.statistics.class_histogram import ClassHistogram
 from actprune.statistics.gram import Gram
 from actprune.statistics.histogram import Histogram
 from actprune.statistics.moments import Moments
-from actprune.statistics.positions import at_positions, check_positions, enough_positions, position_bits, sample_positions
+from actprune.statistics.positions import (
+    EVERYTHING,
+    Density,
+    at_positions,
+    check_positions,
+    enough,
+    every_second,
+    position_bits,
+    sample_positions,
+)
 from actprune.statistics.rademacher import LinearRademacher
 from actprune.statistics.rank import MapRank
 from actprune.statistics.reduce import all_reduce, merge_shards
@@ -17,9 +26,11 @@ from actprune.statistics.sensitivity import Sensitivity, output_sensitivity
 from actprune.statistics.taylor import GateTaylor
 
 __all__ = [
+    "EVERYTHING",
     "Accumulator",
     "Activity",
     "ClassHistogram",
+    "Density",
     "GateTaylor",
     "Gram",
     "Histogram",
@@ -32,7 +43,8 @@ __all__ = [
     "merge_shards",
     "output_sensitivity",
     "check_positions",
-    "enough_positions",
+    "enough",
+    "every_second",
     "position_bits",
     "sample_positions",
 ]

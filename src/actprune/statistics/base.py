@@ -95,14 +95,14 @@ class Accumulator(Statistic):
                     f"{type(self).__name__} takes the class of each of {len(x)} samples, got {given}; give labels too"
                 )
             sample_ids = labels
+        first = self.update_count - 1
+        self._update_count += len(sizes or [0]) - 1
         if x.numel() == 0:
             return
         with torch.inference_mode(False), torch.no_grad(), _full_precision(x.device.type):
             if self.device != x.device:
                 self.to(x.device)
             self.n_samples.add_(len(x))
-            first = self.update_count - 1
-            self._update_count += len(sizes or [0]) - 1
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer

@@ -1,4 +1,4 @@
-"""A fixed number of positions per map: the same ones for a sample whatever its batch, its order or its rank.
+"""A fixed number of positions per map, in all samples or in every second one: the same ones whatever the batch, order or rank.
 
 Formula: the map's P positions are cut into k strata of P // k or P // k + 1 neighbours, one position is drawn in each,
 and all are rotated by one uniform offset per sample, so that every position is taken with probability k / P exactly.
@@ -8,6 +8,7 @@ Cheaper (k draws, not P) and of lower variance than drawing without strata.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,21 +21,42 @@ VALUES = 3 << 13
 FEW, LEAST, USUAL = 4, 2, 8
 """Positions per map: so few stand for many samples, where LEAST will do; and where nobody knows how many samples will come."""
 
-_ROTATION = -1
-"""A stratum index that no stratum has: the rotation is drawn independently of the strata."""
+_ROTATION, _SAMPLE = -1, -2
+"""Stratum indices that no stratum has: the rotation, and whether a sample is read, are drawn independently of the strata."""
 
 
-def enough_positions(n_samples: int | None) -> int:
-    """Positions per map so that every unit gives about ``VALUES`` values; 8 where the number of samples is unknown.
+@dataclass(frozen=True)
+class Density:
+    """How much of large maps is read."""
+
+    positions: int | None
+    """Of each unit in a sample; None: all."""
+    halved: bool = False
+    """Whether only every second sample is read, drawn by its id."""
+
+
+EVERYTHING = Density(None)
+
+
+def enough(n_samples: int | None) -> Density:
+    """What to read so that every unit gives about ``VALUES`` values; 8 positions where the number of samples is unknown.
 
     The nearest power of two, so that numbers that differ a little, as those of two ways to deal out 2,048 samples do, mean
     the same. Values of different samples say more than values of one map: where that would be 4 or fewer, from 4,345 samples
-    on, it is 2.
+    on, it is 2, and that in every second sample.
     """
     if n_samples is None:
-        return USUAL
+        return Density(USUAL)
     wanted = 2 ** round(math.log2(VALUES / max(1, n_samples)))
-    return wanted if wanted > FEW else LEAST
+    return Density(wanted) if wanted > FEW else Density(LEAST, halved=True)
+
+
+def every_second(
+    sample_ids: Tensor,  # (N,) int64
+    seed: int,
+) -> Tensor:
+    """Which samples are read where every second one is, as ascending rows: a fair coin for every id."""
+    return (hashed(seed, sample_ids, torch.full_like(sample_ids[:1], _SAMPLE)) >= 0).nonzero().flatten()
 
 
 def check_positions(positions: object) -> None:
@@ -61,7 +83,7 @@ def sample_positions(
         bits: ``position_bits(sample_ids, k, seed)``, where maps of several sizes are drawn from.
 
     Returns:
-        Int64 tensor (N, min(k, n_positions)), ascending in each row; all positions in order when k >= n_positions.
+        Int64 tensor (N, min(k, n_positions)), different in each row; all positions in order when k >= n_positions.
 
     Raises:
         ConfigError: ``k`` or ``n_positions`` is below 1.
@@ -74,11 +96,7 @@ def sample_positions(
     edges = torch.arange(k + 1, device=device) * n_positions // k
     bits = position_bits(sample_ids, k, seed) if bits is None else bits
     drawn = edges[:-1] + below(edges[1:] - edges[:-1], bits[:, :k])
-    rotation = below(n_positions, bits[:, k:])
-    rotated = drawn + rotation  # ascending: those beyond the end come first
-    beyond = rotated >= n_positions
-    order = (torch.arange(k, device=device) - beyond.sum(dim=1, keepdim=True)) % k
-    return torch.where(beyond, rotated - n_positions, rotated).gather(1, order)
+    return drawn.add_(below(n_positions, bits[:, k:])).remainder_(n_positions)
 
 
 def position_bits(
@@ -94,12 +112,16 @@ def position_bits(
 
 def at_positions(
     x: Tensor,  # (N, C, P)
-    drawn: Tensor,  # (N, n) of the P positions; of a unit's k P, where ``channels`` is given
-    channels: Tensor | None = None,  # (U, k) of every unit; None: unit i is channel i
+    drawn: Tensor,  # (n, k) of the P positions; of a unit's width P, where ``channels`` is given
+    channels: Tensor | None = None,  # (U, width) of every unit; None: unit i is channel i
+    rows: Tensor | None = None,  # (n, 1) which samples were drawn; None: all N
+    out: Tensor | None = None,  # (n, k, C) to write to, without ``channels`` and gradients
 ) -> Tensor:
-    """What samples have at the positions that were drawn for them, (N, U, n)."""
-    if channels is None:
-        return x.gather(2, drawn.unsqueeze(1).expand(-1, x.shape[1], -1))
-    places = channels[:, drawn // x.shape[2]].transpose(0, 1)  # (N, U, n)
-    rows = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x[rows, places, (drawn % x.shape[2]).unsqueeze(1)]
+    """What samples have at the positions that were drawn for them, (n, U, k), a tensor of its own, or a view of ``out``."""
+    rows = torch.arange(len(x), device=x.device).unsqueeze(1) if rows is None else rows
+    if channels is not None:
+        places = channels[:, drawn // x.shape[2]].transpose(0, 1)  # (n, U, k)
+        return x[rows.unsqueeze(2), places, (drawn % x.shape[2]).unsqueeze(1)]
+    if out is None:
+        return x[rows, :, drawn].transpose(1, 2)
+    return torch.ops.aten.index.Tensor_out(x, [rows, None, drawn], out=out).transpose(1, 2)
