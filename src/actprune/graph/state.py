@@ -219,6 +219,16 @@ class TraceState:
             if type(value) is int and not name.startswith("_"):
                 yield name, value
 
+    def of_torch(self, path: str) -> bool:
+        """Whether PyTorch wrote a module's code."""
+        return type(self.modules[path]).__module__.startswith("torch.nn")
+
+    def may_count(self, ids: NDArray[np.int64]) -> None:
+        """Integers of the running modules that equal an extent may follow it: a rehearsal tells."""
+        for path, name, value in self.called():
+            if type(value) is int and value == len(ids) and not self.of_torch(path):
+                self.possible.append(Binding(path, name, None, ids))
+
     def contract(
         self,
         output: Tensor,

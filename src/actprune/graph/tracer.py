@@ -91,7 +91,11 @@ class ChannelTracer(TorchDispatchMode):
         elif name in _FILLED:
             # outside the model's forward a constant is an input
             inside = len(t.frames) > 1
-            t.set(out, [t.space.fresh(n) if n > 1 and inside else None for n in out.shape])
+            filled = [t.space.fresh(n) if n > 1 and inside else None for n in out.shape]
+            t.set(out, filled)
+            for ids in filled:
+                if ids is not None:
+                    t.may_count(ids)
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
         if name not in CONTRACTIONS:
@@ -109,7 +113,7 @@ class ChannelTracer(TorchDispatchMode):
             if frame.met:
                 return
             frame.met = True
-            if type(t.modules[frame.path]).__module__.startswith("torch.nn"):
+            if t.of_torch(frame.path):
                 continue
             for tensor in frame.args:
                 for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():

@@ -50,7 +50,7 @@ def derived(module: nn.Module) -> dict[str, Any]:
         return widths
     if isinstance(module, nn.Linear):
         return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
     if isinstance(module, _Norm):
         tensor = module.weight if module.weight is not None else module.running_mean
