@@ -188,6 +188,8 @@ def _zeroed(owner, leaf, dim, consumers_only):
         return leaf == "weight" and dim == 0
     if isinstance(owner, (*CONVS, nn.Linear)):
         return leaf == "weight" and dim == 1
+    if isinstance(owner, nn.RNNBase):
+        return leaf.startswith("weight") and dim == 1
     return not isinstance(owner, (nn.modules.batchnorm._NormBase, *NORMS, nn.Embedding, nn.EmbeddingBag, nn.PReLU))
 
 

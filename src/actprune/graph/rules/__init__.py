@@ -1,6 +1,6 @@
 """Rules by operator family; importing this package fills the table."""
 
-from actprune.graph.rules import contraction, indexed, norm, parts, pointwise, reduce, regions, shape, spatial, view
+from actprune.graph.rules import contraction, indexed, norm, parts, pointwise, recurrent, reduce, regions, shape, spatial, view
 from actprune.graph.rules.registry import RULES, bind, rule
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "norm",
     "parts",
     "pointwise",
+    "recurrent",
     "reduce",
     "regions",
     "rule",

@@ -79,11 +79,11 @@ def index_put(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if origin is None:
             t.lock(values[-v], _WRITTEN)
         elif a.values.shape[-v] == a.input.shape[origin] > 1:
-            ids[origin] = _met(t, ids[origin], values[-v])
+            ids[origin] = met(t, ids[origin], values[-v])
     t.set(out, ids)
 
 
-def _met(t: TraceState, *columns: Ids) -> Ids:
+def met(t: TraceState, *columns: Ids) -> Ids:
     """Tie ids that describe the same positions, and return them."""
     for other in columns[1:]:
         t.tie(columns[0], other)
@@ -124,7 +124,7 @@ def write_slices(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
             if source:
                 t.lock(source[d], _WRITTEN)
         elif source:
-            ids[d] = _met(t, ids[d], source[d])
+            ids[d] = met(t, ids[d], source[d])
     t.set(out, ids)
 
 
@@ -139,7 +139,7 @@ def scatter(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     for d in range(len(ids)):
         columns = [ids[d], *(t.ids(x)[d] for x in written)]
         if d != a.dim and all(x.shape[d] == a.input.shape[d] for x in written):
-            ids[d] = _met(t, *columns)
+            ids[d] = met(t, *columns)
             continue
         for column in columns:
             t.lock(column, _WRITTEN)
