@@ -99,6 +99,32 @@ class Trailing(nn.Module):
         return self.head(grid.mean(1))
 
 
+class Placeholders(nn.Module):
+    """Rows of another stream take the places that a mask names; whether they are as many is asked first."""
+
+    def __init__(self, wide):
+        super().__init__()
+        self.words, self.picture, self.head, self.wide = nn.Embedding(9, 8), nn.Linear(3, 8), nn.Linear(8, 4), wide
+
+    def forward(self, words):
+        x, mask = self.words(words), (words < 4).unsqueeze(-1)
+        rows = self.picture(torch.linspace(-1, 1, 3 * int(mask.sum())).view(-1, 3).to(x.dtype))
+        if self.wide:
+            mask = mask.expand_as(x)
+            assert x[mask].numel() == rows.numel()
+        return self.head(x.masked_scatter(mask, rows.tanh())).mean(1)
+
+
+class Segments(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        lengths = torch.tensor([2, 1, 3])
+        return self.head(torch.segment_reduce(self.a(x).relu(), "mean", lengths=lengths))
+
+
 class Locked(nn.Module):
     """Channels themselves are written by number."""
 
@@ -113,6 +139,10 @@ class Locked(nn.Module):
             x = x.index_add(1, at, torch.ones(len(x), 2, dtype=x.dtype))
         elif self.how == "scatter":
             x = x.scatter(1, at.expand(len(x), -1), 1.0)
+        elif self.how == "masked":
+            x = x.masked_scatter(x > 0.1, torch.ones(len(x), 8, dtype=x.dtype))
+        elif self.how == "read":  # values that a mask picks
+            return self.head(x) + x[torch.ones(4, 8, dtype=torch.bool)].mean()
         elif self.how == "short":  # all rows, half of the channels
             x = x.scatter_add(0, torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=x.dtype))
         else:
@@ -124,8 +154,13 @@ def drawn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+WORDS = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(0))
+
 NETS = {
-    "bags": (Bags, torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(0)), [5, 6, 7]),
+    "bags": (Bags, WORDS, [5, 6, 7]),
+    "placeholders": (lambda: Placeholders(wide=True), WORDS, [8]),
+    "placeholders, narrow mask": (lambda: Placeholders(wide=False), WORDS, [8]),
+    "segments": (Segments, drawn(6, 5), [8]),
     "trailing": (Trailing, drawn(2, 3, 5), [8]),
 } | {
     how: (lambda how=how: Messages(how), drawn(6, 5), [6, 8])
@@ -159,8 +194,8 @@ def test_channels_are_cut_exactly(name):
         model.train()(x).square().sum().backward()
 
 
-@pytest.mark.parametrize("how", ["add", "scatter", "short", "put"])
+@pytest.mark.parametrize("how", ["add", "scatter", "short", "put", "masked", "read"])
 def test_channels_written_by_number_stay(how):
     graph = trace(Locked(how), torch.randn(4, 5))
     assert not graph.unlocked
-    assert any("written by position" in (g.locked or "") for g in graph.groups if g.size == 8)
+    assert any(word in (g.locked or "") for word in ("written by pos", "indexed by pos") for g in graph.groups if g.size == 8)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from actprune.graph.ids import Ids, first
+from actprune.graph.ids import FREE, Ids, first
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -36,11 +37,12 @@ def embedding_bag(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> N
 
 @rule("index", "_unsafe_index")
 def index(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Indexed dimensions cannot be cut; the others pass."""
+    """Indexed dimensions cannot be cut, unless nobody looks at the values; the others pass."""
     x = t.ids(a.input)
-    for d in _indexed(a):
-        t.lock(x[d], "indexed by position")
     t.set(out, [None if d is None else x[d] for d in _origins(a, out.dim())])
+    picked = [ids for d in _indexed(a) if (ids := x[d]) is not None]
+    if picked:
+        t.lock_once_read(out, np.concatenate(picked), "indexed by position")
 
 
 def _indexed(a: SimpleNamespace) -> list[int]:
@@ -125,6 +127,32 @@ def write_slices(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
                 t.lock(source[d], _WRITTEN)
         elif source:
             ids[d] = met(t, ids[d], source[d])
+    t.set(out, ids)
+
+
+@rule("masked_scatter")
+def masked_scatter(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Values in order where a mask says; rows of them keep their channels where the mask is the same for all channels."""
+    ids, source, mask = list(t.ids(a.input)), list(t.ids(a.source)), t.ids(a.mask)
+    rows = bool(ids and source and mask) and a.source.shape[-1] == a.input.shape[-1]
+    if rows and (a.mask.shape[-1] == 1 or (mask[-1] is not None and (mask[-1] == FREE).all())):
+        ids[-1] = met(t, ids[-1], source.pop())
+        fixed = range(len(ids) - 1)
+    else:
+        fixed = range(len(ids))
+    for column in (*(ids[d] for d in fixed), *source):
+        t.lock(column, _WRITTEN)
+    for d in fixed:
+        ids[d] = None
+    t.set(out, ids)
+
+
+@rule("segment_reduce")
+def segment_reduce(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Runs of rows become one row each; the other dimensions pass."""
+    ids = list(t.ids(a.data))
+    t.lock(ids[a.axis], "reduced in segments")
+    ids[a.axis] = None
     t.set(out, ids)
 
 
