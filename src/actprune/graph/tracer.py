@@ -7,7 +7,7 @@ default: an operator without a rule locks what it touches and is named in the gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
@@ -73,8 +73,7 @@ class ChannelTracer(TorchDispatchMode):
             if not composite and not t.training:
                 self._number(name, [])
             return out
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
         self._read(name, inputs)
         function = RULES.get(name)
         if function is None and name.endswith("_") and not name.endswith("__"):
@@ -260,6 +259,17 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
 
 _INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")
 """Entries of an output beside its logits that show what went on inside: their widths may change."""
+
+
+def _listed(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among an operator's arguments or results, which lists may hold; asked for with every operator, hence so plain."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _listed(value)
+    return found
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
