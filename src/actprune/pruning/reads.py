@@ -3,8 +3,8 @@
 Of large maps, most statistics get a few positions; some get the mean of each map, and some whole maps. What is made of a batch
 is made once for all groups.
 
-On a CPU, what the usual place reads is got ready before the batch, for all places in a row: between two layers nothing of this
-is in the cache, and every call costs a multiple.
+What the usual place reads is got ready before the batch, for all places in a row: between two layers nothing of this is in a
+CPU's cache, and every call costs a multiple; on a device, what counts is that it is one call.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class _Hand:
     """Whether all parts may wait."""
 
 
-_Ready = tuple[list[Part], Tensor | None, Tensor, Tensor]
-"""Who reads next; where in the activations, (n, C, k), or None for means; where that is written; the ids of its rows, (n,)."""
+_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""Shape, type and device of what is read."""
+_Ready = tuple[list[Part], Tensor | None, Tensor | None, Tensor]
+"""Who reads next; where in the activations, (n, C, k), None for means; where that is written, on a CPU; the rows' ids, (n,)."""
 
 
 class Reads:
@@ -65,8 +67,8 @@ class Reads:
         self.folded: list[tuple[Layer, Part]] = []
         self._make, self._sampling, self._updates = make, sampling, updates
         self._hands: dict[int, list[_Hand]] = {}
-        self._usual: tuple[tuple[int, ...], torch.dtype, list[_Hand]] | None = None
-        self._expected: tuple[tuple[int, ...], torch.dtype] | None = None
+        self._usual: tuple[_Kind, list[_Hand]] | None = None
+        self._expected: _Kind | None = None
         self._ready: list[_Ready] = []
 
     @property
@@ -79,33 +81,33 @@ class Reads:
         self._expected, self._ready = None, []
         if self._usual is None:
             return
-        shape, dtype, hands = self._usual
+        (shape, dtype, device), hands = self._usual
         channels, positions = shape[1], math.prod(shape[2:])
         for hand in hands:
-            places, there = None, ids
+            places, there = None, self._sampling.on(device, ids)
             if hand.how == "few":
-                places, there = (
-                    self._sampling.flat(ids, channels, positions),
-                    self._sampling.draw(ids, positions, ids.device)[1],
-                )
-            size = (len(there), channels, 1 if places is None else places.shape[2])
-            room = self._updates.arena.room(size, torch.float32 if places is None else dtype)
-            if room is None:
-                return
+                places = self._sampling.flat(ids, channels, positions, device)
+                there = self._sampling.draw(ids, positions, device)[1]
+            room = None
+            if device.type == "cpu":
+                size = (len(there), channels, 1 if places is None else places.shape[2])
+                room = self._updates.arena.room(size, torch.float32 if places is None else dtype)
+                if room is None:
+                    return
             self._ready.append((hand.parts, places, room, there))
-        self._expected = (len(ids), *shape[1:]), dtype
+        self._expected = (len(ids), *shape[1:]), dtype, device
 
     def takes(self, x: Tensor) -> bool:
         """Hand x (N, C, *positions) to the statistics if it is what was expected, once."""
-        if self._expected is None or (x.shape, x.dtype) != self._expected or x.requires_grad or not x.is_contiguous():
+        if self._expected != (x.shape, x.dtype, x.device) or x.requires_grad or not x.is_contiguous():
             return False
         self._expected = None
         for parts, places, room, ids in self._ready:
             if places is not None:
-                torch.take(x, places, out=room)
+                read = torch.take(x, places, out=room)
             else:
-                torch.mean(x.view(*x.shape[:2], -1), 2, keepdim=True, dtype=torch.float32, out=room)
-            self._updates.add(parts, room, ids)
+                read = torch.mean(x.view(*x.shape[:2], -1), 2, keepdim=True, dtype=torch.float32, out=room)
+            self._updates.add(parts, read, ids)
         return True
 
     def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
@@ -117,14 +119,14 @@ class Reads:
             labels: (N,) their classes, where ``needs_labels``.
             as_read: x lies as the place reads it, so that the next batch may be expected to lie so, too.
         """
-        shape = x.shape
+        shape = tuple(x.shape)
         for layer, _ in self.folded:
             layer.space = tuple(shape[2:])
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
         hands = self._hands.get(x.shape[2])
         if hands is None:
             hands = self._hands[x.shape[2]] = self._divided(x.shape[2])
-        plain = as_read and x.is_cpu
+        plain = as_read
         for hand in hands:
             given, there = self._made(hand, x, ids)
             plain &= hand.later and hand.channels is None and (hand.how == "mean" or given.numel() <= _READY)
@@ -138,7 +140,7 @@ class Reads:
                     part.statistic.update(part.of(given), there, labels)
                 else:
                     part.statistic.update(part.of(given), there, labels[self._sampling.rows(ids).to(labels.device)])
-        self._usual = (shape, x.dtype, hands) if plain else None
+        self._usual = ((shape, x.dtype, x.device), hands) if plain else None
 
     def _divided(self, space: int) -> list[_Hand]:
         """Who gets what of maps of one size."""

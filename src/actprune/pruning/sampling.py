@@ -21,6 +21,7 @@ class Sampling:
     def __init__(self, density: Density) -> None:
         self._density = density
         self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._maps: dict[tuple[int, int, torch.device], Tensor] = {}
         self.next_batch()
 
     def next_batch(self) -> None:
@@ -28,7 +29,7 @@ class Sampling:
         self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._drawn: dict[tuple[int, int, torch.device], Drawn] = {}
         self._there: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._flat: dict[tuple[int, int], Tensor] = {}
+        self._flat: dict[tuple[int, int, torch.device], Tensor] = {}
         self._numbers: dict[tuple[int, int], Tensor] = {}
 
     def samples(self, seen: int) -> bool:
@@ -48,13 +49,17 @@ class Sampling:
             self._drawn[id(ids), seen, device] = known
         return known
 
-    def flat(self, ids: Tensor, channels: int, positions: int) -> Tensor:
-        """Where what is read of (N, C, P) activations lies among all their elements, (n, C, k) on the CPU."""
-        known = self._flat.get((channels, positions))
+    def flat(self, ids: Tensor, channels: int, positions: int, device: torch.device) -> Tensor:
+        """Where what is read of (N, C, P) activations lies among all their elements, (n, C, k)."""
+        known = self._flat.get((channels, positions, device))
         if known is None:
-            rows, _, drawn = self.draw(ids, positions, torch.device("cpu"))
-            maps = rows.unsqueeze(2) * channels + torch.arange(channels).unsqueeze(1)
-            known = self._flat[channels, positions] = maps * positions + drawn.unsqueeze(1)
+            rows, _, drawn = self.draw(ids, positions, device)
+            if (channels, positions, device) not in self._maps:
+                maps = torch.arange(channels) * positions
+                self._maps[channels, positions, device] = maps.view(1, -1, 1).to(device)
+            samples = drawn + rows * (channels * positions)
+            known = samples.unsqueeze(1) + self._maps[channels, positions, device]
+            self._flat[channels, positions, device] = known
         return known
 
     def rows(self, ids: Tensor) -> Tensor:
