@@ -827,6 +827,20 @@ class TalkingHeads(_HeadsNet):
         return self.talk(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1) @ v
 
 
+@net([10, 4], tokens(), products=True)
+class PooledKeys(_HeadsNet):
+    """Heads stand among the samples while keys and values are convolved along the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.Conv1d(2, 2, 3, stride=2, padding=1, groups=2)
+
+    def attend(self, x):
+        q, k, v = (self.split(f(x), self.num_heads) for f in (self.q, self.k, self.v))
+        k, v = (self.pool(z.flatten(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(0, (len(x), -1)) for z in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
 stack(
     "EncoderLayer",
     [8, 2, 12],

@@ -43,7 +43,8 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     if a.bias is not None:
         t.tie(writes, t.ids(a.bias)[0])
     positions = a.input if transposed else out
-    constant = positions.shape[0] * math.prod(positions.shape[2:]) * math.prod(a.weight.shape[2:])
+    constant = math.prod(positions.shape[2:]) * math.prod(a.weight.shape[2:])
+    sizes.append((positions.shape[0], x[0]))  # heads may be among the samples
     t.set(out, [x[0], writes, *[None] * (out.dim() - 2)])
     t.contract(out, (0, 1, operand), writes, sizes, constant, a.weight, reads, a.bias)
 
