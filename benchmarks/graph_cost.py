@@ -133,17 +133,20 @@ def peer_seconds(model: nn.Module, x: Tensor) -> float:
 
 
 def chains(console: Console, runs: int, peer: bool) -> None:
-    """Seconds per layer must not grow with depth."""
-    table = Table("layers", "trace", "units", "cut", "all, ms per layer", "peer, ms per layer", title="dense chains, seconds")
+    """What a layer reads, and so what a forward computes, grows with depth: read the seconds beside those of the forward."""
+    heads = ("layers", "trace", "units", "cut", "forward, ms per layer", "all, ms per layer", "peer, ms per layer")
+    table = Table(*heads, title="dense chains, seconds")
     for depth in DEPTHS:
         model, x = Chain(depth).eval(), torch.rand(1, 4, 4, 4)
+        with torch.no_grad():
+            forward = f"{1000 * median(partial(model, x), runs) / depth:.3f}"
         traced = median(partial(run, model, x), runs)
         state = run(model, x)
         units = median(partial(build, state, model), runs)
         seconds = cutting(model, actprune.trace(model, x), runs)
         theirs = f"{1000 * peer_seconds(model, x) / depth:.1f}" if peer else "-"
         total = 1000 * (traced + units + seconds) / depth
-        table.add_row(str(depth), f"{traced:.2f}", f"{units:.2f}", f"{seconds:.2f}", f"{total:.2f}", theirs)
+        table.add_row(str(depth), f"{traced:.2f}", f"{units:.2f}", f"{seconds:.2f}", forward, f"{total:.2f}", theirs)
     console.print(table)
 
 

@@ -23,17 +23,19 @@ class _Classes:
     """Roots of the ids numbered 0, 1, ...; -1 for what has no class."""
 
     def __init__(self, state: TraceState) -> None:
-        self._space = state.space
-        arrays = [ids for dims in state.tensor_ids.values() for ids in dims]
-        raw = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-        self.roots = np.unique(self._space.find(raw))
-        self._index = np.full(len(self._space) + 1, -1)
-        self._index[self.roots] = np.arange(len(self.roots))
+        roots = state.space.find(np.arange(len(state.space)))
+        used = np.zeros(len(roots), bool)
+        for dims in state.tensor_ids.values():
+            for ids in dims:
+                used[roots[ids[ids >= 0]]] = True
+        self.roots = np.flatnonzero(used)
+        number = np.full(len(roots), -1)
+        number[self.roots] = np.arange(len(self.roots))
+        self._index = np.concatenate([number[roots], [-1, -1]])  # ids that are fixed or free are negative
 
     def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Class index of every id."""
-        roots = self._space.find(ids)
-        return np.where(roots >= 0, self._index[roots], -1)
+        return self._index[ids]
 
 
 def build(state: TraceState, model: nn.Module) -> Graph:
