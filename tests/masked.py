@@ -199,7 +199,9 @@ def _zeroed(owner, leaf, dim, consumers_only):
         return leaf == "weight" and dim == 0
     if isinstance(owner, (*CONVS, nn.Linear)):
         return leaf == "weight" and dim == 1
-    return not isinstance(owner, (nn.modules.batchnorm._NormBase, *NORMS, nn.Embedding, nn.PReLU))
+    if isinstance(owner, nn.RNNBase):
+        return leaf.startswith("weight") and dim == 1
+    return not isinstance(owner, (nn.modules.batchnorm._NormBase, *NORMS, nn.Embedding, nn.EmbeddingBag, nn.PReLU))
 
 
 def outputs(model, example):
@@ -246,8 +248,12 @@ def counted(model, example):
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:  # the counter's module tracker fails on a view of one that is an argument
         parameter.requires_grad_(False)
+    fused = torch._C._get_mkldnn_enabled()
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # the counter does not know the fused kernel
+        torch._C._set_mkldnn_enabled(False)
     with FlopCounterMode(display=False, custom_mapping=_EXPERTS) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs(model, example)
+    torch._C._set_mkldnn_enabled(fused)
     for parameter in learning:
         parameter.requires_grad_(True)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -189,3 +189,9 @@ def test_a_value_that_is_read_locks_its_channels():
 def test_a_state_without_logits_beside_it_is_the_output():
     graph = trace(Answers("pooled"), torch.randn(2, 4, 5))
     assert any("model's output" in (g.locked or "") for g in graph.groups if g.size == 12)
+
+
+def test_a_function_of_the_model_says_what_is_read():
+    x = torch.randn(2, 4, 5)
+    graph = trace(Answers("pooled"), lambda model: model(x)["pooled"])
+    assert [g.size for g in graph.unlocked] == [12]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm"})
@@ -31,14 +32,17 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
-    """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``."""
+    """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``; packed, with its rows."""
     with ExitStack() as stack:
         for path, watcher in watchers.items():
 
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watcher: Watcher = watcher) -> Any:
-                other = watcher(args[0] if args else kwargs["input"])
+                read = args[0] if args else kwargs["input"]
+                packed = isinstance(read, PackedSequence)
+                other = watcher(read.data if packed else read)
                 if other is None:
                     return None
+                other = read._replace(data=other) if packed else other
                 return ((other, *args[1:]), kwargs) if args else (args, {**kwargs, "input": other})
 
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)

@@ -46,6 +46,8 @@ class Contraction:
     """How many operators read the output."""
     training: bool = False
     """Runs in training mode only: tied and cut, but neither counted nor observed."""
+    observed: bool = True
+    """Whether what it reads can be watched: a recurrent layer's states cannot."""
 
 
 @dataclass
@@ -219,6 +221,16 @@ class TraceState:
             if type(value) is int and not name.startswith("_"):
                 yield name, value
 
+    def of_torch(self, path: str) -> bool:
+        """Whether PyTorch wrote a module's code."""
+        return type(self.modules[path]).__module__.startswith("torch.nn")
+
+    def may_count(self, ids: NDArray[np.int64]) -> None:
+        """Integers of the running modules that equal an extent may follow it: a rehearsal tells."""
+        for path, name, value in self.called():
+            if type(value) is int and value == len(ids) and not self.of_torch(path):
+                self.possible.append(Binding(path, name, None, ids))
+
     def contract(
         self,
         output: Tensor,
@@ -229,6 +241,7 @@ class TraceState:
         weight: Tensor | None = None,
         weight_reads: Ids = None,
         bias: Tensor | None = None,
+        observed: bool = True,
     ) -> None:
         """Record a contraction.
 
@@ -241,6 +254,7 @@ class TraceState:
             weight: the other operand.
             weight_reads: the weight's ids along the summed dimension.
             bias: added to the output channels.
+            observed: whether what it reads can be watched.
         """
         macs, widths = constant, []
         for extent, ids in sizes:
@@ -265,6 +279,7 @@ class TraceState:
             weight_reads=reads_dim if reads_dim is not None else 1,
             bias=self.origin(bias) if bias is not None else None,
             training=self.training,
+            observed=observed,
         )
         self.frames[-1].contractions += 1
         self.contractions.append(contraction)

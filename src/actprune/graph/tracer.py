@@ -7,22 +7,25 @@ default: an operator without a rule locks what it touches and is named in the gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.stack import module_stack
+from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
+from actprune.graph.whole import Wholes, wanted
 
 # operators whose outputs are fixed constants: they need no ids and lock nothing
 _CONSTANTS = {
@@ -56,6 +59,7 @@ class ChannelTracer(TorchDispatchMode):
     def __init__(self, state: TraceState) -> None:
         super().__init__()
         self.state = state
+        self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         kwargs = kwargs or {}
@@ -65,15 +69,12 @@ class ChannelTracer(TorchDispatchMode):
         if composite and name not in RULES:
             return out
         t = self.state
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self._meet_inputs()
-        t.where = f"{name} in {t.frames[-1].path or 'the model'}"
-        t.read(inputs)
-        for tensor in inputs:
-            producer = t.producer(tensor)
-            if producer is not None:
-                producer.readers += 1
+        if self._inside:
+            if not composite and not t.training:
+                self._number(name, [])
+            return out
+        inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
+        self._read(name, inputs)
         function = RULES.get(name)
         if function is None and name.endswith("_") and not name.endswith("__"):
             function = RULES.get(name[:-1])
@@ -91,16 +92,45 @@ class ChannelTracer(TorchDispatchMode):
         elif name in _FILLED:
             # outside the model's forward a constant is an input
             inside = len(t.frames) > 1
-            t.set(out, [t.space.fresh(n) if n > 1 and inside else None for n in out.shape])
+            filled = [t.space.fresh(n) if n > 1 and inside else None for n in out.shape]
+            t.set(out, filled)
+            for ids in filled:
+                if ids is not None:
+                    t.may_count(ids)
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
         if name not in CONTRACTIONS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
-            frame = t.frames[-1]
-            t.produced_ids[frame.path, frame.call, frame.operators] = name, [t.ids(x) for x in outputs]
-            frame.operators += 1
+            self._number(name, [t.ids(x) for x in outputs])
         return out
+
+    def whole(self, function: Any, args: Any, inputs: list[Tensor], follow: Callable[[Any], None]) -> Any:
+        """Run a call whose operators are not looked at one by one; ``follow`` says what it does to ids."""
+        self._read(function.__name__, inputs)
+        self._inside = True
+        try:
+            out = function(*args)
+        finally:
+            self._inside = False
+        follow(out)
+        return out
+
+    def _read(self, name: str, inputs: list[Tensor]) -> None:
+        t = self.state
+        self._meet_inputs()
+        t.where = f"{name} in {t.frames[-1].path or 'the model'}"
+        t.read(inputs)
+        for tensor in inputs:
+            producer = t.producer(tensor)
+            if producer is not None:
+                producer.readers += 1
+
+    def _number(self, name: str, produced: list[list[Ids]]) -> None:
+        """Remember an operator by its place in its module's call."""
+        frame = self.state.frames[-1]
+        self.state.produced_ids[frame.path, frame.call, frame.operators] = name, produced
+        frame.operators += 1
 
     def _meet_inputs(self) -> None:
         """Integers of a module may be what it asks of its inputs' extents."""
@@ -109,7 +139,7 @@ class ChannelTracer(TorchDispatchMode):
             if frame.met:
                 return
             frame.met = True
-            if type(t.modules[frame.path]).__module__.startswith("torch.nn"):
+            if t.of_torch(frame.path):
                 continue
             for tensor in frame.args:
                 for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():
@@ -201,7 +231,8 @@ def _learned(model: nn.Module) -> list[str]:
 
 def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
     with module_stack(model) as state.frames:
-        with ChannelTracer(state):
+        tracer = ChannelTracer(state)
+        with tracer, Wholes(tracer) if wanted(model) else nullcontext():
             output = call(model, example)
         state.where = "the model's output"
         returned = list(_tensors(output))
@@ -228,6 +259,17 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
 
 _INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")
 """Entries of an output beside its logits that show what went on inside: their widths may change."""
+
+
+def _listed(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among an operator's arguments or results, which lists may hold; asked for with every operator, hence so plain."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _listed(value)
+    return found
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -15,7 +15,8 @@ from actprune.graph.grouping import group
 from actprune.graph.ids import FREE, Ids
 from actprune.graph.state import TraceState
 
-_HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
+_CHANNELS_LAST = (nn.Linear, nn.RNNBase)
+_HOOKABLE = (*_CHANNELS_LAST, nn.modules.conv._ConvNd)
 
 
 class _Classes:
@@ -60,7 +61,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
 
     sites = _sites(state, reads)
     columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
-    groups = group(columns, reasons, consumed[:n] | produced[:n], sites, reads, state)
+    groups = group(columns, reasons, consumed[:n] | produced[:n], _once(sites), reads, state)
     cost = _cost(state, model, classes, tensors)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts)) for b in bindings)
@@ -149,22 +150,36 @@ def _unknown(state: TraceState, classes: _Classes, matters: NDArray[np.bool_]) -
 
 
 def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Site | None]:
-    """The site of every contraction, positions still one row per read position."""
+    """The site of every contraction, positions still one row per read position; both directions of a layer share one."""
     sites: list[Site | None] = []
+    latest: dict[str, Site] = {}
     seen: dict[str, int] = defaultdict(int)
     for contraction, ids in zip(state.contractions, reads, strict=True):
-        if ids is None or contraction.training:
+        if ids is None or contraction.training or not contraction.observed:
             sites.append(None)
             continue
         path = contraction.module
+        module = state.modules[path]
+        if isinstance(module, nn.RNNBase) and contraction.ordinal:
+            sites.append(latest[path])
+            continue
         name = path if not seen[path] else f"{path}#{seen[path]}"
         seen[path] += 1
-        module = state.modules[path]
         own = isinstance(module, _HOOKABLE) and contraction.ordinal == 0
-        dim = (-1 if isinstance(module, nn.Linear) else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
+        last = isinstance(module, _CHANNELS_LAST)
+        dim = (-1 if last else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))
-        sites.append(Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions))
+        latest[path] = Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions)
+        sites.append(latest[path])
     return sites
+
+
+def _once(sites: list[Site | None]) -> list[Site | None]:
+    """The same, with None for what was there before."""
+    first: dict[int, int] = {}
+    for place, site in enumerate(sites):
+        first.setdefault(id(site), place)
+    return [site if first[id(site)] == place else None for place, site in enumerate(sites)]
 
 
 def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[str, list[NDArray[np.int64]]]) -> CostModel:

@@ -24,7 +24,7 @@ from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
 from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
-from actprune.graph import Consumer, Graph, Site
+from actprune.graph import Consumer, Graph
 from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
 from actprune.pruning.sampling import Sampling
@@ -90,20 +90,24 @@ class Observation:
                     self._where[id(statistic)] = f"group {group.name!r} as read by {site.name!r}"
                 index = None if _is_identity(site.positions) else torch.from_numpy(site.positions)
                 for kind, statistics in kinds.items():
-                    place = (site.module, site.ordinal, site.operand)
-                    if kind is not None:
-                        reads = self._gates[kind][place].setdefault(site.dim, self._nothing(site))
+                    if kind is None:
+                        reads = self._read_at(site.module, site.ordinal, site.operand, site.dim)
                     else:
-                        at = (*place, site.dim)
-                        if at not in self._reads:
-                            self._reads[at] = self._nothing(site)
-                            self._at(*place, partial(self._watch, self._reads[at]))
-                        reads = self._reads[at]
+                        places = self._gates[kind][site.module, site.ordinal, site.operand]
+                        reads = places.setdefault(site.dim, self._nothing(site.module, site.dim))
                     reads.entries.append((site, index, statistics))
             self._scores[group.name] = made
 
-    def _nothing(self, site: Site) -> Reads:
-        return Reads(site.module, site.dim, self._make, self._sampling, self._updates)
+    def _nothing(self, module: str, dim: int) -> Reads:
+        return Reads(module, dim, self._make, self._sampling, self._updates)
+
+    def _read_at(self, module: str, ordinal: int | None, operand: int, dim: int) -> Reads:
+        """What is read at one place, watched from the first time on that it is asked for."""
+        at = (module, ordinal, operand, dim)
+        if at not in self._reads:
+            self._reads[at] = self._nothing(module, dim)
+            self._at(module, ordinal, operand, partial(self._watch, self._reads[at]))
+        return self._reads[at]
 
     def _compensation(self, graph: Graph, compensation: Compensation) -> None:
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)
@@ -118,13 +122,16 @@ class Observation:
             statistic = compensation.statistic(layer, len(consumer.reads))
             if statistic is None:
                 continue
-            # variances over positions, too, only where a criterion asks for them
-            statistic.means_do = type(compensation) is Mean and not self._needs_readers
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
             self._folds[number] = (layer, statistic)
-            alone = [Part("compensation", partial(compensation.statistic, layer), statistic)]
-            watcher = partial(self._channels, consumer, layer, alone, compensation)
-            self._at(consumer.module, consumer.ordinal, consumer.operand, watcher)
+            # variances over positions, too, only where a criterion asks for them
+            statistic.means_do = type(compensation) is Mean and not self._needs_readers
+            place = (consumer.module, consumer.ordinal, consumer.operand)
+            if statistic.means_do:
+                part = Part("compensation", partial(compensation.statistic, layer), statistic)
+                self._read_at(*place, consumer.dim).folded.append((layer, part))
+            else:
+                self._at(*place, partial(self._channels, consumer, layer, statistic, compensation))
 
     def _at(self, module: str, ordinal: int | None, operand: int, watcher: Watcher) -> None:
         if ordinal is None:
@@ -150,22 +157,13 @@ class Observation:
         as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._sample_ids
         reads.hand_over(x, ids, self._labels, as_read)
 
-    def _channels(self, consumer: Consumer, layer: Layer, alone: list[Part], compensation: Compensation, x: Tensor) -> None:
+    def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:
             return
         x, ids = self._samples(x, consumer.dim, consumer.module)
-        if not len(ids):
-            return
-        layer.space = tuple(x.shape[2:])
-        there, statistic = self._sampling.on(x.device, ids), alone[0].statistic
-        if not statistic.means_do:
-            compensation.observe(statistic, layer, x, there)
-            return
-        mean = x.reshape(*x.shape[:2], -1).mean(2, keepdim=True, dtype=torch.float32)
-        if alone[0].waits:
-            self._updates.add(alone, mean, there)
-        else:
-            statistic.update(mean, there)
+        if len(ids):
+            layer.space = tuple(x.shape[2:])
+            compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
     def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""

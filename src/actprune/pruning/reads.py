@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actprune.compensation import Layer
 from actprune.core.views import Statistic
 from actprune.graph import Site
 from actprune.pruning.sampling import Sampling
@@ -43,23 +44,12 @@ class _Hand:
     """Whether all parts may wait."""
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """What the next batch is read with."""
-
-    shape: tuple[int, ...]
-    """Of what is read."""
-    dtype: torch.dtype
-    places: Tensor
-    """(n, C, k) of its elements."""
-    room: Tensor
-    """Where they are written."""
-    ids: Tensor
-    """(n,) of the rows."""
+_Ready = tuple[list[Part], Tensor | None, Tensor, Tensor]
+"""Who reads next; where in the activations, (n, C, k), or None for means; where that is written; the ids of its rows, (n,)."""
 
 
 class Reads:
-    """The groups that are read at one place, with their statistics.
+    """The groups that are read at one place, with their statistics, and the layers there whose mean inputs are folded.
 
     Args:
         module: which reads.
@@ -72,10 +62,12 @@ class Reads:
     def __init__(self, module: str, dim: int, make: Mapping[str, Make], sampling: Sampling, updates: Updates) -> None:
         self.module, self.dim = module, dim
         self.entries: list[Entry] = []
+        self.folded: list[tuple[Layer, Part]] = []
         self._make, self._sampling, self._updates = make, sampling, updates
         self._hands: dict[int, list[_Hand]] = {}
-        self._usual: tuple[tuple[int, ...], torch.dtype, list[Part]] | None = None
-        self._ready: _Ready | None = None
+        self._usual: tuple[tuple[int, ...], torch.dtype, list[_Hand]] | None = None
+        self._expected: tuple[tuple[int, ...], torch.dtype] | None = None
+        self._ready: list[_Ready] = []
 
     @property
     def needs_labels(self) -> bool:
@@ -84,24 +76,36 @@ class Reads:
 
     def get_ready(self, ids: Tensor) -> None:
         """Expect what was read in the batch before, of these samples, (N,) on the CPU."""
-        self._ready = None
+        self._expected, self._ready = None, []
         if self._usual is None:
             return
-        shape, dtype, _ = self._usual
-        places = self._sampling.flat(ids, shape[1], math.prod(shape[2:]))
-        room = self._updates.arena.room((*places.shape,), dtype)
-        if room is not None:
-            read = self._sampling.draw(ids, math.prod(shape[2:]), ids.device)[1]
-            self._ready = _Ready((len(ids), *shape[1:]), dtype, places, room, read)
+        shape, dtype, hands = self._usual
+        channels, positions = shape[1], math.prod(shape[2:])
+        for hand in hands:
+            places, there = None, ids
+            if hand.how == "few":
+                places, there = (
+                    self._sampling.flat(ids, channels, positions),
+                    self._sampling.draw(ids, positions, ids.device)[1],
+                )
+            size = (len(there), channels, 1 if places is None else places.shape[2])
+            room = self._updates.arena.room(size, torch.float32 if places is None else dtype)
+            if room is None:
+                return
+            self._ready.append((hand.parts, places, room, there))
+        self._expected = (len(ids), *shape[1:]), dtype
 
     def takes(self, x: Tensor) -> bool:
         """Hand x (N, C, *positions) to the statistics if it is what was expected, once."""
-        ready = self._ready
-        if ready is None or x.shape != ready.shape or x.dtype != ready.dtype or x.requires_grad or not x.is_contiguous():
+        if self._expected is None or (x.shape, x.dtype) != self._expected or x.requires_grad or not x.is_contiguous():
             return False
-        self._ready = None
-        assert self._usual is not None
-        self._updates.add(self._usual[2], torch.take(x, ready.places, out=ready.room), ready.ids)
+        self._expected = None
+        for parts, places, room, ids in self._ready:
+            if places is not None:
+                torch.take(x, places, out=room)
+            else:
+                torch.mean(x.view(*x.shape[:2], -1), 2, keepdim=True, dtype=torch.float32, out=room)
+            self._updates.add(parts, room, ids)
         return True
 
     def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
@@ -114,17 +118,18 @@ class Reads:
             as_read: x lies as the place reads it, so that the next batch may be expected to lie so, too.
         """
         shape = x.shape
+        for layer, _ in self.folded:
+            layer.space = tuple(shape[2:])
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
         hands = self._hands.get(x.shape[2])
         if hands is None:
             hands = self._hands[x.shape[2]] = self._divided(x.shape[2])
-        self._usual = None
+        plain = as_read and x.is_cpu
         for hand in hands:
             given, there = self._made(hand, x, ids)
+            plain &= hand.later and hand.channels is None and (hand.how == "mean" or given.numel() <= _READY)
             if hand.later:
                 self._updates.add(hand.parts, given, there)
-                if as_read and len(hands) == 1 and hand.how == "few" and hand.channels is None and x.is_cpu:
-                    self._usual = (shape, x.dtype, hand.parts) if given.numel() <= _READY else None
                 continue
             for part in hand.parts if len(there) else ():
                 if not part.statistic.needs_labels:
@@ -133,6 +138,7 @@ class Reads:
                     part.statistic.update(part.of(given), there, labels)
                 else:
                     part.statistic.update(part.of(given), there, labels[self._sampling.rows(ids).to(labels.device)])
+        self._usual = (shape, x.dtype, hands) if plain else None
 
     def _divided(self, space: int) -> list[_Hand]:
         """Who gets what of maps of one size."""
@@ -147,15 +153,16 @@ class Reads:
                 # a view into what the network goes on with must not wait
                 later = one.waits and not statistic.needs_labels and how != "whole"
                 found.setdefault((how, later, id(channels)), _Hand(how, channels, [], later)).parts.append(one)
+        for _, part in self.folded:
+            found.setdefault(("mean", part.waits, id(None)), _Hand("mean", None, [], part.waits)).parts.append(part)
         return list(found.values())
 
     def _made(self, hand: _Hand, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What is read, (n, C or U, P), and the ids of its rows, on its device."""
         if hand.how == "few" and hand.channels is None:
             rows, there, drawn = self._sampling.draw(ids, x.shape[2], x.device)
-            room = None
-            if hand.later and not x.requires_grad:
-                room = self._updates.arena.room((*drawn.shape, x.shape[1]), x.dtype) if x.is_cpu else None
+            waits = hand.later and x.is_cpu and not x.requires_grad
+            room = self._updates.arena.room((*drawn.shape, x.shape[1]), x.dtype) if waits else None
             return at_positions(x, drawn, None, rows, room), there
         if hand.channels is not None:
             channels = self._sampling.placed(hand.channels, x.device)

@@ -33,6 +33,9 @@ def _by_input(model: nn.Module, graph: Graph, site: Site) -> Tensor | None:
     """(inputs, elements): everything that multiplies each input channel."""
     module = model.get_submodule(site.module)
     if site.ordinal is None:
+        if isinstance(module, nn.RNNBase):
+            both = ("weight_ih_l0", "weight_ih_l0_reverse")[: 1 + module.bidirectional]
+            return torch.cat([getattr(module, name).detach() for name in both]).T
         assert isinstance(module, (nn.Linear, _Conv))
         weight = module.weight.detach()
         if isinstance(module, nn.Linear):

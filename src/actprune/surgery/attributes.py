@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from actprune.surgery.transaction import Transaction
 
@@ -50,8 +50,12 @@ def derived(module: nn.Module) -> dict[str, Any]:
         return widths
     if isinstance(module, nn.Linear):
         return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
+    if isinstance(module, nn.RNNBase):
+        return _recurrent(module)
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if isinstance(module, _Norm):
         tensor = module.weight if module.weight is not None else module.running_mean
         return {} if tensor is None else {"num_features": tensor.shape[0]}
@@ -62,3 +66,11 @@ def derived(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
     return {}
+
+
+def _recurrent(module: nn.RNNBase) -> dict[str, Any]:
+    widths = {"input_size": cast(Tensor, module.weight_ih_l0).shape[1]}
+    widths["hidden_size"] = cast(Tensor, module.weight_hh_l0).shape[1]
+    if module.proj_size:
+        widths["proj_size"], widths["hidden_size"] = cast(Tensor, module.weight_hr_l0).shape
+    return widths

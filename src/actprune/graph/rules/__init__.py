@@ -1,15 +1,17 @@
 """Rules by operator family; importing this package fills the table."""
 
-from actprune.graph.rules import contraction, norm, parts, pointwise, reduce, regions, shape, spatial, view
+from actprune.graph.rules import contraction, indexed, norm, parts, pointwise, recurrent, reduce, regions, shape, spatial, view
 from actprune.graph.rules.registry import RULES, bind, rule
 
 __all__ = [
     "RULES",
     "bind",
     "contraction",
+    "indexed",
     "norm",
     "parts",
     "pointwise",
+    "recurrent",
     "reduce",
     "regions",
     "rule",

@@ -106,7 +106,7 @@ def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
 def _keepers(t: TraceState, n: int) -> list[str]:
     """Names of integers of the innermost module, which somebody else wrote, that are ``n`` and count nothing yet."""
     path = t.stack[-1]
-    if type(t.modules[path]).__module__.startswith("torch.nn"):
+    if t.of_torch(path):
         return []
     taken = {one.attribute for one in t.bindings if one.module == path}
     return [name for name, value in t.integers(path) if value == n and name not in taken]

@@ -199,50 +199,6 @@ def roll(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, ids)
 
 
-@rule("embedding")
-def embedding(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Rows are picked by index, columns are the channels."""
-    rows, columns = t.ids(a.weight)
-    t.lock(rows, "rows of an embedding")
-    t.set(out, [*[None] * a.indices.dim(), columns])
-
-
-@rule("index", "_unsafe_index")
-def index(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Indexed dimensions cannot be cut; the others pass."""
-    indexed = [d for d, i in enumerate(a.indices) if i is not None]
-    x = t.ids(a.input)
-    for d in indexed:
-        t.lock(x[d], "indexed by position")
-    kept = [ids for d, ids in enumerate(x) if d not in indexed]
-    broadcast = out.dim() - len(kept)
-    contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
-    at = indexed[0] if contiguous else 0
-    t.set(out, [*kept[:at], *[None] * broadcast, *kept[at:]])
-
-
-@rule("index_select")
-def index_select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """The selected dimension cannot be cut; the others pass."""
-    ids = list(t.ids(a.input))
-    t.lock(ids[a.dim], "indexed by position")
-    ids[a.dim] = None
-    t.set(out, ids)
-
-
-@rule("gather", "take_along_dim")
-def gather(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """The gathered dimension cannot be cut; the others pass."""
-    ids = list(t.ids(a.input))
-    t.lock(ids[a.dim], "indexed by position")
-    ids[a.dim] = None
-    for d, column in enumerate(ids):
-        if column is not None and out.shape[d] != len(column):
-            t.lock(column, "indexed by position")
-            ids[d] = None
-    t.set(out, ids)
-
-
 @rule("unfold")
 def unfold(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Sliding windows over a dimension fix it; the others pass."""

@@ -168,7 +168,7 @@ def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
     """What a view was called with may be a shape that a running module keeps."""
     for path, name, value in t.called():
-        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape) or _of_torch(t, path):
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape) or t.of_torch(path):
             continue
         if any(type(kept) is not int for kept in value):  # a list of tensors, for one: the anchors of a detector
             continue
@@ -176,10 +176,6 @@ def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
         if all(kept in (extent, -1) for kept, extent in zip(value, shape[last:], strict=True)):
             found = ((index, ids[last + index]) for index, kept in enumerate(value) if kept != -1)
             t.possible += [Binding(path, name, index, column) for index, column in found if column is not None]
-
-
-def _of_torch(t: TraceState, path: str) -> bool:
-    return type(t.modules[path]).__module__.startswith("torch.nn")
 
 
 def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
@@ -193,9 +189,7 @@ def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
                 other = t.ids(tensor)[-1]
                 if other is not None and other is not column:
                     t.coincidences.setdefault(frame.path, []).append((column, other))
-        for path, name, value in t.called():
-            if type(value) is int and value == n and not _of_torch(t, path):
-                t.possible.append(Binding(path, name, None, column))
+        t.may_count(column)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")
