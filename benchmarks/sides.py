@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import actprune
 from actprune.core.calling import call
 from actprune.core.plan import Plan
+from actprune.graph import Graph
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
 from masked import counted, difference, masked, outputs, random_units
@@ -98,14 +99,14 @@ def _lively(model: nn.Module, example: Any) -> None:
     model.eval()
 
 
-def in_float64(full: nn.Module, example: Any, plans: list[Plan]) -> float | None:
+def in_float64(full: nn.Module, example: Any, plans: list[Plan], graph: Graph) -> float | None:
     """The largest difference once more without rounding to speak of; None where the model's code asks for float32."""
     model = copy.deepcopy(full).double()
     example = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
     error = 0.0
     try:
         for plan in plans:
-            reference = _compared(masked(model, plan), example)
+            reference = _compared(masked(model, plan, graph), example)
             with rehearsed(model, plan):
                 error = max(error, difference(_compared(model, example), reference))
     except RuntimeError:
@@ -138,7 +139,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     drawn = [draft(model, graph, random_units(graph, seed)) for seed in range(plans)]
     for plan in drawn:
         with rehearsed(model, plan):
-            error = max(error, difference(_compared(model, example), _compared(masked(full, plan), example)))
+            error = max(error, difference(_compared(model, example), _compared(masked(full, plan, graph), example)))
             if not isinstance(example, list):
                 params, macs = counted(model, example)
                 off = max(off, abs(params - plan.params_after), abs(macs - plan.macs_after))
@@ -147,10 +148,10 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     start = time.perf_counter()
     pruner.execute(plan)
     cut = time.perf_counter() - start
-    reference = _compared(masked(full, plan), example)
+    reference = _compared(masked(full, plan, graph), example)
     error = max(error, difference(_compared(model, example), reference))
     effect = difference(reference, whole)
-    precise = {} if error <= EXACT else {"error64": in_float64(full, example, [*drawn, plan])}
+    precise = {} if error <= EXACT else {"error64": in_float64(full, example, [*drawn, plan], graph)}
     with tempfile.TemporaryDirectory() as folder:
         actprune.save_pruned(model, Path(folder) / "pruned.pt")
         actprune.load_pruned(fresh, Path(folder) / "pruned.pt")

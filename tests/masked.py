@@ -1,11 +1,14 @@
 """The reference of every cut: the full-size model with the removed units' slices zeroed.
 
 Nothing here looks at the channel graph; only the plan's positions are used. Norms that mix channels are replaced by the
-norm over the channels that stay, everything else is the user's own forward on tensors of the original size.
+norm over the channels that stay, everything else is the user's own forward on tensors of the original size. Where a graph is
+given, means and extremes over channels are taken over those that stay too (``reductions.py``).
 """
 
 import copy
+import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from actprune.core.calling import call
+from reductions import over_kept
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -142,8 +146,11 @@ def _written_elsewhere(module):
     return named and bool(own) and all(p.dim() == 1 for p in own) and not isinstance(module, nn.modules.batchnorm._NormBase)
 
 
-def masked(model, plan, *, consumers_only=False):
-    """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone."""
+def masked(model, plan, graph=None, *, consumers_only=False):
+    """A deep copy of the model with the plan's slices at zero; ``consumers_only`` leaves what produces the units alone.
+
+    ``graph``: says where channels stand in activations, for means and extremes over them.
+    """
     original, twin = model, copy.deepcopy(model)
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
     for name in plan.removed.keys() - tensors.keys():  # a plain attribute
@@ -169,6 +176,10 @@ def masked(model, plan, *, consumers_only=False):
             by_dim = plan.removed.get(f"{path}.weight", {})
             gone = {i: by_dim.get(i, []) for i in range(8)} if module.weight is not None else {}
             setattr(twin.get_submodule(parent), leaf, KeptNorm(module, gone))
+    if graph is not None:
+        own = (KeptNorm, KeptOther, KeptConv)
+        replaced = [path for path, module in twin.named_modules() if isinstance(module, own)]
+        twin.over_kept = functools.partial(over_kept, twin, graph, plan, replaced)
     return twin
 
 
@@ -200,7 +211,7 @@ def outputs(model, example):
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would read the weights of a norm past its forward
     try:
-        with torch.no_grad():
+        with torch.no_grad(), getattr(model, "over_kept", nullcontext)():
             output = call(model, example)
             if isinstance(output, Mapping) and any("logits" in key for key in output):
                 output = [value for key, value in output.items() if key == "loss" or "logits" in key or "boxes" in key]
@@ -222,6 +233,16 @@ def difference(ours, reference):
     return worst
 
 
+def _grouped_flops(rows, matrices, *_args, **_kwargs):
+    """Every row times its expert's matrix, (N, in) and (E, in, out): PyTorch's counter does not know the operator."""
+    assert len(rows) == 2
+    assert len(matrices) == 3
+    return 2 * rows[0] * rows[1] * matrices[2]
+
+
+_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
+
+
 def counted(model, example):
     """(parameters, multiply-adds) counted by PyTorch, not by us."""
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -230,7 +251,7 @@ def counted(model, example):
     fused = torch._C._get_mkldnn_enabled()
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # the counter does not know the fused kernel
         torch._C._set_mkldnn_enabled(False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=_EXPERTS) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs(model, example)
     torch._C._set_mkldnn_enabled(fused)
     for parameter in learning:
