@@ -1,6 +1,7 @@
 """``task=analyze``: tables, pictures and a summary of a network, a checkpoint or a pruned file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -127,3 +128,16 @@ def test_an_untrained_network_is_told_of(config, caplog):
 def test_what_cannot_work_says_so(config, override, message):
     with pytest.raises(ConfigError, match=message):
         run_job(config(*TASK, override))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_measures_the_same(config, weights, tmp_path):
+    found = []
+    for trainer in ("cpu", "gpu"):
+        run_job(config(*TASK, f"weights={weights}", "seed=3", f"trainer={trainer}"))
+        found.append(json.loads((tmp_path / "out" / "analysis.json").read_text()))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-3)
+    for name, row in found[0]["effect"].items():
+        assert row["spearman"] == pytest.approx(found[1]["effect"][name]["spearman"], abs=0.1)

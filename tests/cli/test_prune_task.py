@@ -93,3 +93,13 @@ def test_criteria_of_labels_gradients_and_weights(config, weights, pruner, tmp_p
 def test_task_plan_takes_a_criterion_of_the_loss(config, capsys):
     run_job(config("task=plan", "pruner=taylor", "logger=none"))
     assert "Scores are those of the untrained network" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_file_is_for_any_machine(config, weights, tmp_path):
+    settings = config(*TASK, f"weights={weights}", "seed=3", "trainer=gpu")
+    run_job(settings)
+    content = torch.load(tmp_path / "out" / "pruned.pt", weights_only=True)
+    assert {value.device.type for value in content["state_dict"].values()} == {"cpu"}
+    load_pruned(build(resolved(settings).model, "model"), tmp_path / "out" / "pruned.pt")

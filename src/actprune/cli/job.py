@@ -13,6 +13,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer, s
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from actprune.cli import analyze, capacity, output, post_training, resuming, wandb
 from actprune.cli.build import build, check, resolved
@@ -73,7 +74,7 @@ def run_job(config: DictConfig) -> float | None:
             print_plan(parts.data, parts.module, parts.pruning, parts.trainer, Path(config.paths.output_dir))
             return None
         if config.task is Task.analyze:
-            found = analyze.analyze_network(config, parts.data, parts.module.get_submodule("net"))
+            found = analyze.analyze_network(config, parts.data, _where_it_runs(parts))
             analyze.show(*found, Path(config.paths.output_dir), console())
             return None
         if config.task is Task.capacity:
@@ -81,7 +82,7 @@ def run_job(config: DictConfig) -> float | None:
             capacity.show(measured, Path(config.paths.output_dir), console())
             return None
         if config.task is Task.prune:
-            summary = post_training.prune_network(config, parts.data, parts.module.get_submodule("net"), parts.pruning)
+            summary = post_training.prune_network(config, parts.data, _where_it_runs(parts), parts.pruning)
             _export(config, parts)
             post_training.show(summary, Path(config.paths.output_dir), console())
             return summary[config.optimize]
@@ -138,6 +139,11 @@ def _train(config: DictConfig, parts: Parts, began: float) -> float:
     summary = output.write(config, parts.data, parts.module, pruners, results, trainer.loggers)
     output.show(summary, Path(config.paths.output_dir), console())
     return summary[config.optimize]
+
+
+def _where_it_runs(parts: Parts) -> nn.Module:
+    """The network, on the device that the trainer would train it on."""
+    return parts.module.get_submodule("net").to(parts.trainer.strategy.root_device)
 
 
 def _export(config: DictConfig, parts: Parts) -> None:

@@ -56,6 +56,7 @@ def prune_network(
     )
     summary = _summary(config, done)
     summary["val_accuracy"] = accuracy(net.eval(), data.val_dataloader())
+    net.cpu()  # what is kept and exported is for any machine
     folder = Path(config.paths.output_dir)
     save_pruned(net, folder / output.CHECKPOINT)
     write_json(done.record.to_dict(), folder / RECORD)

@@ -64,9 +64,10 @@ def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
-    """Share of samples that the model gets right."""
+    """Share of samples that the model gets right, on the device where it is."""
+    device = next(model.parameters()).device
     right = seen = 0
     for images, labels in loader:
-        right += int((model(images).argmax(1) == labels).sum())
+        right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
         seen += len(labels)
     return right / seen
