@@ -41,6 +41,7 @@ def test_the_batch_of_a_nan_is_named_whether_it_was_joined_or_not():
             x = torch.full((3, 2, 4), torch.nan if number == 2 else 1.0)
             waiting.add(places[site], x, torch.arange(3))
         waiting.flush()
+        waiting.batch_ends()
     assert statistics[1].first_nonfinite.tolist() == [2.0, 2.0]
     assert statistics[0].first_nonfinite.isinf().all()
 

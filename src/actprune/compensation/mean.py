@@ -3,7 +3,8 @@
 Formula: b' = b + sum_{c gone} mu_c sum_taps W[:, c, taps]. Residual per output: w^T Sigma w over the removed inputs, so a
 unit of zero variance leaves without changing the function (zero-padded convolutions: away from the border). Where maps are
 so small that most taps meet the padding, that sum would cost more than it saves: there b' gains its mean over all positions,
-with the padding's zeros, which is never worse than plain cutting.
+with the padding's zeros, which is never worse than plain cutting. Every map counts the same in mu_c, also where maps differ
+in size.
 Source: variance-based pruning with mean shift, arXiv:2507.12988; FLAP, arXiv:2312.11983.
 Transposed convolutions: every output sees 1 / prod(stride) of the taps on average; exact where the kernel is a multiple of
 the stride and all taps are alike.

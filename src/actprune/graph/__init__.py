@@ -9,10 +9,11 @@ from torch import nn
 
 from actprune.core.calling import Example
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
+from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.tracer import run
 from actprune.graph.units import build
 
-__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "trace"]
+__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace"]
 
 
 class Trace:

@@ -25,7 +25,7 @@ class Site:
     operand: int
     """Argument position of the activation."""
     dim: int
-    """The activation's channel dimension."""
+    """The activation's channel dimension, from the end."""
     positions: NDArray[np.int64]
     """(n_units, k) positions of every unit along ``dim``."""
 

@@ -25,7 +25,7 @@ class Contraction:
     operand: int
     """Position of the activation among the operator's arguments."""
     dim: int
-    """The operand's dimension that is summed over."""
+    """The operand's dimension that is summed over, from the end: a linear layer runs as ``mm`` here and as ``bmm`` there."""
     reads: Ids
     """Ids of the operand along ``dim``."""
     writes: Ids
@@ -247,7 +247,7 @@ class TraceState:
 
         Args:
             output: what the operator returned.
-            operand: (argument position, dimension, ids) of the activation that is summed over.
+            operand: (argument position, dimension from the end, ids) of the activation that is summed over.
             writes: ids of the output channels.
             sizes: (extent, ids) of every factor of the multiply-add count.
             constant: further factor.

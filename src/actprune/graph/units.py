@@ -13,10 +13,10 @@ from actprune.graph.cost import CostModel
 from actprune.graph.graph import Consumer, Follower, Graph, Site
 from actprune.graph.grouping import group
 from actprune.graph.ids import FREE, Ids
+from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.state import TraceState
 
-_CHANNELS_LAST = (nn.Linear, nn.RNNBase)
-_HOOKABLE = (*_CHANNELS_LAST, nn.modules.conv._ConvNd)
+_HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class _Classes:
@@ -152,7 +152,10 @@ def _unknown(state: TraceState, classes: _Classes, matters: NDArray[np.bool_]) -
 
 
 def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Site | None]:
-    """The site of every contraction, positions still one row per read position; both directions of a layer share one."""
+    """The site of every contraction, positions still one row per read position.
+
+    Both directions of a recurrent layer that is followed as a whole share one.
+    """
     sites: list[Site | None] = []
     latest: dict[str, Site] = {}
     seen: dict[str, int] = defaultdict(int)
@@ -162,13 +165,14 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
             continue
         path = contraction.module
         module = state.modules[path]
-        if isinstance(module, nn.RNNBase) and contraction.ordinal:
+        whole = is_recurrent(module)
+        if whole and contraction.ordinal:
             sites.append(latest[path])
             continue
         name = path if not seen[path] else f"{path}#{seen[path]}"
         seen[path] += 1
-        own = isinstance(module, _HOOKABLE) and contraction.ordinal == 0
-        last = isinstance(module, _CHANNELS_LAST)
+        own = (whole or isinstance(module, _HOOKABLE)) and contraction.ordinal == 0
+        last = whole or isinstance(module, nn.Linear)
         dim = (-1 if last else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))
         latest[path] = Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions)

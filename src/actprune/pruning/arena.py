@@ -19,6 +19,7 @@ class Arena:
 
     def __init__(self, n_elements: int) -> None:
         self._n_elements = n_elements
+        self.is_full = False
         self._rooms: dict[torch.dtype, Tensor] = {}
         self._used: dict[torch.dtype, int] = {}
 
@@ -26,14 +27,16 @@ class Arena:
         """Room for a tensor on the CPU; None where all of it is taken."""
         n, used = shape[0] * shape[1] * shape[2], self._used.get(dtype, 0)
         if used + n > self._n_elements:
+            self.is_full = True
             return None
         whole = self._rooms.get(dtype)
         if whole is None:
             with torch.inference_mode(False):
-                whole = self._rooms[dtype] = torch.empty(self._n_elements, dtype=dtype)
+                whole = self._rooms[dtype] = torch.empty(self._n_elements, dtype=dtype, device="cpu")
         self._used[dtype] = used + n
         return whole.as_strided(shape, (shape[1] * shape[2], shape[2], 1), used)
 
     def clear(self) -> None:
         """Take all room back; nobody may use what lies there any more."""
         self._used.clear()
+        self.is_full = False

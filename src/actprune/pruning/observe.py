@@ -27,6 +27,7 @@ from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph
 from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
+from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.unfolded import tell_unfolded
 from actprune.pruning.updates import Part, Updates
@@ -55,11 +56,9 @@ class Observation:
         self._model = model
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
-        self._sample_ids = self._counted_ids = torch.empty(0, dtype=torch.int64)
-        self._first_time: Tensor | None = None
-        self._labels: Tensor | None = None
+        self._rows = Rows(model, self._sampling)
         self._next_id = 0
-        self._paused = self._needs_labels = False
+        self._paused = self._needs_labels = self._began = False
         self._needs_readers = criterion.needs_readers
         self._scores: dict[str, dict[str, list[Statistic]]] = {}
         self._folds: dict[int, tuple[Layer, Statistic]] = {}
@@ -146,48 +145,24 @@ class Observation:
     def _see(self, reads: Reads, x: Tensor, dim: int) -> None:
         """Hand what one place reads to the statistics of all groups that are read there."""
         read = x
-        x, ids = self._samples(read, dim, reads.module)
+        x, ids = self._rows.samples(read, dim, reads.module)
         if not len(ids):
             return
-        if self._needs_labels and ids is not self._counted_ids and reads.needs_labels:
+        if self._needs_labels and ids is not self._rows.ids and reads.needs_labels:
             raise ObservationError(
                 f"{self._where[id(reads.entries[0][2][0][1])]}: no dimension of what it reads counts the "
-                f"{len(self._sample_ids)} samples, so its rows have no label; choose a criterion without labels"
+                f"{len(self._rows.announced)} samples, so its rows have no label; choose a criterion without labels"
             )
-        as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._sample_ids
-        reads.hand_over(x, ids, self._labels, as_read)
+        as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._rows.ids
+        reads.hand_over(x, ids, self._rows.labels, as_read)
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:
             return
-        x, ids = self._samples(x, consumer.dim, consumer.module)
+        x, ids = self._rows.samples(x, consumer.dim, consumer.module)
         if len(ids):
             layer.space = tuple(x.shape[2:])
             compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
-
-    def _samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
-        """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
-        if x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self._sample_ids) and self._first_time is None:
-            return x.detach() if x.requires_grad else x, self._sample_ids  # as nearly always
-        x = x.detach().movedim(dim, -1)
-        if x.dim() == 1:
-            x = x.unsqueeze(0)
-        ids, rows = self._sample_ids, x.shape[:-1]
-        n = len(ids)
-        if n and rows[0] != n and rows[0] % n == 0:
-            # several rows per sample: windows or frames, the sample first; multi-head attention puts the position first
-            first = type(self._model.get_submodule(module)) is not nn.MultiheadAttention
-            x = x.unflatten(0, (n, -1)).movedim(1, -2) if first else x.unflatten(0, (-1, n)).movedim(0, -2)
-            x = x.movedim(-2, -1).movedim(-2, 1)
-        elif n and rows[0] != n and n in rows:
-            x = x.movedim(rows.index(n), 0).movedim(-1, 1)
-        else:
-            x = x.movedim(-1, 1)
-            if rows[0] != n:
-                return x, self._sampling.numbered(int(ids[0]) if n else 0, rows[0])
-        if self._first_time is not None:
-            return x[self._first_time.to(x.device, non_blocking=True)], self._counted_ids
-        return x, ids
 
     def begin_batch(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next.
@@ -202,23 +177,20 @@ class Observation:
         """
         if self._paused:
             return
-        self._updates.batch_ends()
-        self._sampling.next_batch()
         if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
             given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ObservationError(
                 f"the criterion needs the class of each of {len(sample_ids)} samples as a vector of integers, got {given}; "
                 "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
             )
-        self._sample_ids = self._counted_ids = sample_ids.clone()  # what waits is counted by them later
-        self._labels, self._first_time = labels, None
-        if (sample_ids < 0).any():
-            self._first_time = (sample_ids >= 0).nonzero().flatten()
-            self._counted_ids = sample_ids[self._first_time]
-            self._labels = None if labels is None else labels[self._first_time]
-        self._next_id += len(self._counted_ids)
+        if self._began:
+            self._updates.batch_ends()
+        self._began = True
+        self._sampling.next_batch()
+        self._rows.begin(sample_ids, labels)
+        self._next_id += len(self._rows.ids)
         for reads in self._reads.values():
-            reads.get_ready(self._counted_ids)
+            reads.get_ready(self._rows.ids)
 
     def differentiate(self, outputs: Callable[[], Any] | None = None, loss: Callable[[], Tensor] | None = None) -> None:
         """Run the batch that was named once more, for statistics of gradients; nothing to do where there are none.
@@ -239,7 +211,7 @@ class Observation:
             if run is None:
                 raise ObservationError(f"the criterion differentiates {kind}: give differentiate() a function that returns it")
             with self.paused():
-                for reading, x in differentiated(self._model, list(places), kind, run, len(self._sample_ids)):
+                for reading, x in differentiated(self._model, list(places), kind, run, len(self._rows.announced)):
                     for dim, reads in places[reading.place].items():
                         self._see(reads, x, dim if reading.dim is None else reading.dim)
 
@@ -314,6 +286,8 @@ class Observation:
                 statistic.check()  # type: ignore[operator]
             except ObservationError as error:
                 cure = ""
+                if statistic.n_samples == 0 < self._next_id and self._sampling.is_halved:
+                    cure = f"; of {self._next_id} samples every second one is read, drawn: give more, or fix positions"
                 if statistic.differentiates is not None and statistic.n_samples == 0:
                     cure = "; it is a statistic of gradients: call differentiate() after every batch"
                 raise ObservationError(f"at {self._where[id(statistic)]}: {error}{cure}") from None

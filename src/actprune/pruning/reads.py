@@ -102,6 +102,8 @@ class Reads:
         if self._expected != (x.shape, x.dtype, x.device) or x.requires_grad or not x.is_contiguous():
             return False
         self._expected = None
+        for layer, _ in self.folded:
+            layer.space = tuple(x.shape[2:])
         for parts, places, room, ids in self._ready:
             if places is not None:
                 read = torch.take(x, places, out=room)
@@ -126,20 +128,18 @@ class Reads:
         hands = self._hands.get(x.shape[2])
         if hands is None:
             hands = self._hands[x.shape[2]] = self._divided(x.shape[2])
-        plain = as_read
+        plain = as_read and x.is_contiguous()
         for hand in hands:
             given, there = self._made(hand, x, ids)
             plain &= hand.later and hand.channels is None and (hand.how == "mean" or given.numel() <= _READY)
             if hand.later:
                 self._updates.add(hand.parts, given, there)
                 continue
+            of_rows = None
+            if labels is not None and any(part.statistic.needs_labels for part in hand.parts):
+                of_rows = labels if len(there) == len(ids) else labels[self._sampling.rows(ids).to(labels.device)]
             for part in hand.parts if len(there) else ():
-                if not part.statistic.needs_labels:
-                    part.statistic.update(part.of(given), there)
-                elif labels is None or len(there) == len(ids):
-                    part.statistic.update(part.of(given), there, labels)
-                else:
-                    part.statistic.update(part.of(given), there, labels[self._sampling.rows(ids).to(labels.device)])
+                self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
         self._usual = ((shape, x.dtype, x.device), hands) if plain else None
 
     def _divided(self, space: int) -> list[_Hand]:

@@ -32,6 +32,11 @@ class Sampling:
         self._flat: dict[tuple[int, int, torch.device], Tensor] = {}
         self._numbers: dict[tuple[int, int], Tensor] = {}
 
+    @property
+    def is_halved(self) -> bool:
+        """Whether only every second sample is read where positions are drawn."""
+        return self._density.halved
+
     def samples(self, seen: int) -> bool:
         """Whether of so many positions only some are seen."""
         return self._density.positions is not None and self._density.positions < seen
@@ -55,7 +60,7 @@ class Sampling:
         if known is None:
             rows, _, drawn = self.draw(ids, positions, device)
             if (channels, positions, device) not in self._maps:
-                maps = torch.arange(channels) * positions
+                maps = torch.arange(channels, device="cpu") * positions
                 self._maps[channels, positions, device] = maps.view(1, -1, 1).to(device)
             samples = drawn + rows * (channels * positions)
             known = samples.unsqueeze(1) + self._maps[channels, positions, device]
@@ -81,7 +86,7 @@ class Sampling:
     def numbered(self, start: int, n: int) -> Tensor:
         """Ids from ``start`` on for rows that are no samples; the same tensor for reads of one batch that have as many."""
         if (start, n) not in self._numbers:
-            self._numbers[start, n] = torch.arange(start, start + n)
+            self._numbers[start, n] = torch.arange(start, start + n, device="cpu")
         return self._numbers[start, n]
 
     def on(self, device: torch.device, ids: Tensor) -> Tensor:

@@ -64,6 +64,15 @@ class _Place:
     kind: tuple[int, torch.dtype, torch.device]
     reads: list[Tensor]
     ids: list[Tensor]
+    batches: list[int]
+
+
+@dataclass
+class _Company:
+    reads: list[_Read]
+    ids: Tensor
+    sizes: list[int]
+    batches: list[int]
 
 
 class Updates:
@@ -73,7 +82,8 @@ class Updates:
         self._waiting: dict[int, _Place] = {}
         self.arena = Arena(HELD_ON_CPU)
         self._held = self._held_before = 0
-        self._due: list[tuple[list[_Read], Tensor, list[int]]] = []
+        self.batch = 0
+        self._due: list[_Company] = []
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
         self._settings: dict[int, tuple[object, ...]] = {}
@@ -96,23 +106,34 @@ class Updates:
             self.flush()
             place = None
         if place is None:
-            place = self._waiting[id(parts)] = _Place(parts, kind, [], [])
+            place = self._waiting[id(parts)] = _Place(parts, kind, [], [], [])
         place.reads.append(x)
         place.ids.append(ids)
+        place.batches.append(self.batch)
         self._held += x.numel()
 
-    def batch_ends(self) -> None:
-        """Nothing more comes of this batch, and what was got ready for it is over: the moment to make what waits.
+    def update(self, part: Part, x: Tensor, ids: Tensor, labels: Tensor | None = None) -> None:
+        """Update a statistic now, with what its place read, (N, C, P)."""
+        if isinstance(part.statistic, Accumulator):
+            part.statistic.update(part.of(x), ids, labels, batches=[self.batch])
+        elif labels is None:
+            part.statistic.update(part.of(x), ids)
+        else:
+            part.statistic.update(part.of(x), ids, labels)
 
-        It goes on waiting while another batch like it would not be too much.
+    def batch_ends(self) -> None:
+        """Nothing more comes of this batch, number ``batch``; what was got ready for it is over.
+
+        What waits is made now, unless another batch like this would not be too much.
         """
         if self._held:
             on_cpu = next(iter(self._waiting.values())).reads[0].device.type == "cpu"
-            if 2 * self._held - self._held_before > (HELD_ON_CPU if on_cpu else HELD):
+            if self.arena.is_full or 2 * self._held - self._held_before > (HELD_ON_CPU if on_cpu else HELD):
                 self.flush()
         if not self._waiting and not self._due:
             self.arena.clear()
         self._held_before = self._held
+        self.batch += 1
 
     def flush(self) -> None:
         """Make every update that waits."""
@@ -120,27 +141,27 @@ class Updates:
         with torch.inference_mode(False), torch.no_grad():
             self._due += self._companies(waiting)
             while self._due:  # each leaves before it is counted, so that nothing is counted twice after an error
-                self._update(*self._due.pop())
+                self._update(self._due.pop())
 
-    def _companies(self, waiting: list[_Place]) -> Iterator[tuple[list[_Read], Tensor, list[int]]]:
-        """What is updated together, the ids of its rows, and how many of them each batch has."""
+    def _companies(self, waiting: list[_Place]) -> Iterator[_Company]:
+        """What is updated together."""
         piles: dict[tuple[int, ...], dict[tuple[object, ...], list[_Read]]] = defaultdict(lambda: defaultdict(list))
-        rows: dict[tuple[int, ...], list[Tensor]] = {}
+        places: dict[tuple[int, ...], _Place] = {}
         while waiting:
             place = waiting.pop(0)
-            batches = tuple(id(ids) for ids in place.ids)
-            rows[batches] = place.ids
+            rows = tuple(id(ids) for ids in place.ids)
+            places[rows] = place
             x = _together(place.reads)
             for part in place.parts:
                 if id(part.statistic) not in self._settings:
                     self._settings[id(part.statistic)] = settings(part.statistic)
-                piles[batches][(part.key, self._settings[id(part.statistic)], *place.kind)].append((part, x))
-        for batches, of_kinds in piles.items():
-            ids, sizes = _together(rows[batches]), [len(each) for each in rows[batches]]
+                piles[rows][(part.key, self._settings[id(part.statistic)], *place.kind)].append((part, x))
+        for rows, of_kinds in piles.items():
+            ids, sizes = _together(places[rows].ids), [len(each) for each in places[rows].ids]
             for pile in of_kinds.values():
                 while pile:
                     n = self._company(pile, len(sizes))
-                    yield pile[:n], ids, sizes
+                    yield _Company(pile[:n], ids, sizes, places[rows].batches)
                     del pile[:n]
 
     def _company(self, pile: list[_Read], batches: int) -> int:
@@ -159,31 +180,29 @@ class Updates:
             elements += len(x) * statistic.n_units * x.shape[2]
         return len(pile)
 
-    def _update(self, company: list[_Read], ids: Tensor, sizes: list[int]) -> None:
-        statistics: list[Accumulator] = [part.statistic for part, _ in company]  # type: ignore[misc]
-        members, device = tuple(map(id, statistics)), ids.device
+    def _update(self, company: _Company) -> None:
+        statistics: list[Accumulator] = [part.statistic for part, _ in company.reads]  # type: ignore[misc]
+        members, device = tuple(map(id, statistics)), company.ids.device
         whole = self._wholes.get(members)
         if whole is not None and whole.device != device:
             self._part(members)
             whole = None
         if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
-            one = len(company) == 1
-            whole = statistics[0].to(device) if one else join(statistics, company[0][0].make, device)  # type: ignore[arg-type]
+            one = len(members) == 1
+            whole = statistics[0].to(device) if one else join(statistics, company.reads[0][0].make, device)  # type: ignore[arg-type]
             self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
+        each = (part.of(x) for part, x in company.reads)
         if whole is not None:
-            each = [part.of(x) for part, x in company]
-            whole.update(each[0] if len(each) == 1 else torch.cat(each, 1), ids, sizes=sizes)
+            whole.update(
+                torch.cat(list(each), 1) if len(members) > 1 else next(each), company.ids, None, company.sizes, company.batches
+            )
             return
-        for (part, x), statistic in zip(company, statistics, strict=True):
+        for statistic, x in zip(statistics, each, strict=True):
             known = self._member.get(id(statistic))
             if known is not None and statistic.device != device:
                 self._part(known)
-            elif known is not None:
-                statistic._update_count = self._wholes[known]._update_count
-            statistic.update(part.of(x), ids, sizes=sizes)
-            if known is not None and known in self._wholes:
-                self._wholes[known]._update_count = statistic._update_count
+            statistic.update(x, company.ids, None, company.sizes, company.batches)
 
     def _part(self, members: tuple[int, ...]) -> None:
         """Forget a whole: its parts go on alone."""

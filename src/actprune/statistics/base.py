@@ -77,8 +77,11 @@ class Accumulator(Statistic):
         sample_ids: Tensor,  # (N,) int64
         labels: Tensor | None = None,  # (N,) integers
         sizes: Sequence[int] | None = None,
+        batches: Sequence[int] | None = None,
     ) -> None:
-        """Accumulate one batch, or several in a row: ``sizes`` says how many samples each has.
+        """Accumulate one batch, or several in a row: ``sizes`` says how many samples each has, ``batches`` their numbers.
+
+        By default one batch, numbered by the updates so far.
 
         Raises:
             ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,); or labels are missing.
@@ -95,8 +98,6 @@ class Accumulator(Statistic):
                     f"{type(self).__name__} takes the class of each of {len(x)} samples, got {given}; give labels too"
                 )
             sample_ids = labels
-        first = self.update_count - 1
-        self._update_count += len(sizes or [0]) - 1
         if x.numel() == 0:
             return
         with torch.inference_mode(False), torch.no_grad(), _full_precision(x.device.type):
@@ -106,13 +107,12 @@ class Accumulator(Statistic):
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
-            self._report(~torch.isfinite(witness), x.float(), first, sizes or [len(x)])
+            self._report(~torch.isfinite(witness), x.float(), sizes or [len(x)], batches or [self.update_count - 1])
 
-    def _report(self, bad: Tensor, x: Tensor, first: int, sizes: Sequence[int]) -> None:
+    def _report(self, bad: Tensor, x: Tensor, sizes: Sequence[int], batches: Sequence[int]) -> None:
         """Note which units (U,) had a NaN or Inf, and in which batch the first one was."""
         self.nonfinite.add_(bad)
-        batches = x.split(list(sizes)) if len(sizes) > 1 else [x]
-        for number, batch in enumerate(batches, first):
+        for number, batch in zip(batches, x.split(list(sizes)), strict=True):
             here = bad if len(sizes) == 1 else ~torch.isfinite(batch).all(2).all(0)
             when = torch.full_like(self.first_nonfinite, float(number)).masked_fill_(~here, torch.inf)
             torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)

@@ -46,7 +46,7 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     constant = math.prod(positions.shape[2:]) * math.prod(a.weight.shape[2:])
     sizes.append((positions.shape[0], x[0]))  # heads may be among the samples
     t.set(out, [x[0], writes, *[None] * (out.dim() - 2)])
-    t.contract(out, (0, 1, operand), writes, sizes, constant, a.weight, reads, a.bias)
+    t.contract(out, (0, 1 - a.input.dim(), operand), writes, sizes, constant, a.weight, reads, a.bias)
 
 
 def first_known(a: Ids, b: Ids) -> Ids:
@@ -98,9 +98,9 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         t.lock(reads, "summed over between two activations")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
-        t.contract(out, (1, b.dim() - 2, reads), left[-2], sizes, 1, a, left[-1], None)
+        t.contract(out, (1, -2, reads), left[-2], sizes, 1, a, left[-1], None)
         return
-    t.contract(out, (0, a.dim() - 1, reads), writes, sizes, 1, b, right[-2], bias)
+    t.contract(out, (0, -1, reads), writes, sizes, 1, b, right[-2], bias)
 
 
 @rule("mm", "bmm")
@@ -156,7 +156,7 @@ def grouped_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
             t.lock(width, "rows of whole 16 bytes")
     t.set(out, [None, right[2]])
     sizes = [(a.input.shape[0], None), (a.input.shape[1], reads), (a.mat2.shape[2], right[2])]
-    t.contract(out, (0, 1, reads), right[2], sizes, 1, a.mat2, right[1], a.bias)
+    t.contract(out, (0, -1, reads), right[2], sizes, 1, a.mat2, right[1], a.bias)
 
 
 @rule("mv", "dot", "vdot")
@@ -168,4 +168,4 @@ def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     reads = first_known(left[-1], t.ids(other)[0])
     t.set(out, left[:-1])
     sizes = list(zip(a.input.shape, [*left[:-1], reads], strict=True))
-    t.contract(out, (0, a.input.dim() - 1, reads), None, sizes)
+    t.contract(out, (0, -1, reads), None, sizes)

@@ -118,14 +118,14 @@ def _cell(t: TraceState, a: Call, cell: list[Tensor], reads: Ids, outer: bool, o
         t.tie(units, t.ids(cell[-1])[1])
     t.tie(handed, t.ids(w_hh)[1])
     products = [(w_ih, reads, rows), (w_hh, handed, rows), *([(cell[-1], units, handed)] if projected else [])]
-    n, dim = a.x.numel() // max(a.x.shape[-1], 1), a.x.dim() - 1
+    n = a.x.numel() // max(a.x.shape[-1], 1)
     for weight, read, writes in products:
         summed = t.ids(weight)[1]
         operand = first_known(read, summed)
         sizes = [(weight.shape[0], writes), (weight.shape[1], operand)]
         first = weight is w_ih
         bias = biases[0] if biases and first else None
-        t.contract(out, (0, dim, operand), writes, sizes, n, weight, summed, bias, observed=first and outer)
+        t.contract(out, (0, -1, operand), writes, sizes, n, weight, summed, bias, observed=first and outer)
     return handed, units
 
 
