@@ -176,20 +176,21 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
     return a
 
 
-def run(model: nn.Module, example: Example) -> TraceState:
+def run(model: nn.Module, example: Example, training: bool = False) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
     Where a dimension was split for attention and no attribute names the heads, a second run takes the outer factor for them.
+    What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time.
 
     Raises:
         TraceError: the model fails on the example.
     """
-    state = _run(model, example, frozenset())
+    state = _run(model, example, frozenset(), training)
     attention = frozenset(state.guessed & state.scored)
-    return _run(model, example, attention) if attention else state
+    return _run(model, example, attention, training) if attention else state
 
 
-def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceState:
+def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bool) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
@@ -210,7 +211,7 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
-    if any(name not in state.tensor_ids for name in _learned(model)):
+    if training or any(name not in state.tensor_ids for name in _learned(model)):
         _in_training(model, example, state)
     return state
 
@@ -245,8 +246,7 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
 def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
     """Follow the branches that run in training mode only, auxiliary heads for one; of two samples if one does not do."""
     state.training = True
-    twice = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
-    for inputs in (example, twice):
+    for inputs in (example, twice(example)):
         with undisturbed(model):
             model.train()
             try:
@@ -255,6 +255,11 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
                 # a model that needs targets to train: what was seen of it holds, the rest stays as it is
                 continue
     return None
+
+
+def twice(example: Example) -> Example:
+    """The example's samples, each of them two times: a batch norm in training mode insists on two."""
+    return tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
 
 
 _INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")
