@@ -139,8 +139,8 @@ class ChannelTracer(TorchDispatchMode):
             if frame.met:
                 return
             frame.met = True
-            if t.of_torch(frame.path):
-                continue
+            if t.of_torch(frame.path) and not t.modules[frame.path]._modules:
+                continue  # layers; what holds others checks their width, ``nn.Transformer`` for one
             for tensor in frame.args:
                 for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():
                     if column is not None:

@@ -92,9 +92,10 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = first_known(left[-1], right[-2])
-    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None and (reads >= 0).all():
-        # the width of a head sets the scale of its softmax, so it stays
-        t.scored.add(t.frames[-1].path)
+    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None:
+        # the width of a head sets the scale of its softmax, so it stays; so do tokens that are learned, beside those given
+        if (reads >= 0).all():
+            t.scored.add(t.frames[-1].path)
         t.lock(reads, "summed over between two activations")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
