@@ -1,4 +1,4 @@
-"""Operators beside which channels stand: Fourier transforms, complex rotations, displaced convolutions, distances, shared kernels."""
+"""Fourier transforms, complex rotations, displaced convolutions, distances, kernels that all channels share."""
 
 import pytest
 import torch

@@ -25,6 +25,7 @@ from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
+from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
 
 # operators whose outputs are fixed constants: they need no ids and lock nothing
@@ -213,6 +214,7 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
             ) from error
     if training or any(name not in state.tensor_ids for name in _learned(model)):
         _in_training(model, example, state)
+    follow_twins(model, state)
     return state
 
 

@@ -53,7 +53,7 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("deform_conv2d")
 def deformable(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """torchvision's convolution at displaced positions: offsets and masks count kernel taps, channels are those of any other.
+    """Torchvision's convolution at displaced positions: offsets and masks count kernel taps, channels are those of any other.
 
     What an input's mean contributes depends on the masks, so nothing is observed that could be folded into a bias.
     """

@@ -1,4 +1,4 @@
-"""Fourier transforms, complex numbers as pairs, distances: channels pass where they stand beside, and are tied where they meet."""
+"""Fourier transforms, complex numbers as pairs, distances: channels beside pass, channels that meet are tied."""
 
 from __future__ import annotations
 
