@@ -35,6 +35,9 @@ _CONSTANTS = {
     "_assert_tensor_metadata", "lift", "is_nonzero",
 }  # fmt: skip
 
+# products that scale a weight, as a spectral norm does; what matrices give may be queries that are learned
+_OF_VECTORS = {"mv", "dot", "vdot"}
+
 # constants of a size that the code may have read off a tensor or an attribute: each position gets an id of its own, and a
 # rehearsed cut tells whether the size follows
 _FILLED = {
@@ -100,7 +103,7 @@ class ChannelTracer(TorchDispatchMode):
                     t.may_count(ids)
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
-        if name not in CONTRACTIONS:
+        if name not in CONTRACTIONS or name in _OF_VECTORS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
             self._number(name, [t.ids(x) for x in outputs])
