@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 
-import numpy as np
 from torch import nn
 
 from actprune.core.calling import Example
@@ -40,11 +39,8 @@ class Trace:
         """
         state = copy.copy(self._state)
         state.space = self._state.space.copy()
-        locked = np.array(sorted(self._state.space.reasons()) if tied else [], np.int64)
         for path in tied:
             for inside, outside in state.coincidences.get(path, ()):
-                if np.isin(self._state.space.find(np.concatenate([inside, outside])), locked).any():
-                    continue  # what is locked is no width that could follow: equal by chance, or no use
                 state.space.tie(inside, outside, f"reshaped to the width of its input (view in {path})")
         return build(state, self._model)
 
