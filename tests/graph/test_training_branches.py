@@ -7,6 +7,7 @@ from torch import nn
 import actprune
 from actprune import trace
 from actprune.pruning.plans import draft
+from actprune.pruning.verify import Repairs, rehearse, traced
 from actprune.surgery import cut
 from masked import counted, masked, random_units
 
@@ -81,3 +82,47 @@ def test_a_model_that_cannot_run_in_training_mode_is_traced_as_far_as_it_runs():
     graph = trace(model, x)
     assert sorted(g.size for g in graph.unlocked) == [6, 7]
     assert graph.params == sum(p.numel() for p in model.parameters())
+
+
+class OnlyWhileTraining(nn.Module):
+    """Two streams that meet in training mode only, and noise of a width that the module keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.one, self.two = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.norm, self.first, self.second = nn.BatchNorm1d(8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        a, b = self.norm(self.one(x)), self.two(x).relu()
+        if self.training:
+            return self.first(a + b * (1 + 0 * torch.randn(self.width))) - self.second(b)
+        return self.first(a) - self.second(b)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_what_only_training_mode_ties_leaves_together(samples):
+    torch.manual_seed(0)
+    model, x = OnlyWhileTraining().double(), torch.randn(samples, 5, dtype=torch.float64)
+    assert len(trace(model, x).unlocked) == 2
+    graph, repairs = rehearse(model, x)
+    assert repairs.training
+    assert Repairs.from_dict(repairs.to_dict()) == repairs
+    assert len(graph.unlocked) == len(traced(model, x, repairs).unlocked) == 1
+    plan = draft(model, graph, random_units(graph, 1))
+    reference = masked(model, plan)
+    cut(model, plan, x)
+    many = torch.randn(6, 5, dtype=torch.float64)
+    for training in (False, True):
+        ours, theirs = model.train(training)(many), reference.train(training)(many)
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_a_model_that_cannot_train_on_its_example_is_left_at_that():
+    class NeedsTargets(OnlyWhileTraining):
+        def forward(self, x, target=None):
+            if self.training and target is None:
+                raise ValueError("pass a target")
+            return super().forward(x)
+
+    assert not rehearse(NeedsTargets(), torch.randn(3, 5))[1].training

@@ -1,5 +1,7 @@
 """Habits of other people's code: shapes alone, checks of widths, tables in plain attributes, states beside logits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -195,3 +197,31 @@ def test_a_function_of_the_model_says_what_is_read():
     x = torch.randn(2, 4, 5)
     graph = trace(Answers("pooled"), lambda model: model(x)["pooled"])
     assert [g.size for g in graph.unlocked] == [12]
+
+
+@pytest.mark.parametrize("normed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_the_width_between_layers_of_spectral_norm_leaves(normed):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        normed(nn.Conv2d(3, 6, 3)),
+        nn.LeakyReLU(0.2),
+        nn.Flatten(),
+        normed(nn.Linear(54, 7)),
+        nn.ReLU(),
+        normed(nn.Linear(7, 2)),
+    ).double()
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    graph, _ = rehearse(model, x)
+    assert [group.size for group in graph.unlocked] == [6, 7]
+    for seed in range(2):
+        twin = copy.deepcopy(model).eval()
+        plan = draft(twin, graph, random_units(graph, seed))
+        full = copy.deepcopy(model).eval()
+        tensors = dict(full.named_parameters()) | dict(full.named_buffers())
+        with torch.no_grad():  # the norm is that of what stays: a zero row adds nothing to u'Wv
+            for name, dims in plan.removed.items():
+                for dim, gone in dims.items():
+                    tensors[name].index_fill_(dim, torch.tensor(gone), 0)
+        reference = outputs(full, x)
+        cut(twin, plan, x)
+        assert difference(outputs(twin, x), reference) < 1e-11

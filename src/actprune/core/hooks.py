@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm"})
-"""ATen operators that count as one contraction each, in the order in which a module runs them."""
+CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d"})
+"""Operators that count as one contraction each, in the order in which a module runs them."""
 
 OPERANDS = {"addmm": 1, "baddbmm": 1}
 """Where an operator's first factor stands among its arguments."""

@@ -10,10 +10,10 @@ from torch import nn
 from actprune.core.calling import Example
 from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
 from actprune.graph.rules.recurrent import is_recurrent
-from actprune.graph.tracer import run
+from actprune.graph.tracer import run, twice
 from actprune.graph.units import build
 
-__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace"]
+__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace", "twice"]
 
 
 class Trace:
@@ -22,14 +22,15 @@ class Trace:
     Args:
         model: any module.
         example_inputs: what it takes, see ``trace``.
+        training: follow what it does in training mode as well, and not only where evaluation mode leaves parameters unused.
 
     Raises:
         TraceError: the model fails on the example inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Example, training: bool = False) -> None:
         self._model = model
-        self._state = run(model, example_inputs)
+        self._state = run(model, example_inputs, training)
 
     def graph(self, tied: Collection[str] = ()) -> Graph:
         """The channel graph.

@@ -25,6 +25,7 @@ from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
+from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
 
 # operators whose outputs are fixed constants: they need no ids and lock nothing
@@ -33,6 +34,9 @@ _CONSTANTS = {
     "tril_indices", "triu_indices", "randperm", "bartlett_window", "hann_window", "_assert_async", "_assert_scalar",
     "_assert_tensor_metadata", "lift", "is_nonzero",
 }  # fmt: skip
+
+# products that scale a weight, as a spectral norm does; what matrices give may be queries that are learned
+_OF_VECTORS = {"mv", "dot", "vdot"}
 
 # constants of a size that the code may have read off a tensor or an attribute: each position gets an id of its own, and a
 # rehearsed cut tells whether the size follows
@@ -99,7 +103,7 @@ class ChannelTracer(TorchDispatchMode):
                     t.may_count(ids)
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
-        if name not in CONTRACTIONS:
+        if name not in CONTRACTIONS or name in _OF_VECTORS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
             self._number(name, [t.ids(x) for x in outputs])
@@ -139,8 +143,8 @@ class ChannelTracer(TorchDispatchMode):
             if frame.met:
                 return
             frame.met = True
-            if t.of_torch(frame.path):
-                continue
+            if t.of_torch(frame.path) and not t.modules[frame.path]._modules:
+                continue  # layers; what holds others checks their width, ``nn.Transformer`` for one
             for tensor in frame.args:
                 for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():
                     if column is not None:
@@ -176,20 +180,21 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
     return a
 
 
-def run(model: nn.Module, example: Example) -> TraceState:
+def run(model: nn.Module, example: Example, training: bool = False) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
     Where a dimension was split for attention and no attribute names the heads, a second run takes the outer factor for them.
+    What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time.
 
     Raises:
         TraceError: the model fails on the example.
     """
-    state = _run(model, example, frozenset())
+    state = _run(model, example, frozenset(), training)
     attention = frozenset(state.guessed & state.scored)
-    return _run(model, example, attention) if attention else state
+    return _run(model, example, attention, training) if attention else state
 
 
-def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceState:
+def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bool) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
@@ -210,8 +215,9 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str]) -> TraceStat
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
-    if any(name not in state.tensor_ids for name in _learned(model)):
+    if training or any(name not in state.tensor_ids for name in _learned(model)):
         _in_training(model, example, state)
+    follow_twins(model, state)
     return state
 
 
@@ -245,8 +251,7 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
 def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
     """Follow the branches that run in training mode only, auxiliary heads for one; of two samples if one does not do."""
     state.training = True
-    twice = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
-    for inputs in (example, twice):
+    for inputs in (example, twice(example)):
         with undisturbed(model):
             model.train()
             try:
@@ -255,6 +260,11 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
                 # a model that needs targets to train: what was seen of it holds, the rest stays as it is
                 continue
     return None
+
+
+def twice(example: Example) -> Example:
+    """The example's samples, each of them two times: a batch norm in training mode insists on two."""
+    return tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
 
 
 _INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")

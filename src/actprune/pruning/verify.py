@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.hooks import decomposed
 from actprune.core.stack import Frame, module_stack
-from actprune.graph import Follower, Graph, Group, Trace
+from actprune.graph import Follower, Graph, Group, Trace, twice
 from actprune.pruning.plans import draft
 from actprune.surgery import rehearsed
 
@@ -48,17 +49,24 @@ class Repairs:
     """Modules whose inner width has to stay equal to the width of their input."""
     locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Group -> why it cannot be cut after all."""
+    training: bool = False
+    """Whether training mode does to widths what evaluation mode does not, and has to be followed too."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, in a fixed order."""
         following = sorted((path, name, sorted(groups)) for path, name, groups in self.following)
-        return {"following": [list(choice) for choice in following], "tied": sorted(self.tied), "locked": dict(self.locked)}
+        return {
+            "following": [list(choice) for choice in following],
+            "tied": sorted(self.tied),
+            "locked": dict(self.locked),
+            "training": self.training,
+        }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Repairs:
         """Inverse of ``to_dict``."""
         following = frozenset((path, name, frozenset(groups)) for path, name, groups in state["following"])
-        return cls(following, frozenset(state["tied"]), dict(state["locked"]))
+        return cls(following, frozenset(state["tied"]), dict(state["locked"]), state.get("training", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +74,26 @@ class _Failure:
     path: str
     """Path of the module that was running."""
     error: str
-    progress: tuple[int, int]
-    """Which pattern failed, and how many operators had run."""
+    progress: tuple[int, int, int]
+    """Which pattern failed, in which run, and how many operators had run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One way to call the model."""
+
+    example: Example
+    training: bool = False
+
+    def error(self, model: nn.Module, watched: AbstractContextManager[Any]) -> Exception | None:
+        """What the model raises, inside of ``undisturbed``."""
+        model.train(self.training)
+        try:
+            with watched:
+                call(model, self.example)
+        except Exception as error:
+            return error
+        return None
 
 
 class _ShapeError(Exception):
@@ -81,9 +107,10 @@ class _Checker(TorchDispatchMode):
     did (data decide, or a module changed its class) are let through from there on.
     """
 
-    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame]) -> None:
+    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
         super().__init__()
         self.n = 0
+        self._compares = compares
         self._graph = graph
         self._stays = np.append(~gone, True)
         self._stack = stack
@@ -95,17 +122,21 @@ class _Checker(TorchDispatchMode):
         out = decomposed(self, func, args, kwargs or {})
         if composite:
             return out
-        self.n += 1
+        if self._compares:
+            self._check(func.overloadpacket.__name__, out)
+        self.n += 1  # an operator that gave a wrong shape was not got past
+        return out
+
+    def _check(self, ran: str, out: Any) -> None:
         frame = self._stack[-1]
         call_, number = (frame.path, frame.call), frame.operators
         frame.operators += 1
         name, expected = self._graph.extents.get((*call_, number), ("", ()))
-        if name != func.overloadpacket.__name__:
+        if name != ran:
             self._astray.add(call_)
         if call_ not in self._astray:
             for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
                 self._compare(name, tensor, dims)
-        return out
 
     def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
         if tensor.dim() != len(dims):
@@ -130,7 +161,7 @@ def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
     """The channel graph, with what a rehearsal found out."""
-    return _repaired_graph(Trace(model, example).graph(repairs.tied), repairs)
+    return _repaired_graph(Trace(model, example, repairs.training).graph(repairs.tied), repairs)
 
 
 def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
@@ -138,9 +169,26 @@ def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
 
 
 def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
-    """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that."""
-    repairs, graph, sound = _repaired(model, example)
-    locked = {} if sound else _culprits(model, example, graph, _candidates(graph))
+    """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that.
+
+    A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
+    """
+    graph, repairs = _rehearsed(model, [_Run(example)])
+    groups = _candidates(graph)
+    for inputs in (example, twice(example)) if groups else ():
+        run = _Run(inputs, training=True)
+        if _failure(model, [run], graph, groups) is None:
+            break
+        with undisturbed(model):
+            runs_whole = run.error(model, nullcontext()) is None
+        if runs_whole:
+            return _rehearsed(model, [_Run(example), run])
+    return graph, repairs
+
+
+def _rehearsed(model: nn.Module, runs: Sequence[_Run]) -> tuple[Graph, Repairs]:
+    repairs, graph, sound = _repaired(model, runs)
+    locked = {} if sound else _culprits(model, runs, graph, _candidates(graph))
     return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
 
 
@@ -148,17 +196,17 @@ def _candidates(graph: Graph) -> list[Group]:
     return [group for group in graph.unlocked if group.size > 1]
 
 
-def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]:
+def _repaired(model: nn.Module, runs: Sequence[_Run]) -> tuple[Repairs, Graph, bool]:
     """Repair where the cut model fails, as long as that carries it further; whether nothing fails any more.
 
     First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
     module takes for equal are tied; then the same for the modules that it holds, and for those around it.
     """
-    repairs = Repairs()
+    repairs = Repairs(training=any(run.training for run in runs))
     tried: set[tuple[str, object]] = set()
-    tied_graph = functools.cache(Trace(model, example).graph)
+    tied_graph = functools.cache(Trace(model, runs[0].example, repairs.training).graph)
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
-    failure = _failure(model, example, graph, _candidates(graph))
+    failure = _failure(model, runs, graph, _candidates(graph))
     while failure is not None:
         attempt = _proposal(model, graph, failure.path, repairs, tried)
         if attempt is None:
@@ -166,7 +214,7 @@ def _repaired(model: nn.Module, example: Example) -> tuple[Repairs, Graph, bool]
         if attempt.tied != repairs.tied:
             attempt = dataclasses.replace(attempt, following=_renamed(graph, tied_graph(attempt.tied), attempt.following))
         after = _repaired_graph(tied_graph(attempt.tied), attempt)
-        outcome = _failure(model, example, after, _candidates(after))
+        outcome = _failure(model, runs, after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
@@ -256,20 +304,20 @@ def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
     return dataclasses.replace(graph, groups=groups)
 
 
-def _culprits(model: nn.Module, example: Example, graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
+def _culprits(model: nn.Module, runs: Sequence[_Run], graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
     """Groups that cannot be cut: first those that meet where the model fails are tried one by one, then halves."""
     found: dict[str, str] = {}
     groups = list(groups)
-    while groups and (failure := _failure(model, example, graph, groups)) is not None:
+    while groups and (failure := _failure(model, runs, graph, groups)) is not None:
         suspects = [g for g in groups if _meets(g, failure.path)] if len(groups) > 1 else groups
         guilty = {}
         for group in suspects:
-            alone = _failure(model, example, graph, [group])
+            alone = _failure(model, runs, graph, [group])
             if alone is not None:
                 guilty[group.name] = f"the model fails once it is cut: {alone.error}"
         if not guilty:
             middle = len(groups) // 2
-            guilty = _culprits(model, example, graph, groups[:middle]) | _culprits(model, example, graph, groups[middle:])
+            guilty = _culprits(model, runs, graph, groups[:middle]) | _culprits(model, runs, graph, groups[middle:])
         if not guilty:
             # each half survives alone and both together do not: the later one gives way
             guilty = {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
@@ -284,17 +332,18 @@ def _meets(group: Group, path: str) -> bool:
     return any(owner == path or owner.startswith(f"{path}.") for owner in owners)
 
 
-def _failure(model: nn.Module, example: Example, graph: Graph, groups: Sequence[Group]) -> _Failure | None:
+def _failure(model: nn.Module, runs: Sequence[_Run], graph: Graph, groups: Sequence[Group]) -> _Failure | None:
     for number, pattern in enumerate(_PATTERNS):
-        plan = draft(model, graph, {g.name: pattern(i, g.size) for i, g in enumerate(groups)})
-        gone = graph.removed({g.name: pattern(i, g.size) for i, g in enumerate(groups)})
-        with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan):
-            counter = _Checker(graph, gone, stack)
-            try:
-                with counter:
-                    call(model, example)
-            except Exception as error:
+        chosen = {g.name: pattern(i, g.size) for i, g in enumerate(groups)}
+        plan, gone = draft(model, graph, chosen), graph.removed(chosen)
+        for second, run in enumerate(runs):
+            with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan):
+                counter = _Checker(graph, gone, stack, compares=not run.training)
+                error = run.error(model, counter)
+            if error is not None:
                 path = stack[-1].path
                 text = str(error).strip().partition("\n")[0]
-                return _Failure(path, f"{type(error).__name__} in {path or 'the model'}: {text}", (number, counter.n))
+                mode = " in training mode" if run.training else ""
+                where = f"{type(error).__name__} in {path or 'the model'}{mode}"
+                return _Failure(path, f"{where}: {text}", (number, second, counter.n))
     return None

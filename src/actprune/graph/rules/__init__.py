@@ -1,6 +1,19 @@
 """Rules by operator family; importing this package fills the table."""
 
-from actprune.graph.rules import contraction, indexed, norm, parts, pointwise, recurrent, reduce, regions, shape, spatial, view
+from actprune.graph.rules import (
+    contraction,
+    indexed,
+    norm,
+    parts,
+    pointwise,
+    recurrent,
+    reduce,
+    regions,
+    shape,
+    spatial,
+    transforms,
+    view,
+)
 from actprune.graph.rules.registry import RULES, bind, rule
 
 __all__ = [
@@ -17,5 +30,6 @@ __all__ = [
     "rule",
     "shape",
     "spatial",
+    "transforms",
     "view",
 ]

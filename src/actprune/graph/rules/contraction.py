@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 from torch import Tensor
 
-from actprune.graph.ids import Ids
+from actprune.graph.ids import FREE, Ids
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -33,6 +33,8 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], inner)]
     else:
         operand, reads = x[1], None
+        if outer is not None and (outer == FREE).all() and len(outer) == a.input.shape[1]:
+            outer = x[1]  # one kernel, expanded over the channels
         if transposed:
             writes = _whole_groups(t, x[1], outer, inner, a.groups, out.shape[1])
         else:
@@ -47,6 +49,20 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     sizes.append((positions.shape[0], x[0]))  # heads may be among the samples
     t.set(out, [x[0], writes, *[None] * (out.dim() - 2)])
     t.contract(out, (0, 1 - a.input.dim(), operand), writes, sizes, constant, a.weight, reads, a.bias)
+
+
+@rule("deform_conv2d")
+def deformable(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Torchvision's convolution at displaced positions: offsets and masks count kernel taps, channels are those of any other.
+
+    What an input's mean contributes depends on the masks, so nothing is observed that could be folded into a bias.
+    """
+    for counted in (a.offset, a.mask) if a.use_mask else (a.offset,):
+        t.lock(t.ids(counted)[1], "displacements of a convolution")
+    if a.offset_groups > 1:
+        t.lock(t.ids(a.input)[1], "channels that share displacements")
+    convolution(t, SimpleNamespace(input=a.input, weight=a.weight, bias=a.bias, groups=a.groups), out)
+    t.contractions[-1].observed = False
 
 
 def first_known(a: Ids, b: Ids) -> Ids:
@@ -92,9 +108,10 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = first_known(left[-1], right[-2])
-    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None and (reads >= 0).all():
-        # the width of a head sets the scale of its softmax, so it stays
-        t.scored.add(t.frames[-1].path)
+    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None:
+        # the width of a head sets the scale of its softmax, so it stays; so do tokens that are learned, beside those given
+        if (reads >= 0).all():
+            t.scored.add(t.frames[-1].path)
         t.lock(reads, "summed over between two activations")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows

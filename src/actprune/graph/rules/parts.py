@@ -60,9 +60,28 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
     if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
         # queries beside keys and values, packed: three parts, whatever the module's own code calls them
         _leave_evenly(t, ids, [sizes[0]] * 3, "")
-    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids):
+    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids) and not _of_the_input(t, sizes, ids):
         _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
     _set_parts(t, whole, dim, sizes, out)
+
+
+def _of_the_input(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    """Unequal parts as wide as something the module is given may have been asked of that; the others stay.
+
+    A rehearsal tells: sizes that do not add up fail.
+    """
+    if len(set(sizes)) == 1:
+        return False
+    given = [c for x in t.frames[-1].args if isinstance(x, Tensor) for c in t.ids(x) if c is not None]
+    ends = np.cumsum(sizes)
+    parts = [(ids[end - size : end], [c for c in given if len(c) == size > 1]) for size, end in zip(sizes, ends, strict=True)]
+    if not any(same for _, same in parts):
+        return False
+    for part, same in parts:
+        t.coincidences.setdefault(t.frames[-1].path, []).extend((part, column) for column in same)
+        if not same:
+            t.lock(part, "part whose size nothing names")
+    return True
 
 
 def _leave_evenly(t: TraceState, ids: np.ndarray, sizes: list[int], why: str) -> None:

@@ -61,11 +61,34 @@ def fill(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, t.ids(a.input))
 
 
-@rule("hardswish", "rrelu_with_noise", "rsub", "tril", "triu", "log_sigmoid_forward")
+@rule("hardswish", "rrelu_with_noise", "rsub", "log_sigmoid_forward", "floor_divide")
 def untagged(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Pointwise operators that PyTorch does not tag."""
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if x.shape == a.input.shape]
     pointwise(t, [a.input], outputs)
+
+
+_TRIANGLE = "triangle of a matrix"
+
+
+@rule("tril", "triu")
+def triangle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """What is above the diagonal is known by position: rows and columns leave together, for order among those that stay holds.
+
+    Further from the diagonal it does not: what is two columns away may be one away after a cut.
+    """
+    rows, columns = t.ids(a.input)[-2:]
+    ordered = a.diagonal in ((0, -1) if t.where.startswith("tril") else (0, 1))
+    if ordered and _all_known(rows) and _all_known(columns) and out.shape[-1] == out.shape[-2]:
+        t.tie(rows, columns, _TRIANGLE)
+    else:
+        t.lock(rows, _TRIANGLE)
+        t.lock(columns, _TRIANGLE)
+    t.set(out, t.ids(a.input))
+
+
+def _all_known(ids: Ids) -> bool:
+    return ids is not None and bool((ids >= 0).all())
 
 
 @rule("_prelu_kernel")

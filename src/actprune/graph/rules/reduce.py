@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from actprune.graph.rules.registry import rule
@@ -38,13 +39,16 @@ def _dims(a: SimpleNamespace) -> set[int]:
     "all",
 )
 def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
-    """Mean, sum, extremes, variance and norms."""
+    """Mean, sum, extremes, variance and norms; where an extreme stands is a position, which locks once somebody reads it."""
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
     x, gone = t.ids(a.input), _dims(a)
     kept = outputs[0].dim() == a.input.dim()
     ids = [None if d in gone else dim for d, dim in enumerate(x) if kept or d not in gone]
     for tensor in outputs:
         t.set(tensor, ids)
+    if len(outputs) == 2 and outputs[1].dtype == torch.int64:
+        for d in gone:
+            t.lock_once_read(outputs[1], x[d], "position of an extreme")
 
 
 @rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod")

@@ -185,9 +185,8 @@ def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
         if column is None or n == 1:
             continue
         for tensor in frame.args:
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == n:
-                other = t.ids(tensor)[-1]
-                if other is not None and other is not column:
+            for other in t.ids(tensor) if isinstance(tensor, Tensor) else ():
+                if other is not None and len(other) == n and other is not column:
                     t.coincidences.setdefault(frame.path, []).append((column, other))
         t.may_count(column)
 
