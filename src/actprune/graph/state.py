@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actprune.core.stack import Frame
-from actprune.graph.ids import Ids, IdSpace
+from actprune.graph.ids import Ids, IdSpace, first
 from actprune.graph.weak import ByTensor
 
 
@@ -179,6 +179,18 @@ class TraceState:
     def tie_all(self, leaders: NDArray[np.int64], grid: NDArray[np.int64], why: str = "meets a fixed width") -> None:
         """Tie every id of a grid to its leader, which is broadcast over the grid."""
         self.tie(np.broadcast_to(leaders, grid.shape).ravel(), grid.ravel(), why)
+
+    def meet(self, columns: Sequence[Ids]) -> Ids:
+        """Tie ids that describe the same positions, and return them; None where there are none."""
+        for other in columns[1:]:
+            self.tie(columns[0], other)
+        return first(columns)
+
+    def fix(self, ids: list[Ids], dims: Iterable[int], why: str) -> None:
+        """Lock dimensions of a tensor, and take them out of its ids."""
+        for dim in dims:
+            self.lock(ids[dim], why)
+            ids[dim] = None
 
     def lock(self, ids: Ids, why: str) -> None:
         """Lock ids; the reason names the operator and module."""

@@ -215,9 +215,11 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
-    if training or any(name not in state.tensor_ids for name in _learned(model)):
+    whole = all(name in state.tensor_ids for name in _learned(model))
+    if training or not whole:
         _in_training(model, example, state)
-    follow_twins(model, state)
+    if not whole:
+        follow_twins(model, state)
     return state
 
 

@@ -66,7 +66,7 @@ class Reads:
         self.entries: list[Entry] = []
         self.folded: list[tuple[Layer, Part]] = []
         self._make, self._sampling, self._updates = make, sampling, updates
-        self._hands: dict[int, list[_Hand]] = {}
+        self._hands: dict[tuple[int, torch.device], list[_Hand]] = {}
         self._usual: tuple[_Kind, list[_Hand]] | None = None
         self._expected: _Kind | None = None
         self._ready: list[_Ready] = []
@@ -125,9 +125,9 @@ class Reads:
         for layer, _ in self.folded:
             layer.space = tuple(shape[2:])
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
-        hands = self._hands.get(x.shape[2])
+        hands = self._hands.get((x.shape[2], x.device))
         if hands is None:
-            hands = self._hands[x.shape[2]] = self._divided(x.shape[2])
+            hands = self._hands[x.shape[2], x.device] = self._divided(x.shape[2], x.device)
         plain = as_read and x.is_contiguous()
         for hand in hands:
             given, there = self._made(hand, x, ids)
@@ -142,12 +142,12 @@ class Reads:
                 self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
         self._usual = ((shape, x.dtype, x.device), hands) if plain else None
 
-    def _divided(self, space: int) -> list[_Hand]:
+    def _divided(self, space: int, device: torch.device) -> list[_Hand]:
         """Who gets what of maps of one size."""
         found: dict[tuple[object, ...], _Hand] = {}
         for site, index, statistics in self.entries:
-            width = site.positions.shape[1]
-            channels, of_units = (index, None) if width > 1 else (None, None if index is None else index.flatten())
+            width, there = site.positions.shape[1], None if index is None else index.to(device)
+            channels, of_units = (there, None) if width > 1 else (None, None if there is None else there.flatten())
             samples = self._sampling.samples(width * space)
             for key, statistic in statistics:
                 how = "mean" if statistic.means_do else "few" if samples and not statistic.whole_maps else "whole"
@@ -161,13 +161,13 @@ class Reads:
 
     def _made(self, hand: _Hand, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What is read, (n, C or U, P), and the ids of its rows, on its device."""
-        if hand.how == "few" and hand.channels is None:
+        channels = hand.channels
+        if hand.how == "few" and channels is None:
             rows, there, drawn = self._sampling.draw(ids, x.shape[2], x.device)
             waits = hand.later and x.is_cpu and not x.requires_grad
             room = self._updates.arena.room((*drawn.shape, x.shape[1]), x.dtype) if waits else None
             return at_positions(x, drawn, None, rows, room), there
-        if hand.channels is not None:
-            channels = self._sampling.placed(hand.channels, x.device)
+        if channels is not None:
             if hand.how == "few":
                 rows, there, drawn = self._sampling.draw(ids, x.shape[2] * channels.shape[1], x.device)
                 return at_positions(x, drawn, channels, rows), there

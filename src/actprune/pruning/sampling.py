@@ -20,7 +20,6 @@ class Sampling:
 
     def __init__(self, density: Density) -> None:
         self._density = density
-        self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._maps: dict[tuple[int, int, torch.device], Tensor] = {}
         self.next_batch()
 
@@ -97,13 +96,4 @@ class Sampling:
         if known is None:
             with torch.inference_mode(False):
                 known = self._there[id(ids), device] = (ids, ids.to(device, non_blocking=True))
-        return known[1]
-
-    def placed(self, index: Tensor, device: torch.device) -> Tensor:
-        """Channels on a device, copied there once; ``index`` lives as long as this object."""
-        if index.device == device:
-            return index
-        known = self._indices.get((id(index), device))
-        if known is None:
-            known = self._indices[id(index), device] = (index, index.to(device))
         return known[1]

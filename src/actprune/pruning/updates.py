@@ -37,7 +37,7 @@ class Part:
         key: the same for statistics that ``make`` makes.
         make: makes such a statistic for a number of units.
         statistic: what is updated.
-        channels: (U,) where each unit is; None: unit i is channel i.
+        channels: (U,) where each unit is, on the device of what is read; None: unit i is channel i.
     """
 
     def __init__(self, key: str, make: Make, statistic: Statistic, channels: Tensor | None = None) -> None:
@@ -49,8 +49,6 @@ class Part:
         if self._channels is None:
             units = self.statistic.n_units
             return x if x.shape[1] == units else x[:, :units]
-        if self._channels.device != x.device:
-            self._channels = self._channels.to(x.device, non_blocking=True)
         return x.index_select(1, self._channels)
 
 

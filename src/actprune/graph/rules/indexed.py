@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actprune.graph.ids import FREE, Ids, first
+from actprune.graph.ids import FREE, Ids
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
-_WRITTEN = "written by position"
+_READ, _WRITTEN = "indexed by position", "written by position"
 
 
 @rule("embedding")
@@ -42,7 +42,7 @@ def index(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, [None if d is None else x[d] for d in _origins(a, out.dim())])
     picked = [ids for d in _indexed(a) if (ids := x[d]) is not None]
     if picked:
-        t.lock_once_read(out, np.concatenate(picked), "indexed by position")
+        t.lock_once_read(out, np.concatenate(picked), _READ)
 
 
 def _indexed(a: SimpleNamespace) -> list[int]:
@@ -70,9 +70,7 @@ def _origins(a: SimpleNamespace, rank: int) -> list[int | None]:
 def index_put(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Dimensions that are written by index cannot be cut; the others are tied to the values, which are broadcast."""
     ids, values = list(t.ids(a.input)), t.ids(a.values)
-    for d in _indexed(a):
-        t.lock(ids[d], _WRITTEN)
-        ids[d] = None
+    t.fix(ids, _indexed(a), _WRITTEN)
     masks = (torch.bool, torch.uint8)
     picked = max((1 if one.dtype in masks else one.dim() for one in a.indices if one is not None), default=0)
     origins = _origins(a, a.input.dim() - len(_indexed(a)) + picked)
@@ -81,23 +79,15 @@ def index_put(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if origin is None:
             t.lock(values[-v], _WRITTEN)
         elif a.values.shape[-v] == a.input.shape[origin] > 1:
-            ids[origin] = met(t, ids[origin], values[-v])
+            ids[origin] = t.meet([ids[origin], values[-v]])
     t.set(out, ids)
-
-
-def met(t: TraceState, *columns: Ids) -> Ids:
-    """Tie ids that describe the same positions, and return them."""
-    for other in columns[1:]:
-        t.tie(columns[0], other)
-    return first(columns)
 
 
 @rule("index_select")
 def index_select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """The selected dimension cannot be cut; the others pass."""
     ids = list(t.ids(a.input))
-    t.lock(ids[a.dim], "indexed by position")
-    ids[a.dim] = None
+    t.fix(ids, [a.dim], _READ)
     t.set(out, ids)
 
 
@@ -105,12 +95,8 @@ def index_select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def gather(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """The gathered dimension cannot be cut; the others pass."""
     ids = list(t.ids(a.input))
-    t.lock(ids[a.dim], "indexed by position")
-    ids[a.dim] = None
-    for d, column in enumerate(ids):
-        if column is not None and out.shape[d] != len(column):
-            t.lock(column, "indexed by position")
-            ids[d] = None
+    shorter = (d for d, column in enumerate(ids) if column is not None and out.shape[d] != len(column))
+    t.fix(ids, {a.dim, *shorter}, _READ)
     t.set(out, ids)
 
 
@@ -118,15 +104,13 @@ def gather(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def write_slices(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Whole slices are added, copied or filled: the dimension of their numbers is fixed, the others are tied."""
     ids: list[Ids] = list(t.ids(a.input))
-    source = t.ids(a.source) if hasattr(a, "source") else None
+    source = list(t.ids(a.source)) if hasattr(a, "source") else None
     for d in range(len(ids)):
         if d == a.dim:
-            t.lock(ids[d], _WRITTEN)
-            ids[d] = None
-            if source:
-                t.lock(source[d], _WRITTEN)
+            for written in (ids, source) if source else (ids,):
+                t.fix(written, [d], _WRITTEN)
         elif source:
-            ids[d] = met(t, ids[d], source[d])
+            ids[d] = t.meet([ids[d], source[d]])
     t.set(out, ids)
 
 
@@ -136,14 +120,12 @@ def masked_scatter(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids, source, mask = list(t.ids(a.input)), list(t.ids(a.source)), t.ids(a.mask)
     rows = bool(ids and source and mask) and a.source.shape[-1] == a.input.shape[-1]
     if rows and (a.mask.shape[-1] == 1 or (mask[-1] is not None and (mask[-1] == FREE).all())):
-        ids[-1] = met(t, ids[-1], source.pop())
+        ids[-1] = t.meet([ids[-1], source.pop()])
         fixed = range(len(ids) - 1)
     else:
         fixed = range(len(ids))
-    for column in (*(ids[d] for d in fixed), *source):
-        t.lock(column, _WRITTEN)
-    for d in fixed:
-        ids[d] = None
+    t.fix(ids, fixed, _WRITTEN)
+    t.fix(source, range(len(source)), _WRITTEN)
     t.set(out, ids)
 
 
@@ -151,8 +133,7 @@ def masked_scatter(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def segment_reduce(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Runs of rows become one row each; the other dimensions pass."""
     ids = list(t.ids(a.data))
-    t.lock(ids[a.axis], "reduced in segments")
-    ids[a.axis] = None
+    t.fix(ids, [a.axis], "reduced in segments")
     t.set(out, ids)
 
 
@@ -167,7 +148,7 @@ def scatter(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     for d in range(len(ids)):
         columns = [ids[d], *(t.ids(x)[d] for x in written)]
         if d != a.dim and all(x.shape[d] == a.input.shape[d] for x in written):
-            ids[d] = met(t, *columns)
+            ids[d] = t.meet(columns)
             continue
         for column in columns:
             t.lock(column, _WRITTEN)

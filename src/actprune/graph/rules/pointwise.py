@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from actprune.graph.ids import Ids, first
+from actprune.graph.ids import Ids
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -20,12 +20,7 @@ def broadcast(t: TraceState, operands: list[Tensor], shape: tuple[int, ...]) -> 
         for tensor in operands:
             if tensor.dim() >= -dim and tensor.shape[dim] == shape[dim] and (shape[dim] != 1 or len(operands) == 1):
                 meeting.append(t.ids(tensor)[dim])
-        if not meeting:
-            result.append(None)
-            continue
-        for other in meeting[1:]:
-            t.tie(meeting[0], other)
-        result.append(first(meeting))
+        result.append(t.meet(meeting))
     return result
 
 

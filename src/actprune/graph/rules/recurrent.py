@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from actprune.graph.ids import Ids
 from actprune.graph.rules.contraction import first_known
-from actprune.graph.rules.indexed import met
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -85,7 +84,7 @@ def recurrent(t: TraceState, a: Call, out: Sequence[Tensor]) -> None:
         t.lock(layers, "layers by number")
         t.tie(width, units)
         if state.shape[1] > 1:
-            sequences = met(t, sequences, batch)
+            sequences = t.meet([sequences, batch])
     steps: list[Ids] = [None] * (out[0].dim() - 1)
     if a.batch is not None:
         steps[a.batch] = sequences

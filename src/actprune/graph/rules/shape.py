@@ -204,6 +204,5 @@ def unfold(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Sliding windows over a dimension fix it; the others pass."""
     ids = list(t.ids(a.input))
     if ids:
-        t.lock(ids[a.dimension], "windows over this dimension")
-        ids[a.dimension] = None
+        t.fix(ids, [a.dimension], "windows over this dimension")
     t.set(out, [*ids, None])

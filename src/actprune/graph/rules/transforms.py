@@ -15,9 +15,7 @@ from actprune.graph.state import TraceState
 def fourier(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Every frequency mixes all positions of the transformed dimensions; the others pass."""
     ids: list[Ids] = list(t.ids(a.input))
-    for d in a.dim:
-        t.lock(ids[d % out.dim()], "Fourier transform of this dimension")
-        ids[d % out.dim()] = None
+    t.fix(ids, a.dim, "Fourier transform of this dimension")
     t.set(out, ids)
 
 
@@ -42,11 +40,8 @@ def distances(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """``(..., P, C), (..., R, C) -> (..., P, R)``: differences are summed over channels, which meet one by one."""
     x, y = t.ids(a.x1), t.ids(a.x2)
     t.tie(x[-1], y[-1])
-    batch: list[Ids] = [None] * (out.dim() - 2)
-    for tensor, ids in ((a.x1, x), (a.x2, y)):
-        for d in range(3, tensor.dim() + 1):
-            if tensor.shape[-d] == out.shape[-d] > 1:
-                if batch[2 - d] is not None:
-                    t.tie(batch[2 - d], ids[-d])
-                batch[2 - d] = ids[-d]
+    batch = [
+        t.meet([t.ids(z)[d] for z in (a.x1, a.x2) if z.dim() >= -d and z.shape[d] == out.shape[d] > 1])
+        for d in range(-out.dim(), -2)
+    ]
     t.set(out, [*batch, x[-2], y[-2]])
