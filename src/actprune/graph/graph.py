@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actprune.graph.cost import CostModel
+from actprune.graph.extents import Extents
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Graph:
     n_classes: int
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every parameter and buffer the model used."""
-    extents: Mapping[tuple[str, int, int], tuple[str, tuple[tuple[NDArray[np.int64] | None, ...], ...]]]
-    """(module, call, operator) -> its name, and for each output the class of every position of every dimension, None: fixed."""
+    extents: Extents
+    """What every operator produced, for a rehearsal to compare with."""
     unknown: Mapping[str, int]
     """Operators without a rule that met cuttable ids -> how often."""
 

@@ -162,12 +162,21 @@ class _Grouping:
         rank[np.argsort(first, kind="stable")] = np.arange(len(first))
         group = rank[inverse]
         by_group = np.argsort(group, kind="stable")
-        self.bounds = np.searchsorted(group[by_group], np.arange(len(first) + 1))
+        self.group = group[by_group]
+        """Group of every place."""
+        self.bounds = np.searchsorted(self.group, np.arange(len(first) + 1))
         """Group ``g`` has places ``bounds[g]`` to ``bounds[g + 1]`` in the list of all classes that are in groups."""
         self.classes = [chosen[by_group[a:b]] for a, b in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
         # place of every class in that list, -1 where it is in none
         self.place = np.full(len(signatures), -1)
         self.place[chosen[by_group]] = np.arange(len(chosen))
+
+
+def _runs(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where runs of equal values begin."""
+    new = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return np.flatnonzero(new)
 
 
 class _Meetings:
@@ -176,25 +185,26 @@ class _Meetings:
     def __init__(self, grouping: _Grouping, joined: _Joined) -> None:
         place = grouping.place[joined.classes]
         inside = np.flatnonzero(place >= 0)
-        place, column = place[inside], joined.column[inside]
-        group = np.searchsorted(grouping.bounds, place, side="right") - 1
+        place = place[inside]
+        key = grouping.group[place]
+        key *= joined.n
+        key += joined.column[inside]
+        key *= len(grouping.place)
+        key += place
         # positions stay in order, for the sort is stable
-        order = np.argsort((group * joined.n + column) * len(grouping.place) + place, kind="stable")
-        place, column, group = place[order], column[order], group[order]
-        self._positions = joined.position[inside][order]
-        new = np.flatnonzero((np.diff(group, prepend=-1) != 0) | (np.diff(column, prepend=-1) != 0))
-        self._start = np.append(new, len(place))
-        self._column = column[new]
-        of_group = group[new]
-        count, size = np.diff(self._start), np.diff(grouping.bounds)[of_group]
-        width = count // size
-        # alike by construction in parameters; what a site reads need not be
-        meeting = np.repeat(np.arange(len(new)), count)
-        within = np.arange(len(place)) - self._start[meeting]
-        expected = grouping.bounds[of_group][meeting] + within // np.maximum(width, 1)[meeting]
-        odd = np.bincount(meeting, weights=place != expected, minlength=len(new)) > 0
-        self._even = (width * size == count) & ~odd
-        self._size = size
+        order = np.argsort(key, kind="stable")
+        self._positions = joined.position[inside[order]]
+        key = key[order]
+        units = _runs(key)
+        pairs = key[units] // max(len(grouping.place), 1)
+        first = _runs(pairs)
+        of_group, self._column = np.divmod(pairs[first], max(joined.n, 1))
+        self._start = np.append(units[first], len(key))
+        self._size = np.diff(grouping.bounds)[of_group]
+        # alike by construction in parameters; what a site reads need not be: every unit is met, equally often
+        met = np.diff(first, append=len(units))
+        most = np.maximum.reduceat(np.diff(units, append=len(key)), first)
+        self._even = (met == self._size) & (most * self._size == np.diff(self._start))
         self._bounds = np.searchsorted(of_group, np.arange(len(grouping.classes) + 1))
 
     def _numbers(self, group: int) -> NDArray[np.int64]:

@@ -92,11 +92,13 @@ class IdSpace:
 
     def reasons(self) -> dict[int, str]:
         """Return root -> reason of every locked class."""
-        found: dict[int, str] = {}
-        for ids, reason in self._locks:
-            for root in np.unique(self.find(ids)).tolist():
-                found.setdefault(root, reason)
-        return found
+        if not self._locks:
+            return {}
+        roots = self.find(np.concatenate([ids for ids, _ in self._locks]))
+        ends = np.cumsum([len(ids) for ids, _ in self._locks])
+        locked, first_at = np.unique(roots, return_index=True)
+        numbers = np.searchsorted(ends, first_at, side="right")
+        return {root: self._locks[number][1] for root, number in zip(locked.tolist(), numbers.tolist(), strict=True)}
 
 
 def first(candidates: Sequence[Ids]) -> Ids:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_not
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +126,11 @@ class TraceState:
         self._origins[tensor] = name
         return known
 
+    def ids_of(self, tensors: Sequence[Tensor]) -> list[list[Ids]]:
+        """The same of many tensors: a concatenation of hundreds is mostly questions."""
+        known = self._ids.each(tensors)
+        return [ids if ids is not None else self.ids(tensor) for tensor, ids in zip(tensors, known, strict=True)]
+
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator
         if not self.storages or tensor.layout.__str__() != "torch.strided":
@@ -166,6 +173,10 @@ class TraceState:
         """Remember which contraction made this tensor."""
         self._producers[tensor] = contraction
 
+    def producers(self, tensors: Sequence[Tensor]) -> list[Contraction]:
+        """The contractions whose outputs are among these tensors."""
+        return [producer for producer in self._producers.each(tensors) if producer is not None]
+
     def producer(self, tensor: Tensor) -> Contraction | None:
         """The contraction whose output this is, if it is one."""
         return self._producers.get(tensor)
@@ -182,8 +193,11 @@ class TraceState:
 
     def meet(self, columns: Sequence[Ids]) -> Ids:
         """Tie ids that describe the same positions, and return them; None where there are none."""
+        head = columns[0] if columns else None
+        if not any(map(is_not, columns, repeat(head))):
+            return head
         for other in columns[1:]:
-            self.tie(columns[0], other)
+            self.tie(head, other)
         return first(columns)
 
     def fix(self, ids: list[Ids], dims: Iterable[int], why: str) -> None:

@@ -125,10 +125,8 @@ class ChannelTracer(TorchDispatchMode):
         self._meet_inputs()
         t.where = f"{name} in {t.frames[-1].path or 'the model'}"
         t.read(inputs)
-        for tensor in inputs:
-            producer = t.producer(tensor)
-            if producer is not None:
-                producer.readers += 1
+        for producer in t.producers(inputs):
+            producer.readers += 1
 
     def _number(self, name: str, produced: list[list[Ids]]) -> None:
         """Remember an operator by its place in its module's call."""
@@ -280,7 +278,7 @@ def _listed(values: Iterable[Any]) -> list[Tensor]:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _listed(value)
+            found += value if set(map(type, value)) == {Tensor} else _listed(value)
     return found
 
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actprune.graph.cost import CostModel
+from actprune.graph.extents import Extents
 from actprune.graph.graph import Consumer, Follower, Graph, Site
 from actprune.graph.grouping import group
-from actprune.graph.ids import FREE, Ids
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.state import TraceState
 
@@ -97,29 +97,9 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
-        _extents(state, classes),
+        Extents(state.produced_ids, classes.of),
         _unknown(state, classes, consumed | produced),
     )
-
-
-def _extents(
-    state: TraceState, classes: _Classes
-) -> dict[tuple[str, int, int], tuple[str, tuple[tuple[NDArray[np.int64] | None, ...], ...]]]:
-    """Classes along every dimension that every operator produced; broadcast dimensions follow others and say nothing."""
-    known: dict[int, NDArray[np.int64] | None] = {}
-
-    def of(ids: Ids) -> NDArray[np.int64] | None:
-        if ids is None:
-            return None
-        if id(ids) not in known:
-            column = classes.of(ids)
-            known[id(ids)] = column if (column >= 0).any() and not (ids == FREE).any() else None
-        return known[id(ids)]
-
-    return {
-        key: (name, tuple(tuple(of(ids) for ids in dims) for dims in outputs))
-        for key, (name, outputs) in state.produced_ids.items()
-    }
 
 
 def _may_tie(state: TraceState) -> frozenset[str]:

@@ -7,6 +7,7 @@ several times per tensor and operator, so that a concatenation of hundreds of te
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -45,6 +46,10 @@ class ByTensor(Generic[Value]):
     def get(self, tensor: Tensor) -> Value | None:
         """What is known about a tensor, or None."""
         return self._values.get(id(tensor))
+
+    def each(self, tensors: Iterable[Tensor]) -> Iterator[Value | None]:
+        """What is known about every one of many tensors."""
+        return map(self._values.get, map(id, tensors))
 
     def pop(self, tensor: Tensor) -> Value | None:
         """The same, and forget it."""

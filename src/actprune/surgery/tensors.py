@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +15,7 @@ from actprune.surgery.transaction import Transaction
 
 def keep_indices(size: int, gone: list[int]) -> Tensor:
     """Positions that stay of a dimension."""
-    mask = torch.ones(size, dtype=torch.bool)
-    mask[gone] = False
-    return mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.delete(np.arange(size), gone))
 
 
 def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

@@ -93,14 +93,16 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
 @rule("cat")
 def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Ids are concatenated along the dimension and tied along the others."""
-    tensors = [x for x in a.tensors if not (x.dim() == 1 and x.numel() == 0)] or a.tensors  # no detections at all
+    tensors, every = a.tensors, t.ids_of(a.tensors)
+    if set(map(len, every)) != {out.dim()}:  # no detections at all: one empty dimension
+        tensors = [x for x in tensors if x.dim() == out.dim()]
+        every = t.ids_of(tensors)
     dim = a.dim % out.dim()
     result: list[Ids] = []
-    for d, columns in enumerate(zip(*(t.ids(x) for x in tensors), strict=True)):
+    for d in range(out.dim()):
+        columns = [ids[d] for ids in every]
         if d != dim:
-            for other in columns[1:]:
-                t.tie(columns[0], other)
-            result.append(columns[0])
+            result.append(t.meet(columns))
         elif all(ids is None for ids in columns):
             result.append(None)
         else:
@@ -112,11 +114,7 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 @rule("stack")
 def stack(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """A new fixed dimension; the others are tied."""
-    columns = [t.ids(x) for x in a.tensors]
-    for other in columns[1:]:
-        for one, two in zip(columns[0], other, strict=True):
-            t.tie(one, two)
-    ids = list(columns[0])
+    ids = [t.meet(columns) for columns in zip(*t.ids_of(a.tensors), strict=True)]
     ids.insert(a.dim % out.dim(), None)
     t.set(out, ids)
 
