@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import actprune
@@ -99,16 +100,27 @@ def _lively(model: nn.Module, example: Any) -> None:
     model.eval()
 
 
+class _Widened(TorchFunctionMode):
+    """What the model's code asks for in float32 is made in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        if func is Tensor.float:
+            return args[0].double()
+        args, kwargs = tree_map_only(torch.dtype, lambda d: torch.float64 if d == torch.float32 else d, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def in_float64(full: nn.Module, example: Any, plans: list[Plan], graph: Graph) -> float | None:
-    """The largest difference once more without rounding to speak of; None where the model's code asks for float32."""
+    """The largest difference once more without rounding to speak of; None where the model's code insists on float32."""
     model = copy.deepcopy(full).double()
     example = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
     error = 0.0
     try:
         for plan in plans:
-            reference = _compared(masked(model, plan, graph), example)
-            with rehearsed(model, plan):
-                error = max(error, difference(_compared(model, example), reference))
+            with _Widened():
+                reference = _compared(masked(model, plan, graph), example)
+                with rehearsed(model, plan):
+                    error = max(error, difference(_compared(model, example), reference))
     except RuntimeError:
         return None
     return error

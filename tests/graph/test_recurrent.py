@@ -18,11 +18,11 @@ from masked import counted, difference, masked, outputs, random_units
 class Last(nn.Module):
     """Words, a recurrent layer, its output over time, its last states, a head that reads both."""
 
-    def __init__(self, kind, **options):
+    def __init__(self, kind, hidden=5, **options):
         super().__init__()
-        self.embed, self.rnn = nn.Embedding(11, 6), kind(6, 5, batch_first=True, **options)
+        self.embed, self.rnn = nn.Embedding(11, 6), kind(6, hidden, batch_first=True, **options)
         directions = 1 + self.rnn.bidirectional
-        width = options.get("proj_size") or 5
+        width = options.get("proj_size") or hidden
         self.norm, self.head = nn.LayerNorm(directions * width), nn.Linear((directions + 1) * width, 3)
 
     def forward(self, words):
@@ -115,7 +115,8 @@ def drawn(*shape):
 NETS = {
     "lstm": (lambda: Last(nn.LSTM), WORDS, [5, 6]),
     "lstm, deep": (lambda: Last(nn.LSTM, num_layers=2, bidirectional=True, dropout=0.2), WORDS, [5, 6]),
-    "lstm, projected": (lambda: Last(nn.LSTM, num_layers=2, proj_size=3, bidirectional=True), WORDS, [3, 5, 6]),
+    # so wide that it never becomes as narrow as its projection, which PyTorch does not run
+    "lstm, projected": (lambda: Last(nn.LSTM, 16, num_layers=2, proj_size=3, bidirectional=True), WORDS, [3, 6, 16]),
     "gru": (lambda: Last(nn.GRU, bias=False), WORDS, [5, 6]),
     "gru, deep": (lambda: Last(nn.GRU, num_layers=2, bidirectional=True), WORDS, [5, 6]),
     "rnn": (lambda: Last(nn.RNN), WORDS, [5, 6]),

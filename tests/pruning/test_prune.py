@@ -257,13 +257,13 @@ def test_a_model_that_breaks_at_another_width_than_the_rehearsed_one_is_put_back
 
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+            self.wide, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
 
         def forward(self, x):
-            y = torch.relu(self.a(x))
+            y = torch.relu(self.wide(x))
             if y.shape[1] == 4:
                 raise ValueError("four is right out")
-            return self.b(y)
+            return self.head(y)
 
     bad(
         Prime(), torch.randn(2, 5), SurgeryError, "four is right out.*put back", criterion=criteria.Random(),

@@ -102,8 +102,8 @@ class Graph:
     followers: tuple[Follower, ...]
     possible: tuple[Follower, ...]
     """Attributes that may have to follow: they do where the cut model fails in their module otherwise."""
-    may_tie: frozenset[str]
-    """Modules in which a view may take its size from the module's input: they run only if both widths stay equal."""
+    may_tie: Mapping[str, Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]]
+    """Module -> classes of a view's width and of an input's that it may be taken from: then it runs only if they stay equal."""
     cost: CostModel
     n_classes: int
     shapes: Mapping[str, tuple[int, ...]]

@@ -93,7 +93,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         consumers,
         followers,
         possible,
-        _may_tie(state),
+        _may_tie(state, classes),
         cost,
         n,
         shapes,
@@ -102,11 +102,13 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     )
 
 
-def _may_tie(state: TraceState) -> frozenset[str]:
-    find = state.space.find
-    return frozenset(
-        path for path, pairs in state.coincidences.items() if any(not np.array_equal(find(a), find(b)) for a, b in pairs)
-    )
+def _may_tie(state: TraceState, classes: _Classes) -> dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+    found = {}
+    for path, pairs in state.coincidences.items():
+        of_path = [(classes.of(a), classes.of(b)) for a, b in pairs]
+        if differ := [(a, b) for a, b in of_path if not np.array_equal(a, b)]:
+            found[path] = differ
+    return found
 
 
 def _agree(state: TraceState) -> None:

@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from actprune.core.calling import Example, call, undisturbed
-from actprune.core.hooks import decomposed
-from actprune.core.stack import Frame, module_stack
+from actprune.core.calling import Example, undisturbed
 from actprune.graph import Follower, Graph, Group, Trace, twice
-from actprune.pruning.plans import draft
-from actprune.surgery import rehearsed
+from actprune.pruning.shares import Shares
+from actprune.pruning.trials import Run, Trials
 
 Choice = tuple[str, str, frozenset[str]]
 """Module path, attribute, names of the groups whose width the attribute follows."""
-
-# Uneven shares, and two of them: widths that must stay equal must not do so by chance. Then half of the groups alone: two
-# heads and two heads always lose one each.
-_PATTERNS = (
-    lambda i, n: range(1, n, 2 + i % 3),
-    lambda i, n: range(max(1, n * (1 + i % 5) // 7)),
-    lambda i, n: range(n // 2 if i.bit_count() % 2 else 0),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,96 +53,6 @@ class Repairs:
         return cls(following, frozenset(state["tied"]), dict(state["locked"]), state.get("training", False))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    path: str
-    """Path of the module that was running."""
-    error: str
-    progress: tuple[int, int, int]
-    """Which pattern failed, in which run, and how many operators had run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One way to call the model."""
-
-    example: Example
-    training: bool = False
-
-    def error(self, model: nn.Module, watched: AbstractContextManager[Any]) -> Exception | None:
-        """What the model raises, inside of ``undisturbed``."""
-        model.train(self.training)
-        try:
-            with watched:
-                call(model, self.example)
-        except Exception as error:
-            return error
-        return None
-
-
-class _ShapeError(Exception):
-    """An operator produced other extents than the trace predicts."""
-
-
-class _Checker(TorchDispatchMode):
-    """Counts operators, how far a model got, and compares what they produce with what the trace predicts.
-
-    A reshape that infers an extent can take a wrong one without failing. Calls that run other operators than the traced one
-    did (data decide, or a module changed its class) are let through from there on.
-    """
-
-    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
-        super().__init__()
-        self.n = 0
-        self._compares = compares
-        self._graph = graph
-        self._stays = np.append(~gone, True)
-        self._stack = stack
-        self._kept: dict[int, int] = {}
-        self._astray: set[tuple[str, int]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-        out = decomposed(self, func, args, kwargs or {})
-        if composite:
-            return out
-        if self._compares:
-            self._check(func.overloadpacket.__name__, out)
-        self.n += 1  # an operator that gave a wrong shape was not got past
-        return out
-
-    def _check(self, ran: str, out: Any) -> None:
-        frame = self._stack[-1]
-        call_, number = (frame.path, frame.call), frame.operators
-        frame.operators += 1
-        name, expected = self._graph.extents.get((*call_, number), ("", ()))
-        if name != ran:
-            self._astray.add(call_)
-        if call_ not in self._astray:
-            for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
-                self._compare(name, tensor, dims)
-
-    def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
-        if tensor.dim() != len(dims):
-            return
-        due = [None if column is None else self._extent(column) for column in dims]
-        for extent, expected in zip(tensor.shape, due, strict=True):
-            if expected is not None and extent != expected and not _only_moved(tensor.shape, due):
-                raise _ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
-
-    def _extent(self, column: NDArray[np.int64]) -> int:
-        """How many of these positions stay."""
-        if id(column) not in self._kept:
-            self._kept[id(column)] = int(self._stays[column].sum())
-        return self._kept[id(column)]
-
-
-def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
-    """Whether an extent that became 1 explains the shape: einsum puts such dimensions elsewhere than others."""
-    known = Counter(extent for extent in due if extent is not None)
-    return 1 in due and not known - Counter(shape)
-
-
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
     """The channel graph, with what a rehearsal found out."""
     return _repaired_graph(Trace(model, example, repairs.training).graph(repairs.tied), repairs)
@@ -173,22 +67,25 @@ def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
 
     A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
     """
-    graph, repairs = _rehearsed(model, [_Run(example)])
+    graph, repairs = _rehearsed(model, [Run(example)])
     groups = _candidates(graph)
     for inputs in (example, twice(example)) if groups else ():
-        run = _Run(inputs, training=True)
-        if _failure(model, [run], graph, groups) is None:
+        run = Run(inputs, training=True)
+        if Trials(model, [run], Shares(graph)).failure(graph, groups) is None:
             break
         with undisturbed(model):
             runs_whole = run.error(model, nullcontext()) is None
         if runs_whole:
-            return _rehearsed(model, [_Run(example), run])
+            return _rehearsed(model, [Run(example), run])
     return graph, repairs
 
 
-def _rehearsed(model: nn.Module, runs: Sequence[_Run]) -> tuple[Graph, Repairs]:
-    repairs, graph, sound = _repaired(model, runs)
-    locked = {} if sound else _culprits(model, runs, graph, _candidates(graph))
+def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
+    training = any(run.training for run in runs)
+    tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
+    trials = Trials(model, runs, Shares(tied_graph(frozenset())))
+    repairs, graph, sound = _repaired(trials, tied_graph, Repairs(training=training))
+    locked = {} if sound else _culprits(trials, graph, _candidates(graph))
     return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
 
 
@@ -196,25 +93,23 @@ def _candidates(graph: Graph) -> list[Group]:
     return [group for group in graph.unlocked if group.size > 1]
 
 
-def _repaired(model: nn.Module, runs: Sequence[_Run]) -> tuple[Repairs, Graph, bool]:
+def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs) -> tuple[Repairs, Graph, bool]:
     """Repair where the cut model fails, as long as that carries it further; whether nothing fails any more.
 
     First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
     module takes for equal are tied; then the same for the modules that it holds, and for those around it.
     """
-    repairs = Repairs(training=any(run.training for run in runs))
     tried: set[tuple[str, object]] = set()
-    tied_graph = functools.cache(Trace(model, runs[0].example, repairs.training).graph)
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
-    failure = _failure(model, runs, graph, _candidates(graph))
+    failure = trials.failure(graph, _candidates(graph))
     while failure is not None:
-        attempt = _proposal(model, graph, failure.path, repairs, tried)
+        attempt = _proposal(trials.model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
         if attempt.tied != repairs.tied:
             attempt = dataclasses.replace(attempt, following=_renamed(graph, tied_graph(attempt.tied), attempt.following))
         after = _repaired_graph(tied_graph(attempt.tied), attempt)
-        outcome = _failure(model, runs, after, _candidates(after))
+        outcome = trials.failure(after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
@@ -304,20 +199,20 @@ def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
     return dataclasses.replace(graph, groups=groups)
 
 
-def _culprits(model: nn.Module, runs: Sequence[_Run], graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
+def _culprits(trials: Trials, graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
     """Groups that cannot be cut: first those that meet where the model fails are tried one by one, then halves."""
     found: dict[str, str] = {}
     groups = list(groups)
-    while groups and (failure := _failure(model, runs, graph, groups)) is not None:
+    while groups and (failure := trials.failure(graph, groups)) is not None:
         suspects = [g for g in groups if _meets(g, failure.path)] if len(groups) > 1 else groups
         guilty = {}
         for group in suspects:
-            alone = _failure(model, runs, graph, [group])
+            alone = trials.failure(graph, [group])
             if alone is not None:
                 guilty[group.name] = f"the model fails once it is cut: {alone.error}"
         if not guilty:
             middle = len(groups) // 2
-            guilty = _culprits(model, runs, graph, groups[:middle]) | _culprits(model, runs, graph, groups[middle:])
+            guilty = _culprits(trials, graph, groups[:middle]) | _culprits(trials, graph, groups[middle:])
         if not guilty:
             # each half survives alone and both together do not: the later one gives way
             guilty = {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
@@ -330,20 +225,3 @@ def _meets(group: Group, path: str) -> bool:
     """Whether a group's tensors or readers belong to a module or to what it calls."""
     owners = [name.rpartition(".")[0] for name, _ in group.members] + [site.module for site in group.sites]
     return any(owner == path or owner.startswith(f"{path}.") for owner in owners)
-
-
-def _failure(model: nn.Module, runs: Sequence[_Run], graph: Graph, groups: Sequence[Group]) -> _Failure | None:
-    for number, pattern in enumerate(_PATTERNS):
-        chosen = {g.name: pattern(i, g.size) for i, g in enumerate(groups)}
-        plan, gone = draft(model, graph, chosen), graph.removed(chosen)
-        for second, run in enumerate(runs):
-            with undisturbed(model), module_stack(model) as stack, rehearsed(model, plan):
-                counter = _Checker(graph, gone, stack, compares=not run.training)
-                error = run.error(model, counter)
-            if error is not None:
-                path = stack[-1].path
-                text = str(error).strip().partition("\n")[0]
-                mode = " in training mode" if run.training else ""
-                where = f"{type(error).__name__} in {path or 'the model'}{mode}"
-                return _Failure(path, f"{where}: {text}", (number, second, counter.n))
-    return None

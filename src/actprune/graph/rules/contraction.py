@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,11 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     transposed = bool(getattr(a, "transposed", False))
     for kernel in weight[2:]:
         t.lock(kernel, "kernel position")
-    for spatial in x[2:]:
-        t.lock(spatial, "convolved dimension")
+    mixed = _mixed(a)
+    positions = [None if mixes else ids for mixes, ids in zip(mixed, x[2:], strict=True)]
+    for mixes, ids in zip(mixed, x[2:], strict=True):
+        if mixes:
+            t.lock(ids, "convolved dimension")
     outer, inner = weight[0], weight[1]
     if a.groups == 1:
         reads, writes = (outer, inner) if transposed else (inner, outer)
@@ -44,11 +48,24 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], None)]
     if a.bias is not None:
         t.tie(writes, t.ids(a.bias)[0])
-    positions = a.input if transposed else out
-    constant = math.prod(positions.shape[2:]) * math.prod(a.weight.shape[2:])
-    sizes.append((positions.shape[0], x[0]))  # heads may be among the samples
-    t.set(out, [x[0], writes, *[None] * (out.dim() - 2)])
+    sizes.append((out.shape[0], x[0]))  # heads may be among the samples
+    sizes += zip((a.input if transposed else out).shape[2:], positions, strict=True)
+    constant = math.prod(a.weight.shape[2:])
+    t.set(out, [x[0], writes, *positions])
     t.contract(out, (0, 1 - a.input.dim(), operand), writes, sizes, constant, a.weight, reads, a.bias)
+
+
+def _mixed(a: SimpleNamespace) -> list[bool]:
+    """Whether a convolution mixes or moves positions, along every dimension: a kernel of 1 need not."""
+
+    def along(values: Sequence[int], d: int) -> int:
+        return values[d] if len(values) > 1 else values[0]
+
+    def stays(d: int, kernel: int) -> bool:
+        return kernel == 1 and along(a.stride, d) == 1 and along(a.padding, d) == 0
+
+    settled = hasattr(a, "stride") and not any(getattr(a, "output_padding", ()))
+    return [not (settled and stays(d, kernel)) for d, kernel in enumerate(a.weight.shape[2:])]
 
 
 @rule("deform_conv2d")

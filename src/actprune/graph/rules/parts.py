@@ -12,6 +12,9 @@ from actprune.graph.ids import Ids
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
+# what nobody takes for a kernel, a window or a head count of the same value
+_WIDTH_WORDS = ("dim", "channel", "width", "hidden", "feature", "plane", "filter")
+
 
 @rule("slice")
 def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
@@ -60,7 +63,11 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
     if ids is not None and sizes == [sizes[0], 2 * sizes[0]] and isinstance(t.modules[t.stack[-1]], nn.MultiheadAttention):
         # queries beside keys and values, packed: three parts, whatever the module's own code calls them
         _leave_evenly(t, ids, [sizes[0]] * 3, "")
-    elif ids is not None and len(sizes) > 1 and not _bind_list(t, sizes, ids) and not _of_the_input(t, sizes, ids):
+    elif (
+        ids is not None
+        and len(sizes) > 1
+        and not any(bind(t, sizes, ids) for bind in (_bind_list, _of_the_input, _bind_integers))
+    ):
         _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
     _set_parts(t, whole, dim, sizes, out)
 
@@ -120,6 +127,43 @@ def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
                 t.bindings.append(Binding(path, name, index, ids[start : start + size]))
             return True
     return False
+
+
+def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    """Unequal parts, each as wide as one integer of the running module or of one it holds; one part may be what is left.
+
+    Parts of one size are named by one integer, so position ``i`` of every one of them leaves together.
+    """
+    if len(set(sizes)) == 1 or t.of_torch(t.stack[-1]):
+        return False
+    parts: dict[int, list[np.ndarray]] = {}
+    for size, end in zip(sizes, np.cumsum(sizes), strict=True):
+        parts.setdefault(size, []).append(ids[end - size : end])
+    named = {size: _named(t, size) for size in [*parts, len(ids)]}
+    rest = [size for size in parts if not named[size]]
+    if rest:
+        if len(rest) > 1 or len(parts.pop(rest[0])) > 1:
+            return False
+        if named[len(ids)]:  # else it may have been asked of the tensor itself
+            parts[len(ids)] = [ids]
+    if any(len(named[size]) != 1 for size in parts):
+        return False
+    for size, alike in parts.items():
+        t.tie_all(alike[0][None], np.stack(alike))
+        t.bindings.append(Binding(*named[size][0], None, alike[0]))
+    return True
+
+
+def _named(t: TraceState, n: int) -> list[tuple[str, str]]:
+    """(module, attribute) of widths that are ``n``: of the innermost module, else of those it holds."""
+    path = t.stack[-1]
+    held = [f"{path}.{name}" if path else name for name in t.modules[path]._modules]
+
+    def of(owner: str) -> list[tuple[str, str]]:
+        widths = (name for name, value in t.integers(owner) if value == n)
+        return [(owner, name) for name in widths if any(word in name for word in _WIDTH_WORDS)]
+
+    return of(path) or [found for owner in held if owner in t.modules and not t.of_torch(owner) for found in of(owner)]
 
 
 def _keepers(t: TraceState, n: int) -> list[str]:

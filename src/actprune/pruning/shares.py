@@ -1,0 +1,62 @@
+"""What a rehearsal takes of every group, so that widths which have to stay equal do not stay so by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actprune.graph import Graph, Group
+
+_SEEDS = 32
+
+# Uneven shares, and two of them. Then half of the groups alone: two heads and two heads always lose one each.
+_FIXED: tuple[Callable[[int, int], Sequence[int]], ...] = (
+    lambda i, n: range(1, n, 2 + i % 3),
+    lambda i, n: range(max(1, n * (1 + i % 5) // 7)),
+    lambda i, n: range(n // 2 if i.bit_count() % 2 else 0),
+)
+
+
+class Shares:
+    """Several cuts of any groups of a model, the last of them such that widths which may be one become different.
+
+    What a group loses depends on its name alone: a repair that ties groups somewhere changes no cut elsewhere.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        pairs = list(_pairs(graph).values())
+        self._seed = min(range(_SEEDS), key=lambda seed: self._equal(graph, pairs, seed)) if pairs else 0
+
+    def __len__(self) -> int:
+        """Number of cuts."""
+        return len(_FIXED) + 1
+
+    def of(self, number: int, group: Group) -> Sequence[int]:
+        """Units that leave a group in one of the cuts."""
+        if number < len(_FIXED):
+            return _FIXED[number](crc32(group.name.encode()), group.size)
+        return _drawn(self._seed, group)
+
+    @staticmethod
+    def _equal(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> int:
+        """How many pairs of widths remain equal."""
+        gone = graph.removed({group.name: _drawn(seed, group) for group in graph.unlocked})
+        stays = np.append(~gone, True)
+        return sum(int(stays[a].sum()) == int(stays[b].sum()) for a, b in pairs)
+
+
+def _drawn(seed: int, group: Group) -> Sequence[int]:
+    return range(Random(f"{seed} {group.name}").randrange(group.size))
+
+
+def _pairs(graph: Graph) -> dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Widths that a module may take for one, each pair once, where either can change."""
+    cuttable = np.append(np.zeros(graph.n_classes, bool), False)
+    for group in graph.unlocked:
+        cuttable[group.classes] = True
+    pairs = (pair for found in graph.may_tie.values() for pair in found)
+    return {(a.tobytes(), b.tobytes()): (a, b) for a, b in pairs if cuttable[a].any() or cuttable[b].any()}

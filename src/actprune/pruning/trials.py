@@ -1,0 +1,142 @@
+"""Cut shares of all groups, run the model, put everything back: where it fails, if it does, and how far it got."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from actprune.core.calling import Example, call, undisturbed
+from actprune.core.hooks import decomposed
+from actprune.core.stack import Frame, module_stack
+from actprune.graph import Graph, Group
+from actprune.pruning.plans import draft
+from actprune.pruning.shares import Shares
+from actprune.surgery import rehearsed
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where a cut model failed."""
+
+    path: str
+    """Path of the module that was running."""
+    error: str
+    progress: tuple[int, int, int]
+    """Which cut failed, in which run, and how many operators had run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to call the model."""
+
+    example: Example
+    training: bool = False
+
+    def error(self, model: nn.Module, watched: AbstractContextManager[Any]) -> Exception | None:
+        """What the model raises, inside of ``undisturbed``."""
+        model.train(self.training)
+        try:
+            with watched:
+                call(model, self.example)
+        except Exception as error:
+            return error
+        return None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The cuts and calls that a model has to survive."""
+
+    model: nn.Module
+    runs: Sequence[Run]
+    shares: Shares
+
+    def failure(self, graph: Graph, groups: Sequence[Group]) -> Failure | None:
+        """The first failure when these groups are cut, or None."""
+        for number in range(len(self.shares)):
+            chosen = {group.name: self.shares.of(number, group) for group in groups}
+            plan, gone = draft(self.model, graph, chosen), graph.removed(chosen)
+            for second, run in enumerate(self.runs):
+                with undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
+                    counter = _Checker(graph, gone, stack, compares=not run.training)
+                    error = run.error(self.model, counter)
+                if error is not None:
+                    path = stack[-1].path
+                    text = str(error).strip().partition("\n")[0]
+                    mode = " in training mode" if run.training else ""
+                    where = f"{type(error).__name__} in {path or 'the model'}{mode}"
+                    return Failure(path, f"{where}: {text}", (number, second, counter.n))
+        return None
+
+
+class _ShapeError(Exception):
+    """An operator produced other extents than the trace predicts."""
+
+
+class _Checker(TorchDispatchMode):
+    """Counts operators, how far a model got, and compares what they produce with what the trace predicts.
+
+    A reshape that infers an extent can take a wrong one without failing. Calls that run other operators than the traced one
+    did (data decide, or a module changed its class) are let through from there on.
+    """
+
+    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
+        super().__init__()
+        self.n = 0
+        self._compares = compares
+        self._graph = graph
+        self._stays = np.append(~gone, True)
+        self._stack = stack
+        self._kept: dict[int, int] = {}
+        self._astray: set[tuple[str, int]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        out = decomposed(self, func, args, kwargs or {})
+        if composite:
+            return out
+        if self._compares:
+            self._check(func.overloadpacket.__name__, out)
+        self.n += 1  # an operator that gave a wrong shape was not got past
+        return out
+
+    def _check(self, ran: str, out: Any) -> None:
+        frame = self._stack[-1]
+        call_, number = (frame.path, frame.call), frame.operators
+        frame.operators += 1
+        name, expected = self._graph.extents.get((*call_, number), ("", ()))
+        if name != ran:
+            self._astray.add(call_)
+        if call_ not in self._astray:
+            for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
+                self._compare(name, tensor, dims)
+
+    def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
+        if tensor.dim() != len(dims):
+            return
+        due = [None if column is None else self._extent(column) for column in dims]
+        for extent, expected in zip(tensor.shape, due, strict=True):
+            if expected is not None and extent != expected and not _only_moved(tensor.shape, due):
+                raise _ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
+
+    def _extent(self, column: NDArray[np.int64]) -> int:
+        """How many of these positions stay."""
+        if id(column) not in self._kept:
+            self._kept[id(column)] = int(self._stays[column].sum())
+        return self._kept[id(column)]
+
+
+def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
+    """Whether an extent that became 1 explains the shape: einsum puts such dimensions elsewhere than others."""
+    known = Counter(extent for extent in due if extent is not None)
+    return 1 in due and not known - Counter(shape)

@@ -1,0 +1,147 @@
+"""Splits in unequal parts by widths that modules keep, and convolutions along a dimension that they leave as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from actprune.pruning.plans import draft
+from actprune.pruning.verify import rehearse
+from actprune.surgery import cut
+from masked import difference, masked, outputs, random_units
+
+
+def exact(build, x, seeds=3):
+    """The graph of a network, of which several random cuts equal the masked network."""
+    torch.manual_seed(0)
+    graph, _ = rehearse(build().double().eval(), x)
+    for seed in range(seeds):
+        twin = build().double().eval()
+        plan = draft(twin, graph, random_units(graph, seed))
+        reference = outputs(masked(twin, plan, graph), x)
+        cut(twin, plan, x)
+        assert difference(outputs(twin, x), reference) < 1e-11
+    return graph
+
+
+def cuttable(graph):
+    return {tensor for group in graph.unlocked for tensor, _ in group.members}
+
+
+class Cascaded(nn.Module):
+    """Queries, keys and values of every head, cut out of one convolution by widths of the module; of one head count as wide."""
+
+    def __init__(self, width, key_dim=4, heads=4):
+        super().__init__()
+        self.key_dim, self.val_dim, self.num_heads = key_dim, 6, heads
+        self.qkvs = nn.ModuleList(nn.Conv2d(width, 2 * key_dim + 6, 1) for _ in range(heads))
+        self.proj = nn.Conv2d(6 * heads, width, 1)
+
+    def forward(self, x):
+        found = []
+        for qkv in self.qkvs:
+            q, k, v = (z.flatten(2) for z in qkv(x).split([self.key_dim, self.key_dim, self.val_dim], 1))
+            weights = (q.transpose(1, 2) @ k * 0.5).softmax(-1)
+            found.append((v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
+        return self.proj(torch.cat(found, 1).relu())
+
+
+class Partial(nn.Module):
+    """One part passes through a convolution, the rest past it; the rest is what the module's width leaves, or the input's."""
+
+    def __init__(self, width, part, of_the_input):
+        super().__init__()
+        self.dim, self.pdim = (None if of_the_input else width), part
+        self.mix = nn.Conv2d(part, part, 3, padding=1)
+
+    def forward(self, x):
+        first, rest = x.split([self.pdim, (self.dim or x.shape[1]) - self.pdim], 1)
+        return torch.cat([self.mix(first), rest], 1)
+
+
+class Held(nn.Module):
+    """Splits by a width that a module inside keeps."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden_size, self.gate = 6, nn.Conv2d(6, 6, 1)
+
+        def forward(self, hidden, context):
+            return self.gate(hidden).tanh().sum(1, keepdim=True) * context
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.cell, self.head = nn.Conv2d(3, 16, 1), self.Cell(), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        width = self.cell.hidden_size
+        hidden, context = x.split([width, x.shape[1] - width], 1)
+        return self.head(self.cell(hidden, context))
+
+
+def between(middle):
+    return lambda: nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), middle(), nn.Conv2d(12, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "inside"),
+    [
+        (between(lambda: Cascaded(12)), {"2.qkvs.0.weight", "2.proj.weight", "0.weight"}),
+        (between(lambda: Partial(12, 4, False)), {"0.weight", "2.mix.weight", "3.weight"}),
+        (between(lambda: Partial(12, 4, True)), {"0.weight", "2.mix.weight", "3.weight"}),
+        (Held, {"stem.weight", "cell.gate.weight", "head.weight"}),
+    ],
+)
+def test_parts_follow_the_widths_that_name_them(build, inside):
+    graph = exact(build, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert inside <= cuttable(graph)
+
+
+class Coincidence(nn.Module):
+    """Parts by numbers in the code, one of them as large as how often something else happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 4
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        first, rest = self.stem(x).split([4, 8], 1)
+        for _ in range(self.times):
+            rest = rest.tanh()
+        return self.head(rest) + first.sum(1, keepdim=True)
+
+
+def test_what_is_no_width_names_no_part():
+    graph = exact(Coincidence, torch.randn(2, 3, 4, 4, dtype=torch.float64), seeds=1)
+    assert "stem.weight" not in cuttable(graph)
+    assert not graph.followers
+
+
+class Scales(nn.Module):
+    """Channels of three scales are stacked, and convolved over the scales by kernels of 1."""
+
+    def __init__(self, kernel=1, padding=0):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(5, 8) for _ in range(3))
+        self.aggregate, self.head = nn.Conv1d(3, 1, kernel, padding=padding), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.aggregate(torch.stack([branch(x) for branch in self.branches], 1)).squeeze(1))
+
+
+def test_a_kernel_of_one_leaves_positions_where_they_are():
+    x = torch.randn(2, 5, dtype=torch.float64)
+    graph = exact(Scales, x)
+    assert [group.size for group in graph.unlocked] == [8]
+    assert "head.weight" in cuttable(graph)
+    # two samples, two units: three branches, one aggregation over three, two outputs
+    gone = graph.removed({graph.unlocked[0].name: [0, 1]})
+    assert graph.macs - graph.left("macs", gone) == 2 * 2 * (3 * 5 + 3 + 2)
+
+
+def test_a_wider_kernel_locks_what_it_runs_along():
+    graph, _ = rehearse(Scales(3, 1).double(), torch.randn(2, 5, dtype=torch.float64))
+    assert not graph.unlocked
+    assert "convolved dimension" in str(graph)
