@@ -89,7 +89,9 @@ def first_known(a: Ids, b: Ids) -> Ids:
 
 def _tie_groups(t: TraceState, x: Ids, outer: Ids, groups: int) -> None:
     """Tie all inputs and outputs of each group to the group's first output."""
-    assert outer is not None
+    if outer is None:
+        t.lock(x, "grouped convolution of a fixed width")
+        return
     rows = outer.reshape(groups, -1)
     leader = rows[:, :1]
     t.tie_all(leader, rows)
@@ -103,8 +105,7 @@ def _tie_groups(t: TraceState, x: Ids, outer: Ids, groups: int) -> None:
 def _whole_groups(t: TraceState, x: Ids, outer: Ids, inner: Ids, groups: int, width: int) -> Ids:
     _tie_groups(t, x, outer, groups)
     t.lock(inner, "inside a group of a grouped convolution")
-    assert outer is not None
-    return np.repeat(outer.reshape(groups, -1)[:, 0], width // groups)
+    return None if outer is None else np.repeat(outer.reshape(groups, -1)[:, 0], width // groups)
 
 
 def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:

@@ -109,10 +109,19 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
 
 
 def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
-    """Ids of one dimension merged from factors (outermost first)."""
+    """Ids of one dimension merged from factors (outermost first).
+
+    What was broadcast follows what it meets; beside a fixed factor it does so at the same positions of every part.
+    """
     cuttable = [axis for axis, ids in enumerate(parts) if ids is not None and factors[axis] > 1 and (ids >= 0).any()]
     if not cuttable:
-        return None
+        spread = [axis for axis, ids in enumerate(parts) if factors[axis] > 1 and ids is not None and (ids == FREE).all()]
+        if not spread:
+            return None
+        if len(spread) == sum(n > 1 for n in factors):
+            return free(math.prod(factors))
+        parts, cuttable = list(parts), spread[-1:]
+        parts[cuttable[0]] = t.space.fresh(factors[cuttable[0]])
     for axis in cuttable[1:]:
         t.lock(parts[axis], "merged with another cuttable dimension")
     axis = cuttable[0]
