@@ -30,6 +30,7 @@ class Shares:
     def __init__(self, graph: Graph) -> None:
         pairs = list(_pairs(graph).values())
         self._seed = min(range(_SEEDS), key=lambda seed: self._equal(graph, pairs, seed)) if pairs else 0
+        self._told_apart = _told_apart(graph, pairs, self._seed)
 
     def __len__(self) -> int:
         """Number of cuts."""
@@ -39,7 +40,7 @@ class Shares:
         """Units that leave a group in one of the cuts."""
         if number < len(_FIXED):
             return _FIXED[number](crc32(group.name.encode()), group.size)
-        return _drawn(self._seed, group)
+        return range(self._told_apart.get(group.name, len(_drawn(self._seed, group))))
 
     @staticmethod
     def _equal(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> int:
@@ -51,6 +52,36 @@ class Shares:
 
 def _drawn(seed: int, group: Group) -> Sequence[int]:
     return range(Random(f"{seed} {group.name}").randrange(group.size))
+
+
+def _told_apart(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> dict[str, int]:
+    """Group -> how many units leave instead, where a drawn cut leaves equal what need not be: hundreds of pairs of four heads.
+
+    One group after the other takes the number with which the fewest of its pairs are equal.
+    """
+    groups = {group.name: group for group in graph.unlocked}
+    leave = {name: len(_drawn(seed, group)) for name, group in groups.items()}
+    owner = {cls: name for name, group in groups.items() for cls in group.classes.tolist()}
+    of_group: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        for name in {owner[cls] for column in pair for cls in np.unique(column).tolist() if cls in owner}:
+            of_group.setdefault(name, []).append(number)
+    stays = np.append(~graph.removed({name: range(n) for name, n in leave.items()}), True)
+    settled: dict[str, int] = {}
+
+    def equal(numbers: Sequence[int]) -> int:
+        return sum(int(stays[pairs[i][0]].sum()) == int(stays[pairs[i][1]].sum()) for i in numbers)
+
+    for name in sorted(of_group, key=lambda name: len(of_group[name])):
+        if not equal(of_group[name]):
+            continue
+        group, found = groups[name], {}
+        for n in dict.fromkeys([leave[name], *np.linspace(0, group.size - 1, min(group.size, _SEEDS)).astype(int).tolist()]):
+            stays[group.classes] = np.arange(group.size) >= n
+            found[n] = equal(of_group[name])
+        settled[name] = min(found, key=lambda n: found[n])
+        stays[group.classes] = np.arange(group.size) >= settled[name]
+    return settled
 
 
 def _pairs(graph: Graph) -> dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64]]]:
