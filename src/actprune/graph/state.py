@@ -247,6 +247,13 @@ class TraceState:
             if type(value) is int and not name.startswith("_"):
                 yield name, value
 
+    def shapes(self, path: str, tensor: Tensor) -> Iterator[tuple[str, int]]:
+        """Yield (name, how many dimensions) of a module's own tuples and lists that are the last extents of a tensor."""
+        for _, name, value in self._plain(path):
+            whole = isinstance(value, (tuple, list)) and value and all(type(n) is int for n in value)
+            if whole and list(tensor.shape[-len(value) :]) == list(value):
+                yield name, len(value)
+
     def of_torch(self, path: str) -> bool:
         """Whether PyTorch wrote a module's code."""
         return type(self.modules[path]).__module__.startswith("torch.nn")

@@ -144,10 +144,16 @@ class ChannelTracer(TorchDispatchMode):
             if t.of_torch(frame.path) and not t.modules[frame.path]._modules:
                 continue  # layers; what holds others checks their width, ``nn.Transformer`` for one
             for tensor in frame.args:
-                for column in t.ids(tensor) if isinstance(tensor, Tensor) else ():
+                if not isinstance(tensor, Tensor):
+                    continue
+                columns = t.ids(tensor)
+                for column in columns:
                     if column is not None:
                         named = (name for name, n in t.integers(frame.path) if n == len(column))
                         t.asked += [Binding(frame.path, name, None, column) for name in named]
+                for name, last in t.shapes(frame.path, tensor):  # ``normalized_shape``, for one
+                    found = zip(range(last), columns[len(columns) - last :], strict=True)
+                    t.asked += [Binding(frame.path, name, index, column) for index, column in found if column is not None]
 
     def _refuse(self, func: Any, inputs: list[Tensor]) -> None:
         for tensor in inputs:
