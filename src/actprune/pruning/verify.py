@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from actprune.core.calling import Example, undisturbed
 from actprune.graph import Follower, Graph, Group, Trace, twice
 from actprune.pruning.shares import Shares
-from actprune.pruning.trials import Run, Trials
+from actprune.pruning.trials import Failure, Run, Trials
 
 Choice = tuple[str, str, frozenset[str]]
 """Module path, attribute, names of the groups whose width the attribute follows."""
@@ -84,22 +85,31 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     training = any(run.training for run in runs)
     tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
-    repairs, graph, sound = _repaired(trials, tied_graph, Repairs(training=training))
-    locked = {} if sound else _culprits(trials, graph, _candidates(graph))
-    return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
+    tried: set[tuple[str, object]] = set()
+    known: set[tuple[object, str]] = set()
+    repairs, graph, failure = _repaired(trials, tied_graph, Repairs(training=training), tried)
+    while failure is not None:  # what nothing helps is locked, and the rest may still be repaired
+        locked = {**repairs.locked, **_stuck(trials, graph, _candidates(graph))}
+        kind = _roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
+        if kind not in known:  # else every repair has been tried for a module like that one
+            tried.clear()
+        known.add(kind)
+        repairs, graph, failure = _repaired(trials, tied_graph, dataclasses.replace(repairs, locked=locked), tried)
+    return graph, repairs
 
 
 def _candidates(graph: Graph) -> list[Group]:
     return [group for group in graph.unlocked if group.size > 1]
 
 
-def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs) -> tuple[Repairs, Graph, bool]:
-    """Repair where the cut model fails, as long as that carries it further; whether nothing fails any more.
+def _repaired(
+    trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs, tried: set[tuple[str, object]]
+) -> tuple[Repairs, Graph, Failure | None]:
+    """Repair where the cut model fails, as long as that carries it further; and what fails still.
 
     First integers of the failing module that equal a cut extent are made to follow it; where none helps, the widths that the
     module takes for equal are tied; then the same for the modules that it holds, and for those around it.
     """
-    tried: set[tuple[str, object]] = set()
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
     failure = trials.failure(graph, _candidates(graph))
     while failure is not None:
@@ -107,13 +117,15 @@ def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], rep
         if attempt is None:
             break
         if attempt.tied != repairs.tied:
-            attempt = dataclasses.replace(attempt, following=_renamed(graph, tied_graph(attempt.tied), attempt.following))
+            tied = tied_graph(attempt.tied)
+            following, locked = _renamed(graph, tied, attempt.following), _moved(graph, tied, attempt.locked)
+            attempt = dataclasses.replace(attempt, following=following, locked=locked)
         after = _repaired_graph(tied_graph(attempt.tied), attempt)
         outcome = trials.failure(after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
-    return repairs, graph, failure is None
+    return repairs, graph, failure
 
 
 def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:
@@ -121,7 +133,7 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     parts = path.split(".") if path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
     enclosing[1:1] = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_children()]
-    roles = {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
+    roles = _roles(model)
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
     for here in enclosing:
@@ -144,6 +156,11 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     return None
 
 
+def _roles(model: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
+    """Path -> class and place in its block, which modules that are alike share."""
+    return {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
+
+
 def _rivals(graph: Graph, choice: Choice) -> set[Choice]:
     """Choices that would set the same integer: the same attribute, of a tuple the same element."""
     owner = _owners(graph)
@@ -157,6 +174,16 @@ def _renamed(before: Graph, after: Graph, chosen: frozenset[Choice]) -> frozense
     old, new = _owners(before), _owners(after)
     pairs = zip(before.possible, after.possible, strict=True)
     return frozenset(_choice(g, new) for f, g in pairs if _choice(f, old) in chosen)
+
+
+def _moved(before: Graph, after: Graph, locked: Mapping[str, str]) -> dict[str, str]:
+    """The same locks, on the groups of another graph of the same model that hold what was locked."""
+    owner, found = _owners(after), {}
+    for name, reason in locked.items():
+        for column, positions in before.group(name).members.items():
+            for cls in set(after.columns[column][positions].ravel().tolist()) & owner.keys():
+                found.setdefault(owner[cls], reason)
+    return found
 
 
 def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:
@@ -199,26 +226,21 @@ def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
     return dataclasses.replace(graph, groups=groups)
 
 
-def _culprits(trials: Trials, graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
-    """Groups that cannot be cut: first those that meet where the model fails are tried one by one, then halves."""
-    found: dict[str, str] = {}
-    groups = list(groups)
-    while groups and (failure := trials.failure(graph, groups)) is not None:
-        suspects = [g for g in groups if _meets(g, failure.path)] if len(groups) > 1 else groups
-        guilty = {}
-        for group in suspects:
-            alone = trials.failure(graph, [group])
-            if alone is not None:
-                guilty[group.name] = f"the model fails once it is cut: {alone.error}"
-        if not guilty:
-            middle = len(groups) // 2
-            guilty = _culprits(trials, graph, groups[:middle]) | _culprits(trials, graph, groups[middle:])
-        if not guilty:
-            # each half survives alone and both together do not: the later one gives way
-            guilty = {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
-        found |= guilty
-        groups = [g for g in groups if g.name not in guilty]
-    return found
+def _stuck(trials: Trials, graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
+    """Groups that cannot be cut: those that meet where the model fails and fail there alone, else what halves show."""
+    failure = trials.failure(graph, groups) if groups else None
+    if failure is None:
+        return {}
+    suspects = [g for g in groups if _meets(g, failure.path)] if len(groups) > 1 else list(groups)
+    alone = {g.name: found for g in suspects if (found := trials.failure(graph, [g])) is not None}
+    here = {name: found for name, found in alone.items() if found.path == failure.path}
+    guilty = {name: f"the model fails once it is cut: {found.error}" for name, found in (here or alone).items()}
+    if not guilty:
+        middle = len(groups) // 2
+        guilty = _stuck(trials, graph, groups[:middle]) or _stuck(trials, graph, groups[middle:])
+        # each half survives alone and both together do not: the later one gives way
+        guilty = guilty or {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
+    return guilty
 
 
 def _meets(group: Group, path: str) -> bool:

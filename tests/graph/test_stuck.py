@@ -1,0 +1,137 @@
+"""Where a search for repairs used to end: a lock in one place, shapes kept as tuples, what is broadcast within groups."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actprune import trace
+from actprune.pruning.plans import draft
+from actprune.pruning.shares import Shares, _pairs
+from actprune.pruning.verify import rehearse
+from actprune.surgery import cut
+from masked import counted, difference, masked, outputs, random_units
+
+
+class RootMeanSquare(nn.Module):
+    """A norm that asks for the shape it was built with."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.normalized_shape, self.weight = (width,), nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight, 1e-6)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, head_dim, heads * head_dim
+        self.qkv, self.proj = nn.Linear(width, 3 * self.attn_dim), nn.Linear(self.attn_dim, width)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, self.attn_dim))
+
+
+class KeptShape(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.attention = nn.Linear(5, 12), RootMeanSquare(12), Attention(12, 4, 3)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.attention(self.norm(x))).mean(1)
+
+
+class Literal(nn.Module):
+    """A number in the code, which nothing can make follow, and behind it an attribute that can."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.width = nn.Linear(5, 8), nn.Linear(8, 10), 10
+        self.third, self.head = nn.Linear(10, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu().view(-1, 8)
+        return self.head(self.third(self.second(x).relu().view(-1, self.width)).relu())
+
+
+class GroupDeviation(nn.Module):
+    """The deviation of every group of channels, expanded over the group."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        y = x.reshape(b, 3, c // 3, h, w)
+        deviation = (y.var(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt().expand(y.shape).reshape(b, c, h, w)
+        return self.head(x * x.sigmoid() / deviation).mean((2, 3))
+
+
+class Dynamic(nn.Module):
+    """One kernel per channel, computed from the input: samples stand among the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.kernels, self.mix, self.head = nn.Linear(5, 8), nn.Linear(5, 24), nn.Linear(8, 9), nn.Linear(9, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        y = self.stem(x).transpose(1, 2).reshape(1, b * 8, n)
+        y = F.conv1d(y, self.kernels(x.mean(1)).reshape(b * 8, 1, 3), padding=1, groups=b * 8)
+        return self.head(self.mix(y.reshape(b, 8, n).transpose(1, 2)).relu()).mean(1)
+
+
+TOKENS, IMAGE = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+CASES = {
+    "kept shape": (KeptShape, TOKENS, {12, 4}),
+    "literal": (Literal, TOKENS, {10, 6}),
+    "group deviation": (GroupDeviation, IMAGE, {4}),
+    "dynamic": (Dynamic, TOKENS, {9}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cut_equals_masked(case):
+    build, x, sizes = CASES[case]
+    torch.manual_seed(0)
+    model = build().double()
+    graph, _ = rehearse(model, x)
+    assert sizes <= {group.size for group in graph.unlocked}, str(graph)
+    for seed in range(3):
+        torch.manual_seed(0)
+        twin = build().double()
+        plan = draft(twin, graph, random_units(graph, seed))
+        reference = outputs(masked(twin, plan, graph), x)
+        cut(twin, plan, x)
+        assert difference(outputs(twin, x), reference) < 1e-11
+        assert counted(twin, x) == (plan.params_after, plan.macs_after)
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(Attention(12, 4, 3) for _ in range(24))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_the_last_rehearsal_leaves_no_two_widths_equal():
+    graph = trace(Deep(), torch.randn(1, 2, 5))
+    shares, pairs = Shares(graph), _pairs(graph).values()
+    gone = graph.removed({group.name: shares.of(len(shares) - 1, group) for group in graph.unlocked})
+    assert len(pairs) >= 24
+    assert all((~gone)[a].sum() != (~gone)[b].sum() for a, b in pairs)
