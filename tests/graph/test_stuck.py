@@ -90,11 +90,73 @@ class Dynamic(nn.Module):
         return self.head(self.mix(y.reshape(b, 8, n).transpose(1, 2)).relu()).mean(1)
 
 
+class AsAConvolution(nn.Module):
+    """A linear layer's weight, viewed to two widths that the module keeps: one repair alone helps nothing."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.inner, self.outer, self.kernel = inner, outer, nn.Linear(3 * inner, outer)
+
+    def forward(self, x):
+        weight = self.kernel.weight.view(self.outer, 3, self.inner).transpose(1, 2)
+        return F.conv1d(x.transpose(1, 2), weight, self.kernel.bias, padding=1).transpose(1, 2).relu()
+
+
+class Delayed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(5, 8), AsAConvolution(8, 8), AsAConvolution(8, 8), AsAConvolution(8, 6), nn.Linear(6, 3))
+
+
+class GatedByHeads(nn.Module):
+    """A number in the code is as large as the head count, which does not count it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.embed = 4, nn.Linear(5, 24)
+        self.gate, self.head = nn.Linear(6, 8), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        heads = x.view(x.shape[:-1] + (self.num_heads, -1))
+        gate = self.gate(heads).view(heads.shape[:-1] + (2, 4)).sum(-1).sigmoid()
+        return self.head((heads * gate[..., :1] + gate[..., 1:]).flatten(-2))
+
+
+class Stage(nn.Module):
+    """Reshapes to its own output width, which it compares with its input width: where they are equal, neither follows."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.inner, self.outer, self.mix = inner, outer, nn.Linear(inner, inner)
+        if inner != outer:
+            self.project = nn.Linear(inner, outer)
+
+    def forward(self, x):
+        x = x + self.mix(x)
+        return self.project(x).view(len(x), 2, -1, self.outer).amax(1) if self.inner != self.outer else x
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 7), nn.Linear(13, 3)
+        self.stages = nn.ModuleList([Stage(7, 7), Stage(7, 13), Stage(13, 13)])
+
+    def forward(self, x):
+        x = self.embed(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
 TOKENS, IMAGE = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
 CASES = {
     "kept shape": (KeptShape, TOKENS, {12, 4}),
     "literal": (Literal, TOKENS, {10, 6}),
     "group deviation": (GroupDeviation, IMAGE, {4}),
+    "as a convolution": (Delayed, TOKENS, {8, 6}),
+    "gated by heads": (GatedByHeads, TOKENS, {4}),
+    "stages": (Stages, TOKENS, {7, 13}),
     "dynamic": (Dynamic, TOKENS, {9}),
 }
 

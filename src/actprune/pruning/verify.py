@@ -116,16 +116,40 @@ def _repaired(
         attempt = _proposal(trials.model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
-        if attempt.tied != repairs.tied:
-            tied = tied_graph(attempt.tied)
-            following, locked = _renamed(graph, tied, attempt.following), _moved(graph, tied, attempt.locked)
-            attempt = dataclasses.replace(attempt, following=following, locked=locked)
-        after = _repaired_graph(tied_graph(attempt.tied), attempt)
+        attempt, after = _carried(graph, tied_graph, repairs, attempt)
         outcome = trials.failure(after, _candidates(after))
+        narrow = _near(repairs, attempt, failure.path)
+        if narrow != attempt and outcome is not None and outcome.progress < failure.progress:
+            # what helps here may hurt a module alike, which compares two widths that are equal there
+            attempt, after = _carried(graph, tied_graph, repairs, narrow)
+            outcome = trials.failure(after, _candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
     return repairs, graph, failure
+
+
+def _carried(
+    graph: Graph, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs, attempt: Repairs
+) -> tuple[Repairs, Graph]:
+    """An attempt, and the graph it makes; where it ties what was not tied, with the groups that there are then."""
+    tied = tied_graph(attempt.tied)
+    if attempt.tied != repairs.tied:
+        following, locked = _renamed(graph, tied, attempt.following), _moved(graph, tied, attempt.locked)
+        attempt = dataclasses.replace(attempt, following=following, locked=locked)
+    return attempt, _repaired_graph(tied, attempt)
+
+
+def _near(repairs: Repairs, attempt: Repairs, path: str) -> Repairs:
+    """The same attempt without what it changes in modules that neither hold the failing one nor are held by it."""
+    if attempt.tied != repairs.tied:
+        return attempt
+    near = {
+        c
+        for c in attempt.following - repairs.following
+        if c[0] == "" or f"{path}.".startswith(f"{c[0]}.") or c[0].startswith(f"{path}.")
+    }
+    return dataclasses.replace(attempt, following=attempt.following & repairs.following | near)
 
 
 def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:

@@ -101,7 +101,8 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
             if len(axes) > 1 and any(named[n] == grid.shape[axes[-1]] for n in named.keys() - counts.keys()):
                 axis = axes[-2]
         if axis is not None:
-            for name, value in counts.items():
+            # heads that stand last are rare, and may be any number that happens to be the same: a rehearsal tells
+            for name, value in counts.items() if axis != axes[-1] or len(axes) == 1 else ():
                 if value == grid.shape[axis]:
                     t.bindings.append(Binding(path, name, None, _merged_line(grid, axis).ravel()))
             return axis
