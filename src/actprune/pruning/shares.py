@@ -40,7 +40,8 @@ class Shares:
         """Units that leave a group in one of the cuts."""
         if number < len(_FIXED):
             return _FIXED[number](crc32(group.name.encode()), group.size)
-        return range(self._told_apart.get(group.name, len(_drawn(self._seed, group))))
+        n = self._told_apart.get(group.name, group.size)
+        return range(n) if n < group.size else _drawn(self._seed, group)
 
     @staticmethod
     def _equal(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> int:

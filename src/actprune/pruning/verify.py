@@ -88,13 +88,19 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tried: set[tuple[str, object]] = set()
     known: set[tuple[object, str]] = set()
     repairs, graph, failure = _repaired(trials, tied_graph, Repairs(training=training), tried)
-    while failure is not None:  # what nothing helps is locked, and the rest may still be repaired
-        locked = {**repairs.locked, **_stuck(trials, graph, _candidates(graph))}
-        kind = _roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
-        if kind not in known:  # else every repair has been tried for a module like that one
+    drawn_for = frozenset[str]()
+    while failure is not None or repairs.tied != drawn_for:
+        if failure is None:  # ties made groups of heads of what was wide: what may be taken for equal is told apart anew
+            drawn_for, trials = repairs.tied, dataclasses.replace(trials, shares=Shares(graph))
             tried.clear()
-        known.add(kind)
-        repairs, graph, failure = _repaired(trials, tied_graph, dataclasses.replace(repairs, locked=locked), tried)
+        else:  # what nothing helps is locked, and the rest may still be repaired
+            locked = {**repairs.locked, **_stuck(trials, graph, _candidates(graph))}
+            kind = _roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
+            if kind not in known:  # else every repair has been tried for a module like that one
+                tried.clear()
+            known.add(kind)
+            repairs = dataclasses.replace(repairs, locked=locked)
+        repairs, graph, failure = _repaired(trials, tied_graph, repairs, tried)
     return graph, repairs
 
 
