@@ -50,6 +50,8 @@ def derived(module: nn.Module) -> dict[str, Any]:
         return widths
     if isinstance(module, nn.Linear):
         return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.Bilinear):
+        return dict(zip(("out_features", "in1_features", "in2_features"), module.weight.shape, strict=True))
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
     if isinstance(module, nn.RNNBase):

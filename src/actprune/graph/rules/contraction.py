@@ -30,10 +30,17 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if mixes:
             t.lock(ids, "convolved dimension")
     outer, inner = weight[0], weight[1]
-    if a.groups == 1:
+    apart = not transposed and a.groups > 1 and _repeated(x[1], a.groups) and _repeated(outer, a.groups)
+    if apart:  # every sample has a kernel of its own, and samples stand among the channels
+        assert x[1] is not None
+        reads, writes = x[1][: len(x[1]) // a.groups], outer
+        t.tie(reads, inner)
+        operand: Ids = reads
+        sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], reads)]
+    elif a.groups == 1:
         reads, writes = (outer, inner) if transposed else (inner, outer)
         t.tie(x[1], reads)
-        operand: Ids = first_known(x[1], reads)
+        operand = first_known(x[1], reads)
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], inner)]
     else:
         operand, reads = x[1], None
@@ -52,7 +59,15 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     sizes += zip((a.input if transposed else out).shape[2:], positions, strict=True)
     constant = math.prod(a.weight.shape[2:])
     t.set(out, [x[0], writes, *positions])
-    t.contract(out, (0, 1 - a.input.dim(), operand), writes, sizes, constant, a.weight, reads, a.bias)
+    t.contract(out, (0, 1 - a.input.dim(), operand), writes, sizes, constant, a.weight, reads, a.bias, observed=not apart)
+
+
+def _repeated(ids: Ids, groups: int) -> bool:
+    """Whether every group holds the same ids, more than one of them."""
+    if ids is None or len(ids) == groups or (ids < 0).any():
+        return False
+    rows = ids.reshape(groups, -1)
+    return bool((rows == rows[:1]).all())
 
 
 def _mixed(a: SimpleNamespace) -> list[bool]:
@@ -204,3 +219,23 @@ def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, left[:-1])
     sizes = list(zip(a.input.shape, [*left[:-1], reads], strict=True))
     t.contract(out, (0, -1, reads), None, sizes)
+
+
+@rule("_trilinear")
+def bilinear_form(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """``nn.Bilinear``: two inputs and a weight, each with dimensions of one, are multiplied and summed over some dimensions.
+
+    PyTorch counts no multiply-adds for it.
+    """
+    columns = []
+    for tensor, expanded in ((a.i1, a.expand1), (a.i2, a.expand2), (a.i3, a.expand3)):
+        ids = list(t.ids(tensor))
+        for d in sorted(expanded):
+            ids.insert(d, None)
+        columns.append((ids, set(expanded)))
+    rank = len(columns[0][0])
+    met = [t.meet([ids[d] for ids, expanded in columns if d not in expanded]) for d in range(rank)]
+    t.set(out, [ids for d, ids in enumerate(met) if d not in a.sumdim])
+    writes = met[min(columns[0][1])] if columns[0][1] else None
+    for d in a.sumdim:
+        t.contract(out, (0, -1, met[d]), writes, [(0, None)], observed=False)
