@@ -455,9 +455,9 @@ class GluFunctional(nn.Module):
 ZOO["GluFunctional"] = Net(GluFunctional, tokens(4, 3), [4, 5])
 
 
-@net([5])
+@net([3, 5])
 class MaxOut(nn.Module):
-    """A view that puts the constant factor last: which factor may shrink cannot be known, so the width stays."""
+    """A view that puts the constant factor last: it is the pieces of a channel, for their extreme is taken."""
 
     def __init__(self):
         super().__init__()

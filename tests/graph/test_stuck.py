@@ -149,6 +149,76 @@ class Stages(nn.Module):
         return self.head(x)
 
 
+class Maxout(nn.Module):
+    """The larger of two pieces of every channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        return self.head(x.view(b, c // 2, 2, h, w).max(2)[0].mean((2, 3)))
+
+
+class Circular(nn.Module):
+    """Padding writes into a tensor that nobody asked the widths of: samples lock no channel beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(5, 8, 3, padding=1, padding_mode="circular")
+        self.time, self.head = nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.time(self.conv(x.transpose(1, 2)))
+        return self.head(x.transpose(1, 2)).mean(1)
+
+
+class Pair(nn.Module):
+    """A bilinear form of two widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 8), nn.Linear(5, 6)
+        self.form, self.head = nn.Bilinear(8, 6, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = x.mean(1)
+        return self.head(self.form(self.left(x).relu(), self.right(x).relu()).relu())
+
+
+class MixedKernels(nn.Module):
+    """Kernels mixed by a softmax over them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(6, 3)
+        self.kernels = nn.Parameter(torch.randn(4, 6, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        weight = torch.einsum("bk,koi->boi", self.mix(x.mean(1)).softmax(-1), self.kernels)
+        return self.head(torch.einsum("bni,boi->bno", x, weight)).mean(1)
+
+
+class Modulated(nn.Module):
+    """One kernel per sample, as a grouped convolution whose groups are the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.style, self.head = nn.Conv2d(3, 8, 1), nn.Linear(3, 8), nn.Conv2d(6, 3, 1)
+        self.kernel = nn.Parameter(torch.randn(6, 8, 3, 3))
+
+    def forward(self, x):
+        b, _, h, w = x.shape
+        weight = self.kernel[None] * self.style(x.mean((2, 3)))[:, None, :, None, None]
+        weight = weight * (weight.pow(2).sum([2, 3, 4]) + 1e-8).rsqrt()[..., None, None, None]
+        y = self.stem(x).reshape(1, -1, h, w)
+        y = F.conv2d(y, weight.view(-1, *weight.shape[2:]), padding=1, groups=b)
+        return self.head(y.reshape(b, -1, h, w).relu()).mean((2, 3))
+
+
 TOKENS, IMAGE = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
 CASES = {
     "kept shape": (KeptShape, TOKENS, {12, 4}),
@@ -157,6 +227,11 @@ CASES = {
     "as a convolution": (Delayed, TOKENS, {8, 6}),
     "gated by heads": (GatedByHeads, TOKENS, {4}),
     "stages": (Stages, TOKENS, {7, 13}),
+    "maxout": (Maxout, IMAGE, {8}),
+    "circular": (Circular, TOKENS, {8}),
+    "bilinear": (Pair, TOKENS, {8, 6, 7}),
+    "mixed kernels": (MixedKernels, TOKENS, {4}),
+    "modulated": (Modulated, IMAGE, {8, 6}),
     "dynamic": (Dynamic, TOKENS, {9}),
 }
 

@@ -90,6 +90,10 @@ class IdSpace:
             if len(ids):
                 self._locks.append((ids, reason))
 
+    def locked(self, ids: Ids) -> bool:
+        """Whether all of these ids are locked by now."""
+        return ids is None or set(self.find(ids[ids >= 0]).tolist()) <= self.reasons().keys()
+
     def reasons(self) -> dict[int, str]:
         """Return root -> reason of every locked class."""
         if not self._locks:

@@ -85,8 +85,10 @@ class TraceState:
     """Modules in which a split keeps its last factor but one cuttable, where nothing names the head count."""
     guessed: set[str] = field(default_factory=set)
     """Modules with a split whose cuttable factor was not named by any attribute."""
+    guesses: list[Ids] = field(default_factory=list)
+    """What such splits left cuttable."""
     scored: set[str] = field(default_factory=set)
-    """Modules in which a cuttable dimension is summed over between two activations."""
+    """Modules in which a cuttable dimension is summed over between two activations, or a guessed one has its extreme taken."""
     coincidences: dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = field(default_factory=dict)
     """Module path -> pairs of ids: what a view there produced, and an input of that module of the same extent."""
     training: bool = False

@@ -60,10 +60,14 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
     heads = _head_axis(t, grid, axes)
     if heads is None and len(axes) > 1:
         t.guessed.add(t.frames[-1].path)
-        heads = axes[-2] if t.frames[-1].path in t.outer else axes[-1]
-    chosen = axes[-1] if heads is None else heads
+        chosen = axes[-2] if t.frames[-1].path in t.outer else axes[-1]
+    else:
+        chosen = axes[-1] if heads is None else heads
     t.tie_all(_merged_line(grid, chosen), grid, "split of a dimension that is partly fixed")
-    return _only(grid, chosen)
+    found = _only(grid, chosen)
+    if heads is None and len(axes) > 1:
+        t.guesses.append(found[chosen])
+    return found
 
 
 def _line(grid: np.ndarray, axis: int) -> np.ndarray:
@@ -114,6 +118,8 @@ def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
 
     What was broadcast follows what it meets; beside a fixed factor it does so at the same positions of every part.
     """
+    if len(parts) == 1:
+        return parts[0]
     cuttable = [axis for axis, ids in enumerate(parts) if ids is not None and factors[axis] > 1 and (ids >= 0).any()]
     if not cuttable:
         spread = [axis for axis, ids in enumerate(parts) if factors[axis] > 1 and ids is not None and (ids == FREE).all()]
@@ -123,6 +129,8 @@ def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
             return free(math.prod(factors))
         parts, cuttable = list(parts), spread[-1:]
         parts[cuttable[0]] = t.space.fresh(factors[cuttable[0]])
+    if len(cuttable) > 1:  # what is locked already asks for no more
+        cuttable = [axis for axis in cuttable if not t.space.locked(parts[axis])] or cuttable
     for axis in cuttable[1:]:
         t.lock(parts[axis], "merged with another cuttable dimension")
     axis = cuttable[0]
