@@ -25,9 +25,12 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
     def __init__(
         self,
         produced: Mapping[Place, tuple[str, Sequence[Sequence[Ids]]]],
+        numbers: Mapping[Place, tuple[float | complex, ...]],
         classes: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     ) -> None:
         self._produced, self._classes = produced, classes
+        self.numbers = numbers
+        """Place -> the numbers that an operator computed with, if any: no cut changes them."""
         self._known: dict[int, NDArray[np.int64] | None] = {}
 
     def __getitem__(self, place: Place) -> tuple[str, tuple[Dims, ...]]:

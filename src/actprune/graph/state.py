@@ -93,6 +93,8 @@ class TraceState:
     """What runs now, runs in training mode only."""
     produced_ids: dict[tuple[str, int, int], tuple[str, list[list[Ids]]]] = field(default_factory=dict)
     """(module, call, operator) -> the operator's name, and for each of its outputs the ids of every dimension."""
+    numbers: dict[tuple[str, int, int], tuple[float | complex, ...]] = field(default_factory=dict)
+    """(module, call, operator) -> the numbers that it was given, if any."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])

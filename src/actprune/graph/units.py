@@ -97,7 +97,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
-        Extents(state.produced_ids, classes.of),
+        Extents(state.produced_ids, state.numbers, classes.of),
         _unknown(state, classes, consumed | produced),
     )
 
