@@ -62,6 +62,8 @@ class Binding:
     """Position inside a tuple or list attribute, or None for an int."""
     counts: NDArray[np.int64]
     """One id per counted thing: the attribute's new value is how many of them stay."""
+    assumed: bool = False
+    """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
 @dataclass

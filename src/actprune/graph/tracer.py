@@ -217,6 +217,8 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
+    for bindings in (state.bindings, state.possible, state.asked):  # what a forward makes itself, it makes anew
+        bindings[:] = [one for one in bindings if one.attribute in vars(state.modules[one.module])]
     whole = all(name in state.tensor_ids for name in _learned(model))
     if training or not whole:
         _in_training(model, example, state)

@@ -16,6 +16,7 @@ from torch import nn
 
 from actprune.core.calling import Example, undisturbed
 from actprune.graph import Follower, Graph, Group, Trace, twice
+from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
 from actprune.pruning.trials import Run, Trials
 
@@ -33,6 +34,8 @@ class Repairs:
     """Modules whose inner width has to stay equal to the width of their input."""
     locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Group -> why it cannot be cut after all."""
+    idle: frozenset[tuple[str, str]] = frozenset()
+    """Assumed followers, (module, attribute), that nothing needs: they stay as they are."""
     training: bool = False
     """Whether training mode does to widths what evaluation mode does not, and has to be followed too."""
 
@@ -43,6 +46,7 @@ class Repairs:
             "following": [list(choice) for choice in following],
             "tied": sorted(self.tied),
             "locked": dict(self.locked),
+            "idle": [list(one) for one in sorted(self.idle)],
             "training": self.training,
         }
 
@@ -50,7 +54,8 @@ class Repairs:
     def from_dict(cls, state: Mapping[str, Any]) -> Repairs:
         """Inverse of ``to_dict``."""
         following = frozenset((path, name, frozenset(groups)) for path, name, groups in state["following"])
-        return cls(following, frozenset(state["tied"]), dict(state["locked"]), state.get("training", False))
+        idle = frozenset((path, name) for path, name in state.get("idle", ()))
+        return cls(following, frozenset(state["tied"]), dict(state["locked"]), idle, state.get("training", False))
 
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
@@ -59,7 +64,7 @@ def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
 
 
 def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
-    return with_locks(with_followers(tied, repairs.following), repairs.locked)
+    return with_locks(without(with_followers(tied, repairs.following), repairs.idle), repairs.locked)
 
 
 def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
@@ -68,7 +73,7 @@ def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
     A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
     """
     graph, repairs = _rehearsed(model, [Run(example)])
-    groups = _candidates(graph)
+    groups = candidates(graph)
     for inputs in (example, twice(example)) if groups else ():
         run = Run(inputs, training=True)
         if Trials(model, [run], Shares(graph)).failure(graph, groups) is None:
@@ -85,12 +90,10 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
     repairs, graph, sound = _repaired(trials, tied_graph, Repairs(training=training))
-    locked = {} if sound else _culprits(trials, graph, _candidates(graph))
-    return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked)
-
-
-def _candidates(graph: Graph) -> list[Group]:
-    return [group for group in graph.unlocked if group.size > 1]
+    locked = {} if sound else _culprits(trials, graph, candidates(graph))
+    graph = with_locks(graph, locked)
+    unneeded = idle(trials, graph)
+    return without(graph, unneeded), dataclasses.replace(repairs, locked=locked, idle=unneeded)
 
 
 def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs) -> tuple[Repairs, Graph, bool]:
@@ -101,7 +104,7 @@ def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], rep
     """
     tried: set[tuple[str, object]] = set()
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
-    failure = trials.failure(graph, _candidates(graph))
+    failure = trials.failure(graph, candidates(graph))
     while failure is not None:
         attempt = _proposal(trials.model, graph, failure.path, repairs, tried)
         if attempt is None:
@@ -109,7 +112,7 @@ def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], rep
         if attempt.tied != repairs.tied:
             attempt = dataclasses.replace(attempt, following=_renamed(graph, tied_graph(attempt.tied), attempt.following))
         after = _repaired_graph(tied_graph(attempt.tied), attempt)
-        outcome = trials.failure(after, _candidates(after))
+        outcome = trials.failure(after, candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
@@ -121,7 +124,7 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     parts = path.split(".") if path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
     enclosing[1:1] = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_children()]
-    roles = {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
+    role = roles(model)
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
     for here in enclosing:
@@ -132,13 +135,13 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
                 if (here, choice) in tried or choice in repairs.following:
                     continue
                 others = [(p, found[k]) for (p, name), found in options.items() if name == attribute and len(found) > k]
-                alike = {c for p, c in others if roles[p] == roles[here] and (p == here or (p, attribute) not in followed)}
+                alike = {c for p, c in others if role[p] == role[here] and (p == here or (p, attribute) not in followed)}
                 tried |= {(c[0], c) for c in alike}
                 rivals = _rivals(graph, choice)
                 kept = frozenset(c for c in repairs.following if c not in rivals)
                 return dataclasses.replace(repairs, following=kept | alike)
         if here in graph.may_tie and (here, "tied") not in tried:
-            same = {p for p in graph.may_tie if roles[p] == roles[here]}
+            same = {p for p in graph.may_tie if role[p] == role[here]}
             tried |= {(p, "tied") for p in same}
             return dataclasses.replace(repairs, tied=repairs.tied | same)
     return None
