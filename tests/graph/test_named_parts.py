@@ -229,7 +229,13 @@ class Positions(nn.Module):
         return self.beside(x).mean((1, 2)) + self.head(self.rearranged(self.mix(x)).flatten(2).mean(2))
 
 
-@pytest.mark.parametrize(("rearranged", "channels"), [(nn.PixelShuffle(2), 1), (nn.PixelUnshuffle(2), 16), (nn.Unfold(2), 16)])
+def sampled(x):
+    return nn.functional.grid_sample(torch.ones_like(x).cumsum(3), x[:, :2].permute(0, 2, 3, 1), align_corners=False)
+
+
+@pytest.mark.parametrize(
+    ("rearranged", "channels"), [(nn.PixelShuffle(2), 1), (nn.PixelUnshuffle(2), 16), (nn.Unfold(2), 16), (sampled, 4)]
+)
 def test_rearranged_positions_stay(rearranged, channels):
     graph = exact(lambda: Positions(rearranged, channels), torch.randn(2, 6, 4, 5, dtype=torch.float64))
     assert "along.weight" not in cuttable(graph)
