@@ -1,5 +1,7 @@
 """Splits in unequal parts by widths that modules keep, and convolutions along a dimension that they leave as it is."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -240,3 +242,15 @@ def test_rearranged_positions_stay(rearranged, channels):
     graph = exact(lambda: Positions(rearranged, channels), torch.randn(2, 6, 4, 5, dtype=torch.float64))
     assert "along.weight" not in cuttable(graph)
     assert "positions" in str(graph)
+
+
+def test_a_copied_graph_predicts_the_same():
+    graph = exact(Scales, torch.randn(2, 5, dtype=torch.float64), seeds=1)
+    for place in graph.extents:  # what is looked up is kept by identity, which a copy does not share
+        _ = graph.extents[place]
+    twin = pickle.loads(pickle.dumps(graph))
+    flat = [[c for _, outputs in g.extents.values() for dims in outputs for c in dims] for g in (graph, twin)]
+    assert any(column is not None for column in flat[0])
+    for ours, theirs in zip(*flat, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (ours == theirs).all()

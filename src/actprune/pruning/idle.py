@@ -18,7 +18,7 @@ from actprune.pruning.trials import Trials
 
 
 def idle(trials: Trials, graph: Graph) -> frozenset[tuple[str, str]]:
-    """(module, attribute) of assumed followers without which the cut model runs as well.
+    """(module, attribute) of assumed followers without which the cut model runs as well, or gets further.
 
     Modules of the same class and place in their block are asked at once.
     """
@@ -30,9 +30,11 @@ def idle(trials: Trials, graph: Graph) -> frozenset[tuple[str, str]]:
         if follower.assumed and cuttable[follower.counts].any():
             alike[role[follower.module], follower.attribute].add((follower.module, follower.attribute))
     found: frozenset[tuple[str, str]] = frozenset()
+    failure = trials.failure(graph, groups) if alike else None
     for asked in alike.values():
-        if trials.failure(without(graph, found | asked), groups) is None:
-            found |= asked
+        after = trials.failure(without(graph, found | asked), groups)
+        if after is None or (failure is not None and after.progress > failure.progress):
+            found, failure = found | asked, after
     return found
 
 

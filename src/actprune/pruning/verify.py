@@ -90,10 +90,10 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
     repairs, graph, sound = _repaired(trials, tied_graph, Repairs(training=training))
-    locked = {} if sound else _culprits(trials, graph, candidates(graph))
-    graph = with_locks(graph, locked)
     unneeded = idle(trials, graph)
-    return without(graph, unneeded), dataclasses.replace(repairs, locked=locked, idle=unneeded)
+    graph = without(graph, unneeded)
+    locked = {} if sound else _culprits(trials, graph, candidates(graph))
+    return with_locks(graph, locked), dataclasses.replace(repairs, locked=locked, idle=unneeded)
 
 
 def _repaired(trials: Trials, tied_graph: Callable[[frozenset[str]], Graph], repairs: Repairs) -> tuple[Repairs, Graph, bool]:
