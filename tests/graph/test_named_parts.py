@@ -1,5 +1,7 @@
 """Splits in unequal parts by widths that modules keep, and convolutions along a dimension that they leave as it is."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,110 @@ def test_a_wider_kernel_locks_what_it_runs_along():
     graph, _ = rehearse(Scales(3, 1).double(), torch.randn(2, 5, dtype=torch.float64))
     assert not graph.unlocked
     assert "convolved dimension" in str(graph)
+
+
+class Equal(nn.Module):
+    """The part's width is asked of a convolution; an integer that is called a width equals it, and is something else."""
+
+    def __init__(self, use, **integers):
+        super().__init__()
+        self.use, self.mix = use, nn.Conv2d(2, 2, 3, padding=1)
+        vars(self).update(integers)
+
+    def forward(self, x):
+        first, rest = x.split([self.mix.in_channels, x.shape[1] - self.mix.in_channels], 1)
+        return torch.cat([self.use(self, self.mix(first)), rest], 1)
+
+
+def repeatedly(module, x):
+    for _ in range(module.num_hidden_layers):
+        x = module.mix(x).tanh()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("use", "integer"),
+    [
+        (lambda module, x: x.softmax(module.dim), {"dim": 2}),
+        (lambda module, x: x / module.num_features, {"num_features": 2}),
+        (lambda module, x: x / module.num_features, {"num_features": 10}),
+        (lambda module, x: x / module.dim, {"dim": 12, "part_dim": 2}),
+        (repeatedly, {"num_hidden_layers": 2}),
+    ],
+)
+def test_what_equals_a_part_by_chance_stays(use, integer):
+    graph = exact(between(lambda: Equal(use, **integer)), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert not graph.followers
+    assert "0.weight" in cuttable(graph)
+
+
+class Share(nn.Module):
+    """One part is a share of the width, rounded: right as long as one unit leaves."""
+
+    def __init__(self, mixes=True):
+        super().__init__()
+        self.dim, self.hidden_dim = 12, 4
+        self.mix = nn.Conv2d(4, 4, 3, padding=1) if mixes else nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        first, rest = x.split([self.dim // 3, self.dim - self.dim // 3], 1)
+        return torch.cat([self.mix(first), rest], 1)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_share_of_the_width_is_found_out(mixes):
+    graph = exact(between(lambda: Share(mixes)), torch.randn(2, 3, 4, 4, dtype=torch.float64), seeds=8)
+    assert "0.weight" not in cuttable(graph)
+
+
+class Noted(Partial):
+    """Forward notes on the module what it computed."""
+
+    def forward(self, x):
+        self.rest_dim = x.shape[1] - self.pdim
+        first, rest = x.split([self.pdim, self.rest_dim], 1)
+        return torch.cat([self.mix(first), rest], 1)
+
+
+def test_what_forward_sets_itself_needs_no_following():
+    graph = exact(between(lambda: Noted(12, 4, True)), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert [follower.attribute for follower in graph.followers] == ["pdim"]
+
+
+class Positions(nn.Module):
+    """Positions that a linear layer makes pass a convolution, and are rearranged after it."""
+
+    def __init__(self, rearranged, channels):
+        super().__init__()
+        self.rearranged = rearranged
+        self.along, self.mix, self.beside = nn.Linear(5, 8), nn.Conv2d(6, 4, 1), nn.Linear(8, 3)
+        self.head = nn.Linear(channels, 3)
+
+    def forward(self, x):
+        x = self.along(x)
+        return self.beside(x).mean((1, 2)) + self.head(self.rearranged(self.mix(x)).flatten(2).mean(2))
+
+
+def sampled(x):
+    return nn.functional.grid_sample(torch.ones_like(x).cumsum(3), x[:, :2].permute(0, 2, 3, 1), align_corners=False)
+
+
+@pytest.mark.parametrize(
+    ("rearranged", "channels"), [(nn.PixelShuffle(2), 1), (nn.PixelUnshuffle(2), 16), (nn.Unfold(2), 16), (sampled, 4)]
+)
+def test_rearranged_positions_stay(rearranged, channels):
+    graph = exact(lambda: Positions(rearranged, channels), torch.randn(2, 6, 4, 5, dtype=torch.float64))
+    assert "along.weight" not in cuttable(graph)
+    assert "positions" in str(graph)
+
+
+def test_a_copied_graph_predicts_the_same():
+    graph = exact(Scales, torch.randn(2, 5, dtype=torch.float64), seeds=1)
+    for place in graph.extents:  # what is looked up is kept by identity, which a copy does not share
+        _ = graph.extents[place]
+    twin = pickle.loads(pickle.dumps(graph))
+    flat = [[c for _, outputs in g.extents.values() for dims in outputs for c in dims] for g in (graph, twin)]
+    assert any(column is not None for column in flat[0])
+    for ours, theirs in zip(*flat, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (ours == theirs).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
     def __init__(
         self,
         produced: Mapping[Place, tuple[str, Sequence[Sequence[Ids]]]],
+        numbers: Mapping[Place, tuple[float | complex, ...]],
         classes: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     ) -> None:
         self._produced, self._classes = produced, classes
+        self.numbers = numbers
+        """Place -> the numbers that an operator computed with, if any: no cut changes them."""
         self._known: dict[int, NDArray[np.int64] | None] = {}
 
     def __getitem__(self, place: Place) -> tuple[str, tuple[Dims, ...]]:
@@ -42,6 +45,10 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
     def __len__(self) -> int:
         """Number of operators."""
         return len(self._produced)
+
+    def __reduce__(self) -> Any:
+        """A copy looks everything up anew: what is known is known by identity."""
+        return Extents, (self._produced, self.numbers, self._classes)
 
     def _column(self, ids: Ids) -> NDArray[np.int64] | None:
         """Classes of ids; broadcast dimensions follow others and say nothing."""

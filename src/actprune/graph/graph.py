@@ -84,6 +84,8 @@ class Follower:
     index: int | None
     counts: NDArray[np.int64]
     """Class index of every counted thing."""
+    assumed: bool = False
+    """Whether chance may have made it equal: it follows only if the cut model fails otherwise."""
 
     def value(self, removed: NDArray[np.bool_]) -> int:
         """The attribute's value when the marked classes are gone."""

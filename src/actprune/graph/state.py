@@ -62,6 +62,8 @@ class Binding:
     """Position inside a tuple or list attribute, or None for an int."""
     counts: NDArray[np.int64]
     """One id per counted thing: the attribute's new value is how many of them stay."""
+    assumed: bool = False
+    """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
 @dataclass
@@ -95,6 +97,8 @@ class TraceState:
     """What runs now, runs in training mode only."""
     produced_ids: dict[tuple[str, int, int], tuple[str, list[list[Ids]]]] = field(default_factory=dict)
     """(module, call, operator) -> the operator's name, and for each of its outputs the ids of every dimension."""
+    numbers: dict[tuple[str, int, int], tuple[float | complex, ...]] = field(default_factory=dict)
+    """(module, call, operator) -> the numbers that it was given, if any."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])

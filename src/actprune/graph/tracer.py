@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import CONTRACTIONS, decomposed
+from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
@@ -75,7 +76,7 @@ class ChannelTracer(TorchDispatchMode):
         t = self.state
         if self._inside:
             if not composite and not t.training:
-                self._number(name, [])
+                self._number(name, [], ())
             return out
         inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
         self._read(name, inputs)
@@ -106,7 +107,7 @@ class ChannelTracer(TorchDispatchMode):
         if name not in CONTRACTIONS or name in _OF_VECTORS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
-            self._number(name, [t.ids(x) for x in outputs])
+            self._number(name, [t.ids(x) for x in outputs], numbers(func, args, kwargs))
         return out
 
     def whole(self, function: Any, args: Any, inputs: list[Tensor], follow: Callable[[Any], None]) -> Any:
@@ -128,10 +129,13 @@ class ChannelTracer(TorchDispatchMode):
         for producer in t.producers(inputs):
             producer.readers += 1
 
-    def _number(self, name: str, produced: list[list[Ids]]) -> None:
+    def _number(self, name: str, produced: list[list[Ids]], given: tuple[float | complex, ...]) -> None:
         """Remember an operator by its place in its module's call."""
         frame = self.state.frames[-1]
-        self.state.produced_ids[frame.path, frame.call, frame.operators] = name, produced
+        place = frame.path, frame.call, frame.operators
+        self.state.produced_ids[place] = name, produced
+        if given:
+            self.state.numbers[place] = given
         frame.operators += 1
 
     def _meet_inputs(self) -> None:
@@ -219,6 +223,8 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
                 "pass example_inputs as the model takes them: a tensor, a tuple of arguments, a dict of keyword arguments, "
                 "or a callable that takes the model"
             ) from error
+    for bindings in (state.bindings, state.possible, state.asked):  # what a forward makes itself, it makes anew
+        bindings[:] = [one for one in bindings if one.attribute in vars(state.modules[one.module])]
     whole = all(name in state.tensor_ids for name in _learned(model))
     if training or not whole:
         _in_training(model, example, state)

@@ -66,7 +66,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     groups = group(columns, reasons, consumed[:n] | produced[:n], _once(sites), reads, state)
     cost = _cost(state, model, classes, tensors)
     followers, possible = (
-        tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts)) for b in bindings)
+        tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts), b.assumed) for b in bindings)
         for bindings in (state.bindings, state.possible + state.asked)
     )
     consumers = tuple(
@@ -97,7 +97,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
-        Extents(state.produced_ids, classes.of),
+        Extents(state.produced_ids, state.numbers, classes.of),
         _unknown(state, classes, consumed | produced),
     )
 

@@ -22,26 +22,31 @@ _FIXED: tuple[Callable[[int, int], Sequence[int]], ...] = (
 
 
 class Shares:
-    """Several cuts of any groups of a model, the last of them such that widths which may be one become different.
+    """Several cuts of any groups of a model, one of them such that widths which may be one become different.
 
+    Where parts follow integers that may equal them by chance, a last one leaves one unit of every part: a third, rounded,
+    stays right as long as one unit leaves.
     What a group loses depends on its name alone: a repair that ties groups somewhere changes no cut elsewhere.
     """
 
     def __init__(self, graph: Graph) -> None:
         pairs = list(_pairs(graph).values())
+        self._of_parts = _of_parts(graph)
         self._seed = min(range(_SEEDS), key=lambda seed: self._equal(graph, pairs, seed)) if pairs else 0
         self._told_apart = _told_apart(graph, pairs, self._seed)
 
     def __len__(self) -> int:
         """Number of cuts."""
-        return len(_FIXED) + 1
+        return len(_FIXED) + 1 + bool(self._of_parts)
 
     def of(self, number: int, group: Group) -> Sequence[int]:
         """Units that leave a group in one of the cuts."""
         if number < len(_FIXED):
             return _FIXED[number](crc32(group.name.encode()), group.size)
-        n = self._told_apart.get(group.name, group.size)
-        return range(n) if n < group.size else _drawn(self._seed, group)
+        if number == len(_FIXED):
+            n = self._told_apart.get(group.name, group.size)
+            return range(n) if n < group.size else _drawn(self._seed, group)
+        return range(0 if self._of_parts.isdisjoint(group.members) else group.size - 1)
 
     @staticmethod
     def _equal(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> int:
@@ -83,6 +88,16 @@ def _told_apart(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[n
         settled[name] = min(found, key=lambda n: found[n])
         stays[group.classes] = np.arange(group.size) >= settled[name]
     return settled
+
+
+def _of_parts(graph: Graph) -> frozenset[tuple[str, int]]:
+    """Dimensions with units that assumed followers count."""
+    counted = np.zeros(graph.n_classes + 1, bool)
+    for follower in graph.followers:
+        if follower.assumed:
+            counted[follower.counts] = True
+    counted[-1] = False  # positions without a class
+    return frozenset(key for group in graph.unlocked if counted[group.classes].any() for key in group.members)
 
 
 def _pairs(graph: Graph) -> dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64]]]:

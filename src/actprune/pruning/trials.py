@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.hooks import decomposed
+from actprune.core.numbers import numbers
 from actprune.core.stack import Frame, module_stack
 from actprune.graph import Graph, Group
+from actprune.graph.weak import ByTensor
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
 from actprune.surgery import rehearsed
@@ -79,15 +82,24 @@ class Trials:
         return None
 
 
-class _ShapeError(Exception):
+_SUMS = {"sum", "linalg_vector_norm"}
+_COUNTABLE = 2**40
+
+
+class ShapeError(Exception):
     """An operator produced other extents than the trace predicts."""
 
 
-class _Checker(TorchDispatchMode):
-    """Counts operators, how far a model got, and compares what they produce with what the trace predicts.
+class NumberError(Exception):
+    """An operator was given another number than in the trace: the code asked a width that is cut."""
 
-    A reshape that infers an extent can take a wrong one without failing. Calls that run other operators than the traced one
-    did (data decide, or a module changed its class) are let through from there on.
+
+class _Checker(TorchDispatchMode):
+    """Counts operators, how far a model got, and compares what they are given and produce with what the trace predicts.
+
+    A reshape that infers an extent can take a wrong one without failing, and so can a scale that is computed from an extent.
+    Calls that run other operators than the traced one did (data decide, or a module changed its class) are let through from
+    there on; so are numbers where a call has read one off a tensor, and those that make a mean of a sum: a mean of what stays.
     """
 
     def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
@@ -99,6 +111,8 @@ class _Checker(TorchDispatchMode):
         self._stack = stack
         self._kept: dict[int, int] = {}
         self._astray: set[tuple[str, int]] = set()
+        self._measuring: set[tuple[str, int]] = set()
+        self._summed: ByTensor[int] = ByTensor()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
@@ -110,18 +124,28 @@ class _Checker(TorchDispatchMode):
         if composite:
             return out
         if self._compares:
-            self._check(func.overloadpacket.__name__, out)
+            self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
         self.n += 1  # an operator that gave a wrong shape was not got past
         return out
 
-    def _check(self, ran: str, out: Any) -> None:
-        frame = self._stack[-1]
+    def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
+        frame, extents = self._stack[-1], self._graph.extents
         call_, number = (frame.path, frame.call), frame.operators
         frame.operators += 1
-        name, expected = self._graph.extents.get((*call_, number), ("", ()))
+        name, expected = extents.get((*call_, number), ("", ()))
         if name != ran:
             self._astray.add(call_)
+        if ran == "_local_scalar_dense":
+            self._measuring.add(call_)
+        if ran in _SUMS and out.numel():
+            self._summed[out] = args[0].numel() // out.numel()
         if call_ not in self._astray:
+            before = extents.numbers.get((*call_, number), ())
+            changed = repr(given) != repr(before) and call_ not in self._measuring
+            if changed and not any(_is_count(n, given, before) for n in self._summed.each(args) if n is not None):
+                raise NumberError(
+                    f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
+                )
             for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
                 self._compare(name, tensor, dims)
 
@@ -141,13 +165,34 @@ class _Checker(TorchDispatchMode):
         for extent, expected in zip(tensor.shape, due, strict=True):
             if expected is not None and extent != expected and not _only_moved(tensor.shape, due):
                 self.right = sum(n == e for n, e in zip(tensor.shape, due, strict=True))
-                raise _ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
+                raise ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
 
     def _extent(self, column: NDArray[np.int64]) -> int:
         """How many of these positions stay."""
         if id(column) not in self._kept:
             self._kept[id(column)] = int(self._stays[column].sum())
         return self._kept[id(column)]
+
+
+def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex]) -> bool:
+    """Whether one number changed from how many were summed to how many are (one less: of a variance), or a root of that."""
+    if len(given) != 1 or len(before) != 1:
+        return False
+    now, once = given[0], before[0]
+    if isinstance(now, complex) or isinstance(once, complex) or not (0 < now < _COUNTABLE and 0 < once < _COUNTABLE):
+        return False
+    roots = ((now**power, once**power) for power in (1, -1, 2, -2))
+    return any(
+        round(full) > round(kept) >= 1
+        and isclose(kept, round(kept))
+        and isclose(full, round(full))
+        and round(kept) in (n, n - 1)
+        for kept, full in roots
+    )
+
+
+def _listed(values: Sequence[float | complex]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from actprune.core.calling import Example, undisturbed
 from actprune.graph import Follower, Graph, Group, Trace, twice
+from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
 from actprune.pruning.trials import Failure, Run, Trials
 
@@ -34,6 +35,8 @@ class Repairs:
     """Modules whose inner width has to stay equal to the width of their input."""
     locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Group -> why it cannot be cut after all."""
+    idle: frozenset[tuple[str, str]] = frozenset()
+    """Assumed followers, (module, attribute), that nothing needs: they stay as they are."""
     training: bool = False
     """Whether training mode does to widths what evaluation mode does not, and has to be followed too."""
 
@@ -44,6 +47,7 @@ class Repairs:
             "following": [list(choice) for choice in following],
             "tied": sorted(self.tied),
             "locked": dict(self.locked),
+            "idle": [list(one) for one in sorted(self.idle)],
             "training": self.training,
         }
 
@@ -51,7 +55,8 @@ class Repairs:
     def from_dict(cls, state: Mapping[str, Any]) -> Repairs:
         """Inverse of ``to_dict``."""
         following = frozenset((path, name, frozenset(groups)) for path, name, groups in state["following"])
-        return cls(following, frozenset(state["tied"]), dict(state["locked"]), state.get("training", False))
+        idle = frozenset((path, name) for path, name in state.get("idle", ()))
+        return cls(following, frozenset(state["tied"]), dict(state["locked"]), idle, state.get("training", False))
 
 
 def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
@@ -60,7 +65,7 @@ def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
 
 
 def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
-    return with_locks(with_followers(tied, repairs.following), repairs.locked)
+    return with_locks(without(with_followers(tied, repairs.following), repairs.idle), repairs.locked)
 
 
 def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
@@ -69,7 +74,7 @@ def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
     A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
     """
     graph, repairs = _rehearsed(model, [Run(example)])
-    groups = _candidates(graph)
+    groups = candidates(graph)
     for inputs in (example, twice(example)) if groups else ():
         run = Run(inputs, training=True)
         if Trials(model, [run], Shares(graph)).failure(graph, groups) is None:
@@ -88,24 +93,23 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tried: set[tuple[str, object]] = set()
     known: set[tuple[object, str]] = set()
     repairs, graph, failure = _repaired(trials, tied_graph, Repairs(training=training), tried)
+    if unneeded := idle(trials, graph):
+        repairs, graph, failure = _repaired(trials, tied_graph, dataclasses.replace(repairs, idle=unneeded), tried)
     drawn_for = frozenset[str]()
     while failure is not None or repairs.tied != drawn_for:
         if failure is None:  # ties made groups of heads of what was wide: what may be taken for equal is told apart anew
             drawn_for, trials = repairs.tied, dataclasses.replace(trials, shares=Shares(graph))
             tried.clear()
         else:  # what nothing helps is locked, and the rest may still be repaired
-            locked = {**repairs.locked, **_stuck(trials, graph, _candidates(graph))}
-            kind = _roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
+            locked = {**repairs.locked, **_stuck(trials, graph, candidates(graph))}
+            kind = roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
             if kind not in known:  # else every repair has been tried for a module like that one
                 tried.clear()
             known.add(kind)
             repairs = dataclasses.replace(repairs, locked=locked)
         repairs, graph, failure = _repaired(trials, tied_graph, repairs, tried)
-    return graph, repairs
-
-
-def _candidates(graph: Graph) -> list[Group]:
-    return [group for group in graph.unlocked if group.size > 1]
+    unneeded = repairs.idle | idle(trials, graph)
+    return without(graph, unneeded), dataclasses.replace(repairs, idle=unneeded)
 
 
 def _repaired(
@@ -117,18 +121,18 @@ def _repaired(
     module takes for equal are tied; then the same for the modules that it holds, and for those around it.
     """
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
-    failure = trials.failure(graph, _candidates(graph))
+    failure = trials.failure(graph, candidates(graph))
     while failure is not None:
         attempt = _proposal(trials.model, graph, failure.path, repairs, tried)
         if attempt is None:
             break
         attempt, after = _carried(graph, tied_graph, repairs, attempt)
-        outcome = trials.failure(after, _candidates(after))
+        outcome = trials.failure(after, candidates(after))
         narrow = _near(repairs, attempt, failure.path)
         if narrow != attempt and outcome is not None and outcome.progress < failure.progress:
             # what helps here may hurt a module alike, which compares two widths that are equal there
             attempt, after = _carried(graph, tied_graph, repairs, narrow)
-            outcome = trials.failure(after, _candidates(after))
+            outcome = trials.failure(after, candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
@@ -163,7 +167,7 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     parts = path.split(".") if path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
     enclosing[1:1] = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_children()]
-    roles = _roles(model)
+    role = roles(model)
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
     for here in enclosing:
@@ -174,21 +178,16 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
                 if (here, choice) in tried or choice in repairs.following:
                     continue
                 others = [(p, found[k]) for (p, name), found in options.items() if name == attribute and len(found) > k]
-                alike = {c for p, c in others if roles[p] == roles[here] and (p == here or (p, attribute) not in followed)}
+                alike = {c for p, c in others if role[p] == role[here] and (p == here or (p, attribute) not in followed)}
                 tried |= {(c[0], c) for c in alike}
                 rivals = _rivals(graph, choice)
                 kept = frozenset(c for c in repairs.following if c not in rivals)
                 return dataclasses.replace(repairs, following=kept | alike)
         if here in graph.may_tie and (here, "tied") not in tried:
-            same = {p for p in graph.may_tie if roles[p] == roles[here]}
+            same = {p for p in graph.may_tie if role[p] == role[here]}
             tried |= {(p, "tied") for p in same}
             return dataclasses.replace(repairs, tied=repairs.tied | same)
     return None
-
-
-def _roles(model: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
-    """Path -> class and place in its block, which modules that are alike share."""
-    return {p: (type(m), tuple("*" if x.isdigit() else x for x in p.split("."))) for p, m in model.named_modules()}
 
 
 def _rivals(graph: Graph, choice: Choice) -> set[Choice]:

@@ -132,7 +132,8 @@ def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
 def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
     """Unequal parts, each as wide as one integer of the running module or of one it holds; one part may be what is left.
 
-    Parts of one size are named by one integer, so position ``i`` of every one of them leaves together.
+    Parts of one size are named by one integer, so position ``i`` of every one of them leaves together. All follow at once, for
+    sizes that do not add up fail; a rehearsal then finds those that are equal by chance.
     """
     if len(set(sizes)) == 1 or t.of_torch(t.stack[-1]):
         return False
@@ -150,7 +151,7 @@ def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
         return False
     for size, alike in parts.items():
         t.tie_all(alike[0][None], np.stack(alike))
-        t.bindings.append(Binding(*named[size][0], None, alike[0]))
+        t.bindings.append(Binding(*named[size][0], None, alike[0], assumed=True))
     return True
 
 

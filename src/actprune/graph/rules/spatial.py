@@ -49,6 +49,8 @@ def _resample(spatial: int) -> Rule:
         x = t.ids(a.input)
         for ids in x[-spatial:]:
             t.lock(ids, "pooled dimension")
+        for ids in t.ids(a.grid)[1:] if hasattr(a, "grid") else ():
+            t.lock(ids, "positions to sample at")
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             t.set(tensor, [*x[:-spatial], *[None] * spatial])
 

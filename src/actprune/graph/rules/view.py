@@ -213,6 +213,8 @@ def _bind_extents(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
 def pixel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """``(C r^2, H, W) <-> (C, H r, W r)``: the channels of one output pixel block leave together."""
     x = t.ids(a.input)
+    for ids in x[-2:]:
+        t.lock(ids, "shuffled positions")
     wide, narrow = a.input.shape[-3], out.shape[-3]
     if wide >= narrow:
         kept = x[-3]
@@ -241,6 +243,8 @@ def channel_shuffle(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def im2col(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """``(C, H, W) -> (C kh kw, L)``: all taps of a channel leave together."""
     x = t.ids(a.input)
+    for ids in x[-2:]:
+        t.lock(ids, "unfolded positions")
     taps = math.prod(a.kernel_size)
     t.set(out, [*x[:-3], None if x[-3] is None else np.repeat(x[-3], taps), None])
 
@@ -251,4 +255,5 @@ def col2im(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     x = t.ids(a.input)
     channels = split(t, x[-2], [out.shape[-3], math.prod(a.kernel_size)])
     t.lock(channels[1], "taps of a fold")
+    t.lock(x[-1], "folded positions")
     t.set(out, [*x[:-2], channels[0], None, None])

@@ -1,0 +1,38 @@
+"""Numbers that operators compute with beside tensors: factors, exponents, constants; not sizes, dimensions and positions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+_KINDS = {"Tensor", "number", "float", "Optional[Tensor]", "Optional[number]", "Optional[float]"}
+# what counts positions is as long as they are
+_COUNTING = {"arange", "range", "linspace", "logspace", "randint"}
+# of several groups every one leaves evenly: their number stays, and says what is normalised together
+_GROUPS = {"native_group_norm": "group"}
+_LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
+
+
+@functools.cache
+def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
+    """Where an operator takes numbers: positions and names of its arguments."""
+    arguments = [] if func.overloadpacket.__name__ in _COUNTING else func._schema.arguments
+    groups = _GROUPS.get(func.overloadpacket.__name__)
+    taking = [(i, a.name) for i, a in enumerate(arguments) if str(a.type) in _KINDS or a.name == groups]
+    return frozenset(i for i, _ in taking), frozenset(name for _, name in taking)
+
+
+def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float | complex, ...]:
+    """What an ATen operator is given, in order; the value itself where a number is made a tensor (``torch.tensor(3)``)."""
+    if func.overloadpacket.__name__ in _LIFTED:
+        made: Tensor = args[0]
+        return (made.item(),) if made.numel() == 1 and made.device.type == "cpu" else ()
+    plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
+    named = [(name, x) for name, x in kwargs.items() if type(x) in (int, float, complex)]
+    if not plain and not named:
+        return ()
+    positions, names = _places(func)
+    return (*(x for i, x in plain if i in positions), *(x for name, x in named if name in names))

@@ -1,0 +1,107 @@
+"""Numbers that code computes from a width change with it, and no shape tells: a scale of attention, a mean by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from actprune.pruning.plans import draft
+from actprune.pruning.verify import rehearse
+from actprune.surgery import cut
+from masked import difference, masked, outputs, random_units
+
+
+class Head(nn.Module):
+    """One head, its scale computed by a function of the module, of its input, and of its queries."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.width = scale, 12
+        self.key, self.query, self.value = (nn.Linear(12, 4, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        q, k = self.query(x), self.key(x)
+        return (q @ k.transpose(-2, -1) * self.scale(self, x, q)).softmax(-1) @ self.value(x)
+
+
+class Heads(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.embed, self.heads = nn.Linear(5, 12), nn.ModuleList(Head(scale) for _ in range(3))
+        self.proj, self.out = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.out(x + self.proj(torch.cat([head(x) for head in self.heads], -1)))
+
+
+SCALES = {
+    "of the input": (lambda m, x, q: x.shape[-1] ** -0.5, False),
+    "a tensor of it": (lambda m, x, q: 1 / torch.sqrt(torch.tensor(float(x.shape[-1]))), False),
+    "filled with it": (lambda m, x, q: torch.full((), x.shape[-1] ** -0.5), False),
+    "of the module": (lambda m, x, q: m.width**-0.5, True),
+    "of the head": (lambda m, x, q: q.shape[-1] ** -0.5, True),
+    "of the data": (lambda m, x, q: 1 / (1 + x.abs().max().item()), True),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_a_width_stays_that_a_number_is_computed_from(case):
+    torch.manual_seed(0)
+    scale, cuttable = SCALES[case]
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    graph, _ = rehearse(Heads(scale).double(), x)
+    assert (graph.group("embed").locked is None) == cuttable, str(graph)
+    if not cuttable:
+        assert "a number that follows a width" in graph.group("embed").locked
+    assert len(graph.unlocked) == 3 + cuttable  # the values of every head, whatever the scale
+    for seed in range(3):
+        torch.manual_seed(seed)
+        twin = Heads(scale).double()
+        plan = draft(twin, graph, random_units(graph, seed))
+        reference = outputs(masked(twin, plan, graph), x)
+        cut(twin, plan, x)
+        assert difference(outputs(twin, x), reference) < 1e-11
+
+
+class ByHand(nn.Module):
+    """Norms written by hand: a sum, or a vector's length, divided by how many there are."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.inner, self.outer, self.norm = nn.Linear(5, 12), nn.Linear(12, 3), norm
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.outer(self.norm(x))
+
+
+def standardised(x):
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    return centred / (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+
+
+NORMS = {
+    "quotient": (lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[-1]), True),
+    "factor": (lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) * (1 / x.shape[-1])), True),
+    "length": (lambda x: x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5), True),
+    "variance": (standardised, True),
+    "of something else": (lambda x: x / (x.square().sum(-2, keepdim=True) / x.shape[-1]), False),
+    "no count": (lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[-1] ** 3), False),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_mean_by_hand_is_one_over_the_channels_that_stay(name):
+    norm, cuttable = NORMS[name]
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    model = ByHand(norm).double()
+    graph, _ = rehearse(model, x)
+    assert [group.size for group in graph.unlocked] == [12] * cuttable, str(graph)
+    if cuttable:
+        stays = [0, 1, 4, 5, 6, 8, 9]
+        gone = [i for i in range(12) if i not in stays]
+        with torch.no_grad():
+            expected = norm(model.inner(x)[:, stays]) @ model.outer.weight[:, stays].T + model.outer.bias
+        cut(model, draft(model, graph, {"inner": gone}), x)
+        assert difference(outputs(model, x), [expected]) < 1e-11
