@@ -105,3 +105,21 @@ def test_a_mean_by_hand_is_one_over_the_channels_that_stay(name):
             expected = norm(model.inner(x)[:, stays]) @ model.outer.weight[:, stays].T + model.outer.bias
         cut(model, draft(model, graph, {"inner": gone}), x)
         assert difference(outputs(model, x), [expected]) < 1e-11
+
+
+class CountedGroups(nn.Module):
+    """As many groups as eights of channels: a cut would normalise others together."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other, self.outer = nn.Conv1d(5, 32, 1), nn.Conv1d(32, 6, 1), nn.Conv1d(6, 3, 1)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.outer(self.other(torch.nn.functional.group_norm(x, x.shape[1] // 8)))
+
+
+def test_groups_that_are_counted_from_a_width_keep_it():
+    graph, _ = rehearse(CountedGroups(), torch.randn(2, 5, 4))
+    assert [group.size for group in graph.unlocked] == [6], str(graph)
+    assert "a number that follows a width" in graph.group("inner").locked
