@@ -79,8 +79,9 @@ class KeptOther(nn.Module):
             setattr(self.norm, name, nn.Parameter(value.index_select(0, self.keep)))
         if hasattr(norm, "normalized_shape"):
             self.norm.normalized_shape = (len(self.keep),)
-        if hasattr(norm, "num_channels"):
-            self.norm.num_channels = len(self.keep)
+        for name, value in vars(norm).items():  # what it checks of its input
+            if type(value) is int and value == size:
+                setattr(self.norm, name, len(self.keep))
         self.weight = self.norm.weight
         first = isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__ or _channels_first(norm)
         self.dim = getattr(norm, "channel_dim", 1 if first else -1)
@@ -143,7 +144,8 @@ def _written_elsewhere(module):
     """A norm over channels that is no module of PyTorch's own."""
     own = list(module.parameters(recurse=False))
     named = "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn")
-    return named and bool(own) and all(p.dim() == 1 for p in own) and not isinstance(module, nn.modules.batchnorm._NormBase)
+    named = named and getattr(module, "weight", None) is not None and not isinstance(module, nn.modules.batchnorm._NormBase)
+    return named and all(p.dim() == 1 for p in own)
 
 
 def masked(model, plan, graph=None, *, consumers_only=False):
