@@ -50,6 +50,10 @@ class OverKept(TorchDispatchMode):
         if name in NOT_NEUTRAL and not composite:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             args = (self._kept(args[0], named.get("dim")), *args[1:])
+        if name == "native_layer_norm" and args[2] is None and len(args[1]) == 1 and self._kept(args[0], -1) is not args[0]:
+            out = self._normalised(func, *args)
+            self._follow(name, args, list(out))
+            return out
         if name == "_softmax":
             args = (self._filled(args[0], args[1]), *args[1:])
         out = decomposed(self, func, args, kwargs)
@@ -66,6 +70,12 @@ class OverKept(TorchDispatchMode):
             if column is not None and len(column) == x.shape[dim] and self._gone[column].any():
                 x = x.index_select(dim, torch.from_numpy(np.flatnonzero(~self._gone[column])))
         return x
+
+    def _normalised(self, func, x, shape, weight, bias, eps):
+        """A norm without weights, over what stays; what has left comes out as zero."""
+        stays = torch.from_numpy(np.flatnonzero(~self._gone[self._columns.get(x)[-1]]))
+        y, *rest = func(x.index_select(-1, stays), [len(stays)], weight, bias, eps)
+        return torch.zeros_like(x).index_copy(-1, stays, y), *rest
 
     def _filled(self, x, dim):
         """A softmax is over what stays, like a norm: what has left has no share."""
