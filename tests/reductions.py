@@ -1,4 +1,4 @@
-"""Means, variances, extremes and softmaxes over channels, in the full-size reference: taken over the channels that stay.
+"""Means, variances and extremes over channels, in the full-size reference: taken over the channels that stay.
 
 A removed channel is zero in the reference. That adds nothing to a sum, but a mean still divides by it, a variance counts it,
 and among negative values it is the largest. The reference therefore hands such a reduction only what stays along the
@@ -54,8 +54,6 @@ class OverKept(TorchDispatchMode):
             out = self._normalised(func, *args)
             self._follow(name, args, list(out))
             return out
-        if name == "_softmax":
-            args = (self._filled(args[0], args[1]), *args[1:])
         out = decomposed(self, func, args, kwargs)
         if not composite:
             self._follow(name, args, [x for x in tree_leaves(out) if isinstance(x, Tensor)])
@@ -76,14 +74,6 @@ class OverKept(TorchDispatchMode):
         stays = torch.from_numpy(np.flatnonzero(~self._gone[self._columns.get(x)[-1]]))
         y, *rest = func(x.index_select(-1, stays), [len(stays)], weight, bias, eps)
         return torch.zeros_like(x).index_copy(-1, stays, y), *rest
-
-    def _filled(self, x, dim):
-        """A softmax is over what stays, like a norm: what has left has no share."""
-        columns = self._columns.get(x)
-        column = None if columns is None else columns[dim]
-        if column is None or len(column) != x.shape[dim] or not self._gone[column].any():
-            return x
-        return x.index_fill(dim, torch.from_numpy(np.flatnonzero(self._gone[column])), -torch.inf)
 
     def _follow(self, name, args, outputs):
         if name == "_to_copy":

@@ -1029,26 +1029,11 @@ class BestTokens(nn.Module):
 ZOO["BestTokens"] = Net(BestTokens, tokens(), [5, 6])
 
 
-class ChannelSoftmax(nn.Module):
-    """Softmax over channels: like a norm, over those that stay."""
-
-    def __init__(self, follows):
-        super().__init__()
-        self.follows, self.gone = follows, []
-
-    def keep_only(self, gone):
-        self.gone = gone
-
-    def forward(self, x):
-        if self.gone:
-            x = x.index_fill(1, torch.tensor(self.gone), -torch.inf)
-        return x.softmax(1)
-
-
-stack("SoftmaxOverChannels", [6, 5], lambda: [conv(3, 6), ChannelSoftmax("0.weight"), conv(6, 5), nn.ReLU(), Head(5)])
-
-
 # ------------------------------------------------------------------------------------------------ what must stay whole
+# what is removed would have had a share
+stack("SoftmaxOverChannels", [5], lambda: [conv(3, 6), nn.Softmax(1), conv(6, 5), nn.ReLU(), Head(5)])
+
+
 @net([5])
 class ChannelAttentionConv(nn.Module):
     """ECA: a convolution along the channels fixes their order and number."""

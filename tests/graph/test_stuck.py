@@ -189,7 +189,7 @@ class Pair(nn.Module):
 
 
 class MixedKernels(nn.Module):
-    """Kernels mixed by a softmax over them."""
+    """Kernels mixed by a softmax over them: as many stay."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ CASES = {
     "maxout": (Maxout, IMAGE, {8}),
     "circular": (Circular, TOKENS, {8}),
     "bilinear": (Pair, TOKENS, {8, 6, 7}),
-    "mixed kernels": (MixedKernels, TOKENS, {4}),
+    "mixed kernels": (MixedKernels, TOKENS, {6}),
     "modulated": (Modulated, IMAGE, {8, 6}),
     "dynamic": (Dynamic, TOKENS, {9}),
 }

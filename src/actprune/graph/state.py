@@ -256,8 +256,9 @@ class TraceState:
     def shapes(self, path: str, tensor: Tensor) -> Iterator[tuple[str, int]]:
         """Yield (name, how many dimensions) of a module's own tuples and lists that are the last extents of a tensor."""
         for _, name, value in self._plain(path):
-            whole = isinstance(value, (tuple, list)) and value and all(type(n) is int for n in value)
-            if whole and list(tensor.shape[-len(value) :]) == list(value):
+            if not isinstance(value, (tuple, list)) or not value or any(type(n) is not int for n in value):
+                continue
+            if list(tensor.shape[-len(value) :]) == list(value):
                 yield name, len(value)
 
     def of_torch(self, path: str) -> bool:

@@ -207,7 +207,8 @@ def _renamed(before: Graph, after: Graph, chosen: frozenset[Choice]) -> frozense
 
 def _moved(before: Graph, after: Graph, locked: Mapping[str, str]) -> dict[str, str]:
     """The same locks, on the groups of another graph of the same model that hold what was locked."""
-    owner, found = _owners(after), {}
+    owner = _owners(after)
+    found: dict[str, str] = {}
     for name, reason in locked.items():
         for column, positions in before.group(name).members.items():
             for cls in set(after.columns[column][positions].ravel().tolist()) & owner.keys():

@@ -30,12 +30,14 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if mixes:
             t.lock(ids, "convolved dimension")
     outer, inner = weight[0], weight[1]
+    operand: Ids
+    reads: Ids
     apart = not transposed and a.groups > 1 and _repeated(x[1], a.groups) and _repeated(outer, a.groups)
     if apart:  # every sample has a kernel of its own, and samples stand among the channels
         assert x[1] is not None
-        reads, writes = x[1][: len(x[1]) // a.groups], outer
+        operand = reads = x[1][: len(x[1]) // a.groups]
+        writes = outer
         t.tie(reads, inner)
-        operand: Ids = reads
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], reads)]
     elif a.groups == 1:
         reads, writes = (outer, inner) if transposed else (inner, outer)

@@ -94,8 +94,10 @@ def prelu(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
 def softmax(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Over units that stay, like a norm: the dimension is kept."""
-    t.set(out, t.ids(a.input))
+    """What is removed would have had a share, whatever it says: the dimension cannot be cut."""
+    ids = list(t.ids(a.input))
+    t.fix(ids, [a.dim] if ids else [], "share of a softmax")
+    t.set(out, ids)
 
 
 @rule("glu")
