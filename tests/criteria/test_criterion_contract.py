@@ -209,7 +209,7 @@ CASES = [
     Case(HRank(shape=(SIDE, SIDE)), map_rank),
     Case(Magnitude(), lambda x, w: np.linalg.norm(w, axis=1)),
     Case(Magnitude(p=1), lambda x, w: np.abs(w).sum(1)),
-    Case(FPGM(), lambda x, w: scipy.spatial.distance_matrix(w, w).sum(1)),
+    Case(FPGM(), lambda x, w: scipy.spatial.distance.cdist(w, w).sum(1)),
     Case(Reconstruction(ridge=0.01), greedy_reconstruction),
     Case(ZeroUnits(), lambda x, w: np.sqrt((w**2).mean(1))),
     Case(ZeroUnits(threshold=0.5), lambda x, w: np.sqrt((w**2).mean(1))),
