@@ -117,10 +117,9 @@ def in_float64(full: nn.Module, example: Any, plans: list[Plan], graph: Graph) -
     error = 0.0
     try:
         for plan in plans:
-            with _Widened():
-                reference = _compared(masked(model, plan, graph), example)
-                with rehearsed(model, plan):
-                    error = max(error, difference(_compared(model, example), reference))
+            reduced = masked(model, plan, graph)
+            with rehearsed(model, plan), _Widened():
+                error = max(error, difference(_compared(model, example), _compared(reduced, example)))
     except RuntimeError:
         return None
     return error

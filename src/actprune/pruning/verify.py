@@ -128,11 +128,13 @@ def _repaired(
             break
         attempt, after = _carried(graph, tied_graph, repairs, attempt)
         outcome = trials.failure(after, candidates(after))
-        narrow = _near(repairs, attempt, failure.path)
-        if narrow != attempt and outcome is not None and outcome.progress < failure.progress:
-            # what helps here may hurt a module alike, which compares two widths that are equal there
-            attempt, after = _carried(graph, tied_graph, repairs, narrow)
-            outcome = trials.failure(after, candidates(after))
+        if outcome is not None and outcome.progress < failure.progress:
+            # what helps here may hurt a module alike, where other widths are equal: all but that one are repaired, else one
+            hurt, whole = outcome.path, attempt
+            for fewer in (_of(repairs, whole, hurt, near=False), _of(repairs, whole, failure.path, near=True)):
+                if fewer not in (whole, attempt) and outcome is not None and outcome.progress <= failure.progress:
+                    attempt, after = _carried(graph, tied_graph, repairs, fewer)
+                    outcome = trials.failure(after, candidates(after))
         if outcome is None or outcome.progress > failure.progress:
             repairs, graph, failure = attempt, after, outcome
             tried.clear()
@@ -150,16 +152,16 @@ def _carried(
     return attempt, _repaired_graph(tied, attempt)
 
 
-def _near(repairs: Repairs, attempt: Repairs, path: str) -> Repairs:
-    """The same attempt without what it changes in modules that neither hold the failing one nor are held by it."""
+def _of(repairs: Repairs, attempt: Repairs, path: str, near: bool) -> Repairs:
+    """The same attempt with what it changes in modules that hold a module or are held by it alone, or in all others."""
     if attempt.tied != repairs.tied:
         return attempt
-    near = {
-        c
-        for c in attempt.following - repairs.following
-        if c[0] == "" or f"{path}.".startswith(f"{c[0]}.") or c[0].startswith(f"{path}.")
-    }
-    return dataclasses.replace(attempt, following=attempt.following & repairs.following | near)
+
+    def around(owner: str) -> bool:
+        return owner == "" or f"{path}.".startswith(f"{owner}.") or owner.startswith(f"{path}.")
+
+    chosen = {choice for choice in attempt.following - repairs.following if around(choice[0]) == near}
+    return dataclasses.replace(attempt, following=attempt.following & repairs.following | chosen)
 
 
 def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:
