@@ -145,7 +145,7 @@ def _written_elsewhere(module):
     own = list(module.parameters(recurse=False))
     named = "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn")
     named = named and getattr(module, "weight", None) is not None and not isinstance(module, nn.modules.batchnorm._NormBase)
-    return named and all(p.dim() == 1 for p in own)
+    return named and bool(own) and all(p.dim() == 1 for p in own)
 
 
 def masked(model, plan, graph=None, *, consumers_only=False):
