@@ -92,17 +92,23 @@ class IdSpace:
 
     def locked(self, ids: Ids) -> bool:
         """Whether all of these ids are locked by now."""
-        return ids is None or set(self.find(ids[ids >= 0]).tolist()) <= self.reasons().keys()
+        return ids is None or bool((self._lock_of()[self.find(ids[ids >= 0])] >= 0).all())
 
     def reasons(self) -> dict[int, str]:
         """Return root -> reason of every locked class."""
-        if not self._locks:
-            return {}
-        roots = self.find(np.concatenate([ids for ids, _ in self._locks]))
-        ends = np.cumsum([len(ids) for ids, _ in self._locks])
-        locked, first_at = np.unique(roots, return_index=True)
-        numbers = np.searchsorted(ends, first_at, side="right")
-        return {root: self._locks[number][1] for root, number in zip(locked.tolist(), numbers.tolist(), strict=True)}
+        lock = self._lock_of()
+        locked = np.flatnonzero(lock >= 0)
+        return {root: self._locks[number][1] for root, number in zip(locked.tolist(), lock[locked].tolist(), strict=True)}
+
+    def _lock_of(self) -> NDArray[np.int64]:
+        """Number of the first lock of every root, -1 where there is none."""
+        lock = np.full(self._size, -1)
+        if self._locks:
+            # backwards, for of several values the last one stays
+            ids = np.concatenate([ids for ids, _ in reversed(self._locks)])
+            numbers = np.arange(len(self._locks) - 1, -1, -1)
+            lock[self.find(ids)] = np.repeat(numbers, [len(self._locks[number][0]) for number in numbers])
+        return lock
 
 
 def first(candidates: Sequence[Ids]) -> Ids:
