@@ -101,7 +101,7 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
             drawn_for, trials = repairs.tied, dataclasses.replace(trials, shares=Shares(graph))
             tried.clear()
         else:  # what nothing helps is locked, and the rest may still be repaired
-            locked = {**repairs.locked, **_stuck(trials, graph, candidates(graph))}
+            locked = {**repairs.locked, **_stuck(trials, graph, candidates(graph), failure)}
             kind = roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
             if kind not in known:  # else every repair has been tried for a module like that one
                 tried.clear()
@@ -258,21 +258,21 @@ def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
     return dataclasses.replace(graph, groups=groups)
 
 
-def _stuck(trials: Trials, graph: Graph, groups: Sequence[Group]) -> dict[str, str]:
-    """Groups that cannot be cut: those that meet where the model fails and fail there alone, else what halves show."""
-    failure = trials.failure(graph, groups) if groups else None
-    if failure is None:
-        return {}
-    suspects = [g for g in groups if _meets(g, failure.path)] if len(groups) > 1 else list(groups)
+def _stuck(trials: Trials, graph: Graph, groups: Sequence[Group], failure: Failure) -> dict[str, str]:
+    """Of groups that fail together some that cannot be cut: those that fail alone, there first, else what halves show."""
+    if len(groups) == 1:
+        return {groups[0].name: f"the model fails once it is cut: {failure.error}"}
+    suspects = [g for g in groups if _meets(g, failure.path)]
     alone = {g.name: found for g in suspects if (found := trials.failure(graph, [g])) is not None}
     here = {name: found for name, found in alone.items() if found.path == failure.path}
-    guilty = {name: f"the model fails once it is cut: {found.error}" for name, found in (here or alone).items()}
-    if not guilty:
-        middle = len(groups) // 2
-        guilty = _stuck(trials, graph, groups[:middle]) or _stuck(trials, graph, groups[middle:])
-        # each half survives alone and both together do not: the later one gives way
-        guilty = guilty or {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
-    return guilty
+    if alone:
+        return {name: f"the model fails once it is cut: {found.error}" for name, found in (here or alone).items()}
+    middle = len(groups) // 2
+    for half in (groups[:middle], groups[middle:]):
+        if (found := trials.failure(graph, half)) is not None:
+            return _stuck(trials, graph, half, found)
+    # each half survives alone and both together do not: the later one gives way
+    return {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
 
 
 def _meets(group: Group, path: str) -> bool:
