@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from actprune.core.calling import call
+from actprune.pruning.plans import draft
+from actprune.surgery import cut
 from reductions import over_kept
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -270,3 +272,15 @@ def random_units(graph, seed, most=None):
         n = int(torch.randint(0, limit + 1, (), generator=generator))
         units[group.name] = sorted(torch.randperm(group.size, generator=generator)[:n].tolist())
     return units
+
+
+def check_cuts(build, graph, x, seeds=3):
+    """Random cuts of a network in float64 equal the masked network, and leave as much as the plan says."""
+    for seed in range(seeds):
+        torch.manual_seed(0)
+        twin = build().double()
+        plan = draft(twin, graph, random_units(graph, seed))
+        reference = outputs(masked(twin, plan, graph), x)
+        cut(twin, plan, x)
+        assert difference(outputs(twin, x), reference) < 1e-11
+        assert counted(twin, x) == (plan.params_after, plan.macs_after)

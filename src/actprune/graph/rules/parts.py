@@ -13,7 +13,7 @@ from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
 # what nobody takes for a kernel, a window or a head count of the same value
-_WIDTH_WORDS = ("dim", "channel", "width", "hidden", "feature", "plane", "filter")
+_PART_WORDS = ("dim", "channel", "width", "hidden", "feature", "plane", "filter")
 
 
 @rule("slice")
@@ -162,7 +162,7 @@ def _named(t: TraceState, n: int) -> list[tuple[str, str]]:
 
     def of(owner: str) -> list[tuple[str, str]]:
         widths = (name for name, value in t.integers(owner) if value == n)
-        return [(owner, name) for name in widths if any(word in name for word in _WIDTH_WORDS)]
+        return [(owner, name) for name in widths if any(word in name for word in _PART_WORDS)]
 
     return of(path) or [found for owner in held if owner in t.modules and not t.of_torch(owner) for found in of(owner)]
 
