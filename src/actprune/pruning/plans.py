@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actprune.compensation import Compensation
+from actprune.core.layers import runs_own_forward
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
 from actprune.pruning.observe import Observation
@@ -106,6 +107,7 @@ def compensated(
 
 
 def _takes_bias(model: nn.Module, path: str, weight: str) -> bool:
+    """Whether a layer adds a bias once it is given one: a forward of its own may not ask for any."""
     module = model.get_submodule(path)
-    own = f"{path}.weight" if path else "weight"
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None and weight == own
+    own = weight == (f"{path}.weight" if path else "weight") and runs_own_forward(module)
+    return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
