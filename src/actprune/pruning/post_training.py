@@ -27,6 +27,7 @@ from actprune.surgery import cut
 
 LATENCY_BATCHES = (1, 64)
 _REPEATS = 9
+_REFIT = LeastSquares()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def prune_trained(
     budget: Budget,
     evaluate: Callable[[nn.Module], float],
     selection: Selection | None = None,
-    compensation: Compensation | None = None,
+    compensation: Compensation | None = _REFIT,
     seed: int = 0,
     loss: Loss | None = None,
 ) -> PostTraining:
@@ -74,7 +75,7 @@ def prune_trained(
         budget: what is left.
         evaluate: the model's quality, e.g. its accuracy; called three times, on the model in evaluation mode.
         selection: how units of different groups compete.
-        compensation: what is folded into the layers that stay; by default ``LeastSquares()``.
+        compensation: what is folded into the layers that stay; None: nothing.
         seed: seed of criteria that draw.
         loss: for criteria that differentiate it, see ``prune``.
 
@@ -84,12 +85,11 @@ def prune_trained(
     Raises:
         ActPruneError: as ``prune``.
     """
-    how = compensation if compensation is not None else LeastSquares()
     pairs = list(pairs_of(data, example_inputs))
     original = copy.deepcopy(model)
     before = _evaluated(original, evaluate)
     began = time.monotonic()
-    pruner = Pruner(model, example_inputs, criterion, budget, selection, how, seed)
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation, seed)
     plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     seconds = time.monotonic() - began
     sizes = (pruner.params, pruner.macs)
@@ -100,8 +100,8 @@ def prune_trained(
         plain = _evaluated(uncompensated, evaluate)
         began = time.monotonic()
         pruner.execute(plan)
-        if has_finish(how):
-            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], how)  # type: ignore[arg-type]
+        if has_finish(compensation):
+            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)
         seconds += time.monotonic() - began
     return PostTraining(
         record=pruner.record,
