@@ -956,7 +956,7 @@ ZOO["TwoHeadsByEinsum"] = Net(TwoHeadsByEinsum, tokens(7, 6), [2, 6])
 
 @net([6])
 class SqueezedInPlace(nn.Module):
-    """Every way to drop dimensions of a tensor that is written to; the channels stand first, last and between."""
+    """Dimensions that a tensor is robbed of, one by one and several at once."""
 
     def __init__(self):
         super().__init__()
@@ -964,11 +964,10 @@ class SqueezedInPlace(nn.Module):
 
     def forward(self, x):
         y = self.a(x).relu().mean((2, 3), keepdim=True)
-        one, two, three = (y[:, None].clone() for _ in range(3))  # (N, 1, 6, 1, 1)
-        one.squeeze_()
-        two.squeeze_(-1).squeeze_(1).squeeze_(-1)
-        three.squeeze_((1, -1, -2))
-        return self.fc(one * two + three)
+        one, two = (y[:, None].clone() for _ in range(2))  # (N, 1, 6, 1, 1)
+        one.squeeze_(-1).squeeze_(1).squeeze_(-1)
+        two.squeeze_((1, -1, -2))
+        return self.fc(one * two)
 
 
 @net([2, 2, 5])
