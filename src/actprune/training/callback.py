@@ -22,7 +22,7 @@ from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
 from actprune.training.deciding import Plans, carry_out, decide, go_back, regroup
-from actprune.training.events import broke_after_cut, log_gauges, metric_prefix, sizes, step_event, step_line, tell, why
+from actprune.training.events import broke_after_cut, log_gauges, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
 from actprune.training.guard import Guard, drop_limit, guard_for
@@ -32,8 +32,6 @@ from actprune.training.resume import CheckpointHooks
 from actprune.training.snapshot import Snapshot
 from actprune.training.strategy import check_strategy, monitored, save_last_again
 from actprune.training.timing import Timetable, check_validation, ends_epoch
-
-__all__ = ["PruningCallback", "metric_prefix"]
 
 SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
 _MEAN = Mean()
@@ -106,7 +104,7 @@ class PruningCallback(Callback):
         self.events: list[dict[str, Any]] = []
         """One entry per executed step, and per step taken back: epoch, step, params, macs, widths, seconds."""
         self.stopped: dict[str, str] = {}
-        """When training has ended: the ``reason`` why pruning stopped (budget, metric or epochs), and a ``message``."""
+        """When training has ended, why pruning stopped: ``reason`` (budget, metric, threshold or epochs) and ``message``."""
         self.guard: Guard | None = None
         """Judges steps, with ``max_metric_drop``."""
         self.selection = selection or Selection()
