@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ def prune_trained(
     selection: Selection | None = None,
     compensation: Compensation | None = _REFIT,
     seed: int = 0,
+    positions: int | Literal["auto"] | None = "auto",
     loss: Loss | None = None,
 ) -> PostTraining:
     """Prune a trained model in place, without training, and measure what it did.
@@ -77,6 +78,7 @@ def prune_trained(
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None: nothing.
         seed: seed of criteria that draw.
+        positions: how many of each unit's positions in a sample criteria see, see ``Pruner``.
         loss: for criteria that differentiate it, see ``prune``.
 
     Returns:
@@ -89,7 +91,7 @@ def prune_trained(
     original = copy.deepcopy(model)
     before = _evaluated(original, evaluate)
     began = time.monotonic()
-    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation, seed)
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation, seed, positions)
     plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     seconds = time.monotonic() - began
     sizes = (pruner.params, pruner.macs)
