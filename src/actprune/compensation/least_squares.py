@@ -113,7 +113,7 @@ class LeastSquares(Compensation):
                 # several maps per sample: each is a sample of its own here
                 sample_ids = sample_ids.repeat_interleave(math.prod(x.shape[-n_space:]))
                 x = x.flatten(-n_space).movedim(-1, 1).flatten(0, 1)
-            module = layer.module
+            module: torch.nn.Module = layer.module
         else:
             module = torch.nn.Identity()
         drawn = sample_positions(sample_ids.to(x.device), n_positions(x, module), self.positions, self.seed)

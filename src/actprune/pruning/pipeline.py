@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -197,7 +197,7 @@ class Pruner:
         elif self.criterion.statistics():
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
-        own = functools.cache(lambda: owned(self.model, self.graph))
+        own = cache(partial(owned, self.model, self.graph))
         whole = self.graph.left(self.budget.unit)
         for group in self.graph.unlocked:
             one = self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]}))
@@ -205,13 +205,13 @@ class Pruner:
                 name=group.name,
                 size=group.size,
                 statistics=observation.scores.get(group.name, {}) if observation is not None else {},
-                slices=lambda group=group: self._slices(group),  # type: ignore[misc]
+                slices=partial(self._slices, group),
                 seed=self.seed + len(self.record.steps),
-                readers=lambda group=group: self._readers(observation, group),  # type: ignore[misc]
+                readers=partial(self._readers, observation, group),
                 cost=max(whole - one, 1) / whole,
-                columns=lambda group=group: columns_of(self.model, self.graph, group),  # type: ignore[misc]
-                norms=lambda group=group: norms_of(self.model, group),  # type: ignore[misc]
-                own=lambda group=group: own().get(group.name, []),  # type: ignore[misc]
+                columns=partial(columns_of, self.model, self.graph, group),
+                norms=partial(norms_of, self.model, group),
+                own=partial(_entry, own, group.name),
             )
             said = self.criterion.score(view)
             if said is None:
@@ -298,3 +298,7 @@ class Pruner:
         record.extend(plan, shapes, sizes)
         setattr(self.model, ATTRIBUTE, record)
         self.graph = self._traced()
+
+
+def _entry(of_groups: Callable[[], Mapping[str, list[Tensor]]], name: str) -> list[Tensor]:
+    return of_groups().get(name, [])
