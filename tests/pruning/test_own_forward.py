@@ -67,15 +67,46 @@ class WithoutBias(nn.Linear):
         return F.linear(x, self.weight)
 
 
-def test_a_bias_that_nothing_would_add_is_not_given():
+def test_a_bias_that_nothing_would_add_is_not_given(caplog):
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), WithoutBias(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2)),
-        torch.randn(64, 4),
-    )
+    reader = WithoutBias(8, 6, bias=False)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), reader, nn.ReLU(), nn.Linear(6, 2)), torch.randn(64, 4)
     record = prune(model, x[:2], [x], criterion=criteria.Variance(), budget=Budget(units=0.6), compensation=Mean())
+    assert "2.weight: no mean is folded" in caplog.text
     assert model[2].bias is None
     assert not record.biases
+
+
+class Bare(nn.Module):
+    """Two units whose sum is constant; what reads them has no bias, so the one cannot stand in for the other's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.weight = nn.Linear(4, 6), nn.Parameter(torch.randn(3, 6))
+        with torch.no_grad():
+            self.a.weight[1] = -self.a.weight[0]
+            self.a.bias[:2] = 5
+
+    def forward(self, x):
+        return F.linear(self.a(x), self.weight)
+
+
+class Last(criteria.Random):
+    """Unit 1 leaves first."""
+
+    def score(self, view):
+        return (torch.arange(view.size) != 1).double()
+
+
+def test_a_refit_without_a_bias_costs_no_more_than_plain_cutting():
+    torch.manual_seed(0)
+    model, x, errors = Bare(), torch.randn(400, 4), []
+    target = model(x)
+    for how in (None, REFIT):
+        cut = copy.deepcopy(model)
+        prune(cut, x[:2], [x], criterion=Last(), budget=Budget(units=5 / 6), compensation=how)
+        errors.append(float((cut(x) - target).detach().square().mean()))
+    assert errors[1] < 0.1 * errors[0]
 
 
 class Tenfold(nn.Linear):
