@@ -143,7 +143,6 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = known(left[-1], right[-2])
-    observed = not (t.is_weight(a) and t.is_weight(b))  # what weights give is a weight, and no activation
     if not (t.is_weight(a) or t.is_weight(b)) and reads is not None:
         # the width of a head sets the scale of its softmax, so it stays; so do tokens that are learned, beside those given
         if (reads >= 0).all():
@@ -151,9 +150,9 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         t.lock(reads, "summed over between two activations")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
-        t.contract(out, (1, -2, reads), left[-2], sizes, 1, a, left[-1], None, observed)
+        t.contract(out, (1, -2, reads), left[-2], sizes, 1, a, left[-1], None)
         return
-    t.contract(out, (0, -1, reads), writes, sizes, 1, b, right[-2], bias, observed)
+    t.contract(out, (0, -1, reads), writes, sizes, 1, b, right[-2], bias)
 
 
 @rule("mm", "bmm")
@@ -221,6 +220,7 @@ def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     reads = known(left[-1], t.ids(other)[0])
     t.set(out, left[:-1])
     sizes = list(zip(a.input.shape, [*left[:-1], reads], strict=True))
+    # a norm of a weight is no activation; what matrices give may be, of queries that are learned
     t.contract(out, (0, -1, reads), None, sizes, observed=not (t.is_weight(a.input) and t.is_weight(other)))
 
 
