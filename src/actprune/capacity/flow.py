@@ -27,7 +27,7 @@ from actprune.capacity.rules import JOINED, RULES, Unbounded
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import TraceError
 from actprune.core.hooks import decomposed
-from actprune.core.layers import runs_own_forward
+from actprune.core.layers import runs_torch_forward
 from actprune.core.stack import module_stack
 from actprune.graph.rules import bind
 
@@ -105,7 +105,7 @@ def follow(model: nn.Module, example: Example) -> Flow:
     with undisturbed(model), module_stack(model) as frames, ExitStack() as hooks:
         mode.frames = frames
         for path, module in model.named_modules():
-            if isinstance(module, LAYERS) and runs_own_forward(module):
+            if isinstance(module, LAYERS) and runs_torch_forward(module):
                 hooks.callback(module.register_forward_pre_hook(mode.enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(mode.leaving(path), with_kwargs=True, always_call=True).remove)
         hooks.callback(model.register_forward_pre_hook(mode.begin, with_kwargs=True, prepend=True).remove)

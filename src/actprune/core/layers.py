@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def runs_own_forward(module: nn.Module) -> bool:
+def runs_torch_forward(module: nn.Module) -> bool:
     """Whether a layer runs PyTorch's forward for it, so that its weight reads what the layer is given, as it is given.
 
     A subclass that pads, scales, permutes or masks first has a forward of its own; so has an instance that was patched.
