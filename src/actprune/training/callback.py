@@ -129,7 +129,7 @@ class PruningCallback(Callback):
         """Let checkpoints carry the surgery record; refuse what cannot work.
 
         Raises:
-            ConfigError: the strategy shards parameters, the schedule does not fit the trainer, or a named module is wrong.
+            ConfigError: the strategy shards parameters, or the schedule does not fit the trainer.
         """
         self._hooks = CheckpointHooks.attach(pl_module)
         self._hooks.copies = self.copies
@@ -147,10 +147,11 @@ class PruningCallback(Callback):
         """Find the networks right now if no sanity check is going to show them.
 
         Raises:
-            ConfigError: there is no validation, so nothing can be observed.
+            ConfigError: there is no validation, so nothing can be observed; or a named module is wrong.
             ActPruneError: a network cannot be traced, or the budget cannot be reached.
         """
         check_validation(trainer, pl_module)
+        self._finder.check_names()  # type: ignore[union-attr]
         define_axes(trainer)
         self._hooks.give_saved_order(trainer.optimizers)
         if trainer.num_sanity_val_steps == 0:
@@ -174,7 +175,7 @@ class PruningCallback(Callback):
     ) -> None:
         """Watch batches until the networks are known; number the samples that are observed."""
         if self._finder is not None:
-            self._finder.begin(batch)
+            self._finder.begin(batch, dataloader_idx)
         if self._observer is not None:
             self._observer.batch(batch, batch_idx, dataloader_idx)
 
@@ -186,7 +187,7 @@ class PruningCallback(Callback):
         Raises:
             ActPruneError: a network cannot be traced, the budget cannot be reached, or a batch has no gradient.
         """
-        if self._finder is not None and self._finder.end(batch):
+        if self._finder is not None and self._finder.end(batch, dataloader_idx):
             self._trace(trainer, self._finder)
         if self._observer is not None:
             self._observer.done()

@@ -17,6 +17,7 @@ from actprune.sparsity import unit_groups
 from actprune.sparsity.proximal import Proximal
 from actprune.training.copies import copies_of
 from actprune.training.guard import Guard
+from actprune.training.references import followed, optimizers_of
 from actprune.training.resume import CheckpointHooks
 from actprune.training.strategy import restart_best, rewrap
 
@@ -62,10 +63,11 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
     """
     began = time.perf_counter()
     hooks.remember_original()
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), followed(trainer, hooks.task):
+        optimizers = optimizers_of(trainer, hooks.task)
         for path, plan in plans.items():
             copies = copies_of(hooks.task, path, hooks.copies)
-            pruners[path].execute(plan, optimizers=trainer.optimizers)
+            pruners[path].execute(plan, optimizers=optimizers)
             for copy in copies:
                 copy.follow(plan, pruners[path].record)
     regroup(trainer.optimizers, pruners)
@@ -94,7 +96,7 @@ def go_back(trainer: Trainer, hooks: CheckpointHooks, guard: Guard) -> float:
     """Restore the network that the guard kept, after which there is none to go back to; the seconds that it took."""
     assert guard.snapshot is not None
     began = time.perf_counter()
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), followed(trainer, hooks.task):
         guard.snapshot.restore(trainer, hooks)
     guard.snapshot = None
     rewrap(trainer)

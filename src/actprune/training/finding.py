@@ -37,20 +37,25 @@ class Finder:
         modules: dotted names of the networks; empty: what validation runs.
         copies: dotted name of a copy -> of what it is one.
 
-    Raises:
-        ConfigError: a name is wrong.
     """
 
     def __init__(
         self, task: LightningModule, hooks: CheckpointHooks, modules: Sequence[str], copies: Mapping[str, str]
     ) -> None:
-        check_wanted(task, modules)
-        check_copies(task, copies)
         self.networks: dict[str, Network] = {}
         """Dotted name -> network; empty until all are known."""
         self._task, self._hooks, self._modules, self._copies = task, hooks, modules, copies
         hooks.known = {}  # of another run; a checkpoint that is resumed brings that of its own
         self._watcher: Watcher | None = None
+
+    def check_names(self) -> None:
+        """Every module is there, also those that ``setup`` and ``configure_model`` build.
+
+        Raises:
+            ConfigError: a name is wrong.
+        """
+        check_wanted(self._task, self._modules)
+        check_copies(self._task, self._copies)
 
     def probe(self, trainer: Trainer) -> bool:
         """Run one validation batch outside the loop; whether the networks are known now, and were not before.
@@ -66,13 +71,13 @@ class Finder:
             found = None if network is None else [network]
         return self._take(found)
 
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Any, dataloader_idx: int) -> None:
         """A validation batch comes: watch it, unless the networks are known."""
         if not self.networks:
             self._watcher = self._watcher or Watcher(self._task, self._modules)
-            self._watcher.start(batch)
+            self._watcher.start(batch, dataloader_idx)
 
-    def end(self, batch: Any) -> bool:
+    def end(self, batch: Any, dataloader_idx: int) -> bool:
         """A validation batch is done; whether the networks are known now, and were not before.
 
         Raises:
@@ -81,7 +86,7 @@ class Finder:
         if self._watcher is None:
             return False
         self._watcher.stop()
-        return self._take(self._watcher.networks(batch))
+        return self._take(self._watcher.networks(batch, dataloader_idx))
 
     def check(self) -> None:
         """Validation is over.

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.training.example import Network, Watcher
-from actprune.training.replay import harmless
+from actprune.training.replay import harmless, validate
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
             batch = _first_batch(trainer, task)
             with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context():
                 watcher.start(batch)
-                task.validation_step(batch, 0)
+                validate(task, batch)
                 watcher.stop()
             return watcher.networks(batch)
         except ActPruneError:

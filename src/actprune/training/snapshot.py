@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from actprune.core.errors import ConfigError
 from actprune.core.record import SurgeryRecord
 from actprune.training.copies import holders
+from actprune.training.references import optimizers_of
 from actprune.training.resume import CheckpointHooks
 from actprune.training.strategy import best_values, return_to_best
 
@@ -51,19 +52,20 @@ class Snapshot:
         return cls(
             records={path: record.to_dict() for path, record in hooks.records().items()},
             values=_copied(task),
-            optimizers=[_state(optimizer, task) for optimizer in trainer.optimizers],
+            optimizers=[_state(optimizer, task) for optimizer in optimizers_of(trainer, task)],
             copies=[_copied(holder) for holder in holders(task)],
             best=best_values(trainer),
         )
 
     def restore(self, trainer: Trainer, hooks: CheckpointHooks) -> None:
         """Give network, copies and optimizers the state they had; the trainer's wrappers still need to be told."""
+        optimizers = optimizers_of(trainer, hooks.task)  # found by the parameters that they train now
         hooks.reshape({path: SurgeryRecord.from_dict(record) for path, record in self.records.items()})
         _fill(hooks.task, self.values)
         for holder, values in zip(holders(hooks.task), self.copies, strict=True):
             _fill(holder, values)
         parameters = dict(hooks.task.named_parameters())
-        for optimizer, state in zip(trainer.optimizers, self.optimizers, strict=True):
+        for optimizer, state in zip(optimizers, self.optimizers, strict=True):
             _refill(optimizer, state, parameters)
         return_to_best(trainer, self.best)
 
