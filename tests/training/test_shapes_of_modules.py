@@ -87,7 +87,9 @@ def test_a_step_that_draws_its_batches_needs_names(pruning, trainer):
     with pytest.raises(ConfigError, match=r"DrawsItself takes dataloader_iter .* modules=\[...\]"):
         trainer(pruning()).fit(DrawsItself(), loader(), loader(32, 1))
     module = DrawsItself()
+    module.encoder = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 12, 3))
     trainer(pruning(modules=["encoder"]), max_epochs=4).fit(module, loader(), loader(32, 1))
+    assert module.encoder[0].out_channels < 10
 
 
 class Perceptual(Metric):

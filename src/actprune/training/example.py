@@ -260,8 +260,8 @@ def _as_example(module: nn.Module, called: Call) -> Any:
 def _replay(task: LightningModule, module: nn.Module, batch: Any, loader: int) -> Replay:
     if is_param_in_hook_signature(task.validation_step, "dataloader_iter", explicit=True):
         raise ConfigError(
-            f"validation_step of {type(task).__name__} takes dataloader_iter and draws its batches itself, so it cannot be run on "
-            "a kept one; let it take batch, or name the networks that it calls: modules=[...]"
+            f"validation_step of {type(task).__name__} takes dataloader_iter and draws its batches itself, so it cannot be run "
+            "on a kept one; let it take batch, or name the networks that it calls: modules=[...]"
         )
     return _smallest(module, Replay(task, first_sample(batch), loader), lambda: Replay(task, copied(batch), loader))
 
