@@ -69,7 +69,7 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
             copies = copies_of(hooks.task, path, hooks.copies)
             pruners[path].execute(plan, optimizers=optimizers)
             for copy in copies:
-                copy.follow(plan, pruners[path].record)
+                copy.follow(plan, pruners[path].record, optimizers)
     regroup(trainer.optimizers, pruners)
     rewrap(trainer)
     restart_best(trainer)

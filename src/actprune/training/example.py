@@ -26,6 +26,7 @@ from torchmetrics import Metric
 
 from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ConfigError, TraceError
+from actprune.core.hooks import uncompiled
 from actprune.training.copies import submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped, put_back
 
@@ -83,6 +84,7 @@ class Watcher:
 
     def start(self, batch: Any, dataloader_idx: int = 0) -> None:
         """Attach the hooks for one step."""
+        self._stack.enter_context(uncompiled())
         if self.wanted:
             for path in self.wanted:
                 self._watch(path, (batch, dataloader_idx))

@@ -95,9 +95,14 @@ class Finder:
             ConfigError: a module that is to be pruned took no part in it.
         """
         if self._watcher is not None:
+            missing = self._watcher.missing
+            averages = [(copy, original) for copy, original in self._copies.items() if original in missing]
+            way_out = "take it out of modules, or run it in validation_step"
+            if averages:
+                (copy, original), *_ = averages
+                way_out = f"if it runs its copy, prune that: modules=[{copy!r}], copies={{{original!r}: {copy!r}}}"
             raise ConfigError(
-                f"validation never ran {', '.join(map(repr, self._watcher.missing))}, so nothing can be observed there; "
-                "take it out of modules, or run it in validation_step"
+                f"validation never ran {', '.join(map(repr, missing))}, so nothing can be observed there; {way_out}"
             )
 
     def pruners(self, **settings: Any) -> dict[str, Pruner]:
