@@ -24,7 +24,7 @@ Watcher = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """What is compiled runs eagerly inside the block, around a model too: hooks of what it contains would not fire otherwise."""
+    """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
