@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
-from actprune.compensation import Compensation, Mean
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
 from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.training.deciding import Plans, carry_out, decide, go_back, regroup
+from actprune.training.deciding import Plans, carry_out, decide, folded, go_back, regroup
 from actprune.training.events import broke_after_cut, log_gauges, metric_prefix, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
@@ -36,7 +36,6 @@ from actprune.training.timing import Timetable, check_validation, ends_epoch
 __all__ = ["PruningCallback", "metric_prefix"]
 
 SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
-_MEAN = Mean()
 _STATE = ("_plans", "_decided", "_seconds", "history", "events")
 
 
@@ -77,7 +76,7 @@ class PruningCallback(Callback):
         budget: Budget,
         schedule: Schedule | None = None,
         selection: Selection | None = None,
-        compensation: Compensation | None = _MEAN,
+        compensation: Compensation | Literal["mean"] | None = "mean",  # no object: LightningCLI writes defaults to a file
         monitor: str | None = None,
         positions: int | Literal["auto"] | None = "auto",
         *,
@@ -110,7 +109,7 @@ class PruningCallback(Callback):
         self.guard: Guard | None = None
         """Judges steps, with ``max_metric_drop``."""
         self.selection = selection or Selection()
-        self.compensation = compensation
+        self.compensation = folded(compensation)
         self._plans: Plans = {}
         self._decided = -1
         self._seconds: dict[str, float] = {}

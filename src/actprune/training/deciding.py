@@ -10,7 +10,8 @@ import torch
 from lightning import Trainer
 from torch.optim import Optimizer
 
-from actprune.core.errors import ActPruneError
+from actprune.compensation import Compensation, Mean
+from actprune.core.errors import ActPruneError, ConfigError
 from actprune.core.plan import Plan
 from actprune.pruning import Observation, Pruner
 from actprune.sparsity import unit_groups
@@ -23,6 +24,17 @@ from actprune.training.strategy import restart_best, rewrap
 
 Plans = dict[str, dict[str, Any]]
 """Path of a network -> plan as plain containers and tensors."""
+
+
+def folded(compensation: Compensation | str | None) -> Compensation | None:
+    """What ``"mean"`` stands for; an object or None as it is.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if isinstance(compensation, str) and compensation != "mean":
+        raise ConfigError(f"compensation={compensation!r} must be 'mean', an object such as LeastSquares(), or None")
+    return Mean() if isinstance(compensation, str) else compensation
 
 
 def decide(trainer: Trainer, pruners: Mapping[str, Pruner], observations: Mapping[str, Observation], due: float) -> Plans:
