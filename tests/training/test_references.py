@@ -9,12 +9,21 @@ from actprune.core.budget import Budget
 from foreign import OneNetwork, loader
 
 
+class Penalty:
+    """No module."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.first = self.parameters[0]
+
+
 class Lists(OneNetwork):
     """Regularises a list of parameters."""
 
     def configure_optimizers(self):
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         self.regularised, self.pairs, self.by_name = matrices, (matrices[0], {matrices[1]}), {"last": [matrices[2]]}
+        self.penalty = Penalty(matrices)
         return super().configure_optimizers()
 
     def training_step(self, batch, batch_idx):
@@ -36,6 +45,8 @@ def test_lists_of_parameters_follow(pruning, trainer):
     assert module.pairs[0] is first
     assert module.pairs[1] == {second}
     assert module.by_name["last"][0] is third
+    assert module.penalty.parameters[1] is second
+    assert module.penalty.first is first
     ((key, value),) = other.statistics.items()
     assert key is module.model[1].running_mean
     assert value is first
