@@ -310,6 +310,32 @@ def test_a_budget_that_a_part_keeps_out_of_reach_names_the_setting(pruning, trai
         fit(Distilled(), pruning(budget=Budget(params=0.3)), trainer)
 
 
+class Student(Adam):
+    """A frozen teacher that validation runs too."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = network(), network().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.student(batch[0]), self.teacher(batch[0]))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_frozen_parts_are_named_before_they_are_cut(pruning, trainer, capsys):
+    fit(Student(), pruning(), trainer, max_epochs=1)
+    said = (
+        "all of Student is pruned, also what is frozen (teacher); if that is a teacher or a loss, name what is to be pruned: "
+    )
+    assert said + "modules=['student']" in capsys.readouterr().out
+    module = Student()
+    fit(module, pruning(modules=["student"]), trainer, max_epochs=4)
+    assert "frozen" not in capsys.readouterr().out
+    assert module.student[0].out_channels < module.teacher[0].out_channels == 12
+
+
 # networks that are copies of others
 
 

@@ -144,4 +144,19 @@ class Finder:
         self._watcher = None
         self.networks = {network.path: network for network in found}
         self._hooks.paths = list(self.networks)
+        self._tell_frozen()
         return True
+
+    def _tell_frozen(self) -> None:
+        """Say so where a whole LightningModule is pruned and a part of it is frozen: it may be a teacher, or a loss."""
+        if "" not in self.networks:
+            return
+        parts = {name: child for name, child in self._task.named_children() if is_network_part(child)}
+        frozen = [name for name, child in parts.items() if not any(p.requires_grad for p in child.parameters())]
+        frozen = [name for name in frozen if name not in self._copies]
+        if frozen and len(frozen) < len(parts):
+            rest = [name for name in parts if name not in frozen and name not in self._copies]
+            self._task.print(
+                f"all of {type(self._task).__name__} is pruned, also what is frozen ({', '.join(frozen)}); "
+                f"if that is a teacher or a loss, name what is to be pruned: modules={rest}"
+            )
