@@ -325,15 +325,14 @@ class Student(Adam):
 
 
 def test_frozen_parts_are_named_before_they_are_cut(pruning, trainer, capsys):
-    fit(Student(), pruning(), trainer, max_epochs=1)
-    said = (
-        "all of Student is pruned, also what is frozen (teacher); if that is a teacher or a loss, name what is to be pruned: "
-    )
-    assert said + "modules=['student']" in capsys.readouterr().out
+    fit(Student(), pruning(), trainer, max_epochs=2)
+    said = capsys.readouterr().out
+    assert "all of Student is pruned, also what is frozen (teacher); if that is a teacher or a loss" in said
+    assert "name what is to be pruned: modules=['student']" in said
     module = Student()
     fit(module, pruning(modules=["student"]), trainer, max_epochs=4)
     assert "frozen" not in capsys.readouterr().out
-    assert module.student[0].out_channels < module.teacher[0].out_channels == 12
+    assert n_params(module.student) <= 0.4 * n_params(module.teacher)
 
 
 # networks that are copies of others

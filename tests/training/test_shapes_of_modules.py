@@ -42,6 +42,17 @@ def test_a_network_that_is_built_late_may_be_named(where, pruning, trainer):
     assert module.net[0].out_channels < 12
 
 
+@pytest.mark.parametrize("sanity", [1, 0])
+@pytest.mark.filterwarnings("ignore:Lazy modules|ignore:The total number of parameters")
+def test_lazy_layers_get_their_shapes_first(sanity, pruning, trainer):
+    module, callback = Late("setup"), pruning()
+    module.net = network()
+    module.net[0] = nn.LazyConv2d(12, 3, padding=1)
+    trainer(callback, max_epochs=4, num_sanity_val_steps=sanity).fit(module, loader(), loader(32, 1))
+    assert callback.stopped["reason"] == "budget"
+    assert type(module.net[0]) is nn.Conv2d
+
+
 class Parts(Adam):
     def __init__(self):
         super().__init__()

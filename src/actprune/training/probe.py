@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.parameter import is_lazy
 
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError
@@ -28,6 +29,8 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
         ConfigError: validation has no batch.
         TraceError: the step calls no network.
     """
+    if any(is_lazy(p) for p in task.parameters()):
+        return None  # a lazy layer gets its shape in a run that counts
     watcher, stage = Watcher(task, wanted), trainer.state.stage
     with isolate_rng():
         trainer.validating = True
