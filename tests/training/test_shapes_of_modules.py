@@ -43,7 +43,7 @@ def test_a_network_that_is_built_late_may_be_named(where, pruning, trainer):
 
 
 @pytest.mark.parametrize("sanity", [1, 0])
-@pytest.mark.filterwarnings("ignore:Lazy modules|ignore:The total number of parameters")
+@pytest.mark.filterwarnings("ignore:Lazy modules|The total number of parameters")
 def test_lazy_layers_get_their_shapes_first(sanity, pruning, trainer):
     module, callback = Late("setup"), pruning()
     module.net = network()
