@@ -32,6 +32,7 @@ class Lists(OneNetwork):
 
 class Follow(Callback):
     def on_train_start(self, trainer, pl_module):
+        self.optimizer = torch.optim.SGD(pl_module.model[0].parameters(), 0.001)
         self.statistics = {pl_module.model[1].running_mean: pl_module.model[0].weight}
 
 
@@ -50,6 +51,7 @@ def test_lists_of_parameters_follow(pruning, trainer):
     ((key, value),) = other.statistics.items()
     assert key is module.model[1].running_mean
     assert value is first
+    assert other.optimizer.param_groups[0]["params"][0] is first
 
 
 class OwnOptimizer(OneNetwork):

@@ -28,9 +28,10 @@ _PACKAGES = ("builtins", "torch", "lightning", "torchmetrics", "numpy", "actprun
 
 
 def optimizers_of(trainer: Trainer, task: LightningModule) -> list[Optimizer]:
-    """The trainer's optimizers, those that the LightningModule keeps for itself, and those that these wrap; each once."""
+    """The trainer's optimizers, those that the LightningModule or a callback keeps, and those that these wrap; each once."""
     ours = {id(parameter) for parameter in task.parameters()}
-    kept = [value for value in _leaves(_attributes(task).values()) if isinstance(value, Optimizer)]
+    owners = (task, *trainer.callbacks)  # type: ignore[attr-defined]
+    kept = [value for owner in owners for value in _leaves(_attributes(owner).values()) if isinstance(value, Optimizer)]
     theirs = [o for o in kept if any(id(p) in ours for group in o.param_groups for p in group["params"])]
     return with_wrapped([*trainer.optimizers, *theirs])
 
