@@ -1,5 +1,6 @@
 """The callback on LightningModules that know nothing of it."""
 
+import inspect
 import re
 from collections import defaultdict
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from lightning import Callback
 
+from actprune.compensation import Mean
 from actprune.core.budget import Budget
 from actprune.core.errors import ActPruneError, BudgetError, ConfigError, ObservationError
 from actprune.criteria import Magnitude
 from actprune.schedule import Schedule
+from actprune.training import PruningCallback
 from foreign import OneNetwork, OwnForward, SeveralParts, loader
 
 KINDS = [
@@ -258,7 +261,11 @@ def test_bad_activations_stop_training_with_the_place(pruning, trainer):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"criterion": "entropy"}, "criterion must be a Criterion"), ({"budget": 0.4}, "budget must be a Budget")],
+    [
+        ({"criterion": "entropy"}, "criterion must be a Criterion"),
+        ({"budget": 0.4}, "budget must be a Budget"),
+        ({"compensation": "least_squares"}, "compensation='least_squares' must be 'mean'"),
+    ],
 )
 def test_arguments_are_checked(options, match, pruning):
     with pytest.raises(ActPruneError, match=match):
@@ -270,3 +277,10 @@ def test_criterion_without_activations_and_without_compensation(pruning, trainer
     before = n_params(module)
     trainer(pruning(criterion=Magnitude(), compensation=None)).fit(module, loader(), loader(32, 1))
     assert n_params(module) <= 0.4 * before
+
+
+def test_defaults_are_plain_values(pruning):
+    """LightningCLI writes them into the config file of a run and reads them from there."""
+    defaults = {p.default for p in inspect.signature(PruningCallback).parameters.values()} - {inspect.Parameter.empty}
+    assert all(value is None or isinstance(value, (str, int, float)) for value in defaults)
+    assert isinstance(pruning().compensation, Mean)

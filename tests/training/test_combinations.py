@@ -82,6 +82,16 @@ def test_compiled(whole_module, pruning, trainer):
     assert pruned_and_trained(module, before)
 
 
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_a_compiled_lightning_module(sanity, pruning, trainer):
+    module, callback = OneNetwork(), pruning()
+    before = n_params(module)
+    trainer(callback, max_epochs=4, num_sanity_val_steps=sanity).fit(
+        torch.compile(module, backend="eager"), loader(), loader(32, 1)
+    )
+    assert pruned_and_trained(module, before)
+
+
 def test_wrapped_by_torch_compile(pruning, trainer):
     module, callback = OneNetwork(), pruning()
     module.model = torch.compile(module.model, backend="eager")

@@ -135,6 +135,32 @@ def test_training_goes_on_after_the_way_back(guarded, trainer):
             assert not torch.equal(value, fitted.optimizers[0].state[module.get_parameter(name[: -len(".exp_avg")])]["exp_avg"])
 
 
+class Unfrozen(Judged):
+    """Trains its first layer from the epoch between a step and the way back on, in a group of its own."""
+
+    def configure_optimizers(self):
+        self.conv1.requires_grad_(False)
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            self.conv1.requires_grad_(True)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.conv1.parameters())})
+
+
+def test_layers_that_were_unfrozen_since_the_step_are_trained_on(guarded, trainer):
+    module, callback, look = Unfrozen(), guarded(), Look()
+    module.needed = WHOLE
+    fitted = run(module, callback, trainer, look)
+    assert [event["epoch"] for event in callback.events if event.get("went_back")][0] == 3
+    assert same(look.before[3], look.after[0])
+    first, second = ([id(p) for p in group["params"]] for group in fitted.optimizers[0].param_groups)
+    late = [id(p) for p in module.conv1.parameters()]
+    assert second == late
+    assert first == [id(p) for p in module.parameters() if id(p) not in late]
+    assert set(fitted.optimizers[0].state) == set(module.parameters())
+
+
 @pytest.mark.parametrize("needed", [0.5, 0.75, 0.3])
 def test_ends_with_the_smallest_network_it_found_that_kept_the_metric(needed, guarded, trainer):
     schedule = Schedule("linear", start=0, interval=1, steps=12)

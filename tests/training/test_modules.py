@@ -310,6 +310,31 @@ def test_a_budget_that_a_part_keeps_out_of_reach_names_the_setting(pruning, trai
         fit(Distilled(), pruning(budget=Budget(params=0.3)), trainer)
 
 
+class Student(Adam):
+    """A frozen teacher that validation runs too."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = network(), network().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.student(batch[0]), self.teacher(batch[0]))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_frozen_parts_are_named_before_they_are_cut(pruning, trainer, capsys):
+    fit(Student(), pruning(), trainer, max_epochs=2)
+    said = capsys.readouterr().out
+    assert "all of Student is pruned, also what is frozen (teacher); if that is a teacher or a loss" in said
+    assert "name what is to be pruned: modules=['student']" in said
+    module = Student()
+    fit(module, pruning(modules=["student"]), trainer, max_epochs=4)
+    assert "frozen" not in capsys.readouterr().out
+    assert n_params(module.student) <= 0.4 * n_params(module.teacher)
+
+
 # networks that are copies of others
 
 
@@ -355,6 +380,39 @@ def test_without_the_name_the_message_says_what_to_do(pruning, trainer, capsys):
     with pytest.raises(RuntimeError, match="must match the size of tensor"):
         fit(Momentum(), pruning(), trainer)
     assert "momentum encoder: copies={'copy': 'original'}" in capsys.readouterr().out
+
+
+class Served(Adam):
+    """Trains a network and validates the average of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args):
+        for average, value in zip(self.average.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(value, 0.5)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.average(batch[0]), batch[1]))
+
+
+def test_the_trained_network_follows_an_average_that_validation_runs(pruning, trainer):
+    with pytest.raises(ConfigError, match=r"never ran 'net'.*modules=\['average'\], copies=\{'net': 'average'\}"):
+        fit(Served(), pruning(modules=["net"], copies={"average": "net"}), trainer)
+    module, run = Served(), trainer(callback := pruning(modules=["average"], copies={"net": "average"}))
+    run.fit(module, loader(), loader(32, 1))
+    assert callback.stopped["reason"] == "budget"
+    assert [p.shape for p in module.net.parameters()] == [p.shape for p in module.average.parameters()]
+    (optimizer,) = run.optimizers
+    ours = {id(p) for p in module.net.parameters()}
+    assert ours <= {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in module.net.parameters())
 
 
 class Averaged(OneNetwork):

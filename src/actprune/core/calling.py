@@ -91,7 +91,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {p.device.type for p in model.parameters()} | {"cpu"}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(uncompiled(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()

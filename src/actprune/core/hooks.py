@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +23,9 @@ Watcher = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Compiled modules run eagerly inside the block: hooks of what they contain would not fire otherwise."""
-    compiled = any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl for m in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+def uncompiled() -> Iterator[None]:
+    """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from actprune.core.layers import runs_torch_forward
 from actprune.graph.cost import CostModel
@@ -40,7 +41,12 @@ class _Classes:
 
 
 def build(state: TraceState, model: nn.Module) -> Graph:
-    """Turn a trace into a channel graph."""
+    """Turn a trace into a channel graph; networks inside metrics measure the model: they are neither cut nor counted."""
+    metrics = tuple(f"{path}." for path, module in model.named_modules() if path and isinstance(module, Metric))
+    for name, dims in state.tensor_ids.items():
+        if name.startswith(metrics):
+            for ids in dims:
+                state.space.lock(ids, f"belongs to the metric {name.partition('.')[0]}")
     _agree(state)
     classes = _Classes(state)
     n = len(classes.roots)
@@ -65,7 +71,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     sites = _sites(state, reads)
     columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
     groups = group(columns, reasons, consumed[:n] | produced[:n], _once(sites), reads, state)
-    cost = _cost(state, model, classes, tensors)
+    cost = _cost(state, model, classes, tensors, metrics)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts), b.assumed) for b in bindings)
         for bindings in (state.bindings, state.possible + state.asked)
@@ -171,13 +177,21 @@ def _once(sites: list[Site | None]) -> list[Site | None]:
     return [site if first[id(site)] == place else None for place, site in enumerate(sites)]
 
 
-def _cost(state: TraceState, model: nn.Module, classes: _Classes, tensors: dict[str, list[NDArray[np.int64]]]) -> CostModel:
+def _cost(
+    state: TraceState,
+    model: nn.Module,
+    classes: _Classes,
+    tensors: dict[str, list[NDArray[np.int64]]],
+    metrics: tuple[str, ...],
+) -> CostModel:
     cost = CostModel(len(classes.roots))
     for name, parameter in model.named_parameters():
+        if name.startswith(metrics):
+            continue
         if name in tensors:
             cost.add("params", 1, tensors[name])
         else:
             cost.add("params", parameter.numel(), [])
-    for contraction in (c for c in state.contractions if not c.training):
+    for contraction in (c for c in state.contractions if not c.training and not f"{c.module}.".startswith(metrics)):
         cost.add("macs", contraction.macs, [classes.of(ids) for ids in contraction.widths])
     return cost

@@ -261,7 +261,7 @@ class Observation:
     def recording(self) -> Iterator[None]:
         """Hooks are on inside the block only."""
         with ExitStack() as stack:
-            stack.enter_context(uncompiled(self._model))
+            stack.enter_context(uncompiled())
             stack.enter_context(watch_inputs(self._model, {k: _all(v) for k, v in self._inputs.items()}))
             stack.enter_context(watch_operands(self._model, self._operands))
             yield

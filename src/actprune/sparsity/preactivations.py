@@ -105,7 +105,7 @@ class Sensitivities:
     def watching(self) -> Iterator[None]:
         """Inside the block, every forward pass of the network with gradients counts."""
         with ExitStack() as stack:
-            stack.enter_context(uncompiled(self.model))
+            stack.enter_context(uncompiled())
             for number, place in enumerate(self.places):
                 hook = partial(self._seen, number)
                 stack.callback(self.model.get_submodule(place.module).register_forward_hook(hook).remove)

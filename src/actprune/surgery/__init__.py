@@ -1,6 +1,7 @@
 """Execute plans on parameters, buffers, attributes and optimizer state; replay surgery records."""
 
 from actprune.surgery.cut import cut, rehearsed
+from actprune.surgery.optimizer import with_wrapped
 from actprune.surgery.replay import apply_record, load_pruned, save_pruned
 
-__all__ = ["apply_record", "cut", "load_pruned", "rehearsed", "save_pruned"]
+__all__ = ["apply_record", "cut", "load_pruned", "rehearsed", "save_pruned", "with_wrapped"]

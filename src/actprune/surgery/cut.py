@@ -36,7 +36,7 @@ def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers
         SurgeryError: the plan does not fit, or the cut model does not run; model and optimizers are as they were.
     """
     with transaction() as changes:
-        _apply(model, plan, list(optimizers), changes)
+        _apply(model, plan, optimizers_.with_wrapped(optimizers), changes)
         if example is not None:
             _prove(model, example)
 

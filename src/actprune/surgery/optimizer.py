@@ -2,25 +2,45 @@
 
 State of the parameter's shape is sliced (momenta and second moments of every torch.optim class, SparseAdam's and Muon's
 too); state whose dimensions are the parameter's with some reduced to 1 (Adafactor's row and column moments) is sliced where
-it is full; scalars stay; LBFGS keeps flat vectors over all parameters, so its history starts again.
+it is full, and the Adafactor of transformers, which drops such dimensions; scalars stay; LBFGS keeps flat vectors over all
+parameters, so its history starts again. Optimizers inside others (Lookahead, SAM) are optimizers too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from actprune.core.errors import SurgeryError
 from actprune.surgery.tensors import sliced
 from actprune.surgery.transaction import Transaction
 
+_AVERAGED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}  # the Adafactor of transformers: moment -> dimension that is gone
 
-def _follows(state: Tensor, parameter: Tensor) -> bool:
-    same_rank = state.dim() == parameter.dim()
-    return same_rank and all(s in (1, p) for s, p in zip(state.shape, parameter.shape, strict=True))
+
+def with_wrapped(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers and, after each, those in its attributes, which step the same parameters with a state of their own."""
+    found: dict[int, Optimizer] = {}
+    for optimizer in optimizers:
+        if id(optimizer) not in found:
+            found[id(optimizer)] = optimizer
+            inner = with_wrapped(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+            found |= {id(one): one for one in inner if id(one) not in found}
+    return list(found.values())
+
+
+def _dims(optimizer: Optimizer, key: object, state: Tensor, parameter: Tensor) -> list[int] | None:
+    """The parameter's dimension for each of the state's; None: the state does not follow the parameter's shape."""
+    dims = list(range(parameter.dim()))
+    if type(optimizer).__module__.startswith("transformers.") and key in _AVERAGED and len(dims) > 1:
+        del dims[_AVERAGED[str(key)]]
+    if len(dims) != state.dim() or any(s not in (1, parameter.shape[d]) for s, d in zip(state.shape, dims, strict=True)):
+        return None
+    return dims
 
 
 def check(optimizer: Optimizer, old: Tensor) -> None:
@@ -32,11 +52,15 @@ def check(optimizer: Optimizer, old: Tensor) -> None:
     if isinstance(optimizer, LBFGS):
         return
     for key, value in optimizer.state.get(old, {}).items():
-        if isinstance(value, Tensor) and value.numel() > 1 and not _follows(value, old):
-            raise SurgeryError(
-                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
-                f"{tuple(old.shape)}: which rows leave is unknown; use an optimizer whose state has the parameter's shape"
-            )
+        for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1):
+            # where the shape decides what is kept, a narrower parameter would have something else
+            by_shape = any("min_dim_size_to_factor" in group for group in optimizer.param_groups)
+            dims = _dims(optimizer, key, tensor, old) if tensor is value else None
+            if dims is None or (by_shape and tensor.shape != old.shape):
+                raise SurgeryError(
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} for a parameter of shape "
+                    f"{tuple(old.shape)}: which rows leave is unknown; use an optimizer whose state has the parameter's shape"
+                )
 
 
 def follow(optimizer: Optimizer, old: Tensor, new: Tensor, dims: Mapping[int, Tensor], changes: Transaction) -> None:
@@ -58,7 +82,7 @@ def follow(optimizer: Optimizer, old: Tensor, new: Tensor, dims: Mapping[int, Te
         return
     state = optimizer.state.pop(old)
     changes.did(lambda: optimizer.state.__setitem__(old, state))
-    optimizer.state[new] = {key: _slice(value, old, dims) for key, value in state.items()}
+    optimizer.state[new] = {key: _slice(optimizer, key, value, old, dims) for key, value in state.items()}
     changes.did(lambda: optimizer.state.pop(new))
 
 
@@ -75,6 +99,12 @@ def add(optimizer: Optimizer, beside: Tensor, new: Tensor, changes: Transaction)
                     f"compensation gives a bias to a layer whose weight of shape {tuple(beside.shape)} Muon trains, and Muon "
                     "takes matrices only; pass compensation=None, or build the layer with a bias that another optimizer trains"
                 )
+            if any(parameter is new for parameter in group["params"]):  # a wrapped optimizer, whose groups are the wrapper's
+                return
+            if "param_names" in group:
+                place = next(i for i, parameter in enumerate(group["params"]) if parameter is beside)
+                group["param_names"].append(group["param_names"][place].removesuffix("weight") + "bias")
+                changes.did(lambda group=group: group["param_names"].pop())  # type: ignore[misc]
             group["params"].append(new)
             changes.did(lambda group=group: group["params"].pop())  # type: ignore[misc]
             _forget(optimizer, changes)
@@ -98,9 +128,12 @@ def _swap(params: list[Tensor], i: int, new: Tensor, changes: Transaction) -> No
     changes.did(lambda: params.__setitem__(i, old))
 
 
-def _slice(value: object, old: Tensor, dims: Mapping[int, Tensor]) -> object:
-    if not isinstance(value, Tensor) or value.numel() <= 1 or not _follows(value, old):
+def _slice(optimizer: Optimizer, key: object, value: object, old: Tensor, dims: Mapping[int, Tensor]) -> object:
+    mine = _dims(optimizer, key, value, old) if isinstance(value, Tensor) and value.numel() > 1 else None
+    if mine is None:
         return value
-    full = {dim: keep for dim, keep in dims.items() if value.shape[dim] == old.shape[dim] and old.shape[dim] > 1}
+    assert isinstance(value, Tensor)
+    places = {place: dim for place, dim in enumerate(mine) if dim in dims and old.shape[dim] > 1}
+    full = {place: dims[dim] for place, dim in places.items() if value.shape[place] == old.shape[dim]}
     with torch.no_grad():
         return sliced(value, full)

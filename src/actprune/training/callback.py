@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
-from actprune.compensation import Compensation, Mean
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
 from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.training.deciding import Plans, carry_out, decide, go_back, regroup
+from actprune.training.deciding import Plans, carry_out, decide, folded, go_back, regroup
 from actprune.training.events import broke_after_cut, log_gauges, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
@@ -34,7 +34,6 @@ from actprune.training.strategy import check_strategy, monitored, save_last_agai
 from actprune.training.timing import Timetable, check_validation, ends_epoch
 
 SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
-_MEAN = Mean()
 _STATE = ("_plans", "_decided", "_seconds", "history", "events")
 
 
@@ -75,7 +74,7 @@ class PruningCallback(Callback):
         budget: Budget,
         schedule: Schedule | None = None,
         selection: Selection | None = None,
-        compensation: Compensation | None = _MEAN,
+        compensation: Compensation | Literal["mean"] | None = "mean",  # no object: LightningCLI writes defaults to a file
         monitor: str | None = None,
         positions: int | Literal["auto"] | None = "auto",
         *,
@@ -108,7 +107,7 @@ class PruningCallback(Callback):
         self.guard: Guard | None = None
         """Judges steps, with ``max_metric_drop``."""
         self.selection = selection or Selection()
-        self.compensation = compensation
+        self.compensation = folded(compensation)
         self._plans: Plans = {}
         self._decided = -1
         self._seconds: dict[str, float] = {}
@@ -127,7 +126,7 @@ class PruningCallback(Callback):
         """Let checkpoints carry the surgery record; refuse what cannot work.
 
         Raises:
-            ConfigError: the strategy shards parameters, the schedule does not fit the trainer, or a named module is wrong.
+            ConfigError: the strategy shards parameters, or the schedule does not fit the trainer.
         """
         self._hooks = CheckpointHooks.attach(pl_module)
         self._hooks.copies = self.copies
@@ -145,10 +144,11 @@ class PruningCallback(Callback):
         """Find the networks right now if no sanity check is going to show them.
 
         Raises:
-            ConfigError: there is no validation, so nothing can be observed.
+            ConfigError: there is no validation, so nothing can be observed; or a named module is wrong.
             ActPruneError: a network cannot be traced, or the budget cannot be reached.
         """
         check_validation(trainer, pl_module)
+        self._finder.check_names()  # type: ignore[union-attr]
         define_axes(trainer)
         self._hooks.give_saved_order(trainer.optimizers)
         if trainer.num_sanity_val_steps == 0:
@@ -172,7 +172,7 @@ class PruningCallback(Callback):
     ) -> None:
         """Watch batches until the networks are known; number the samples that are observed."""
         if self._finder is not None:
-            self._finder.begin(batch)
+            self._finder.begin(batch, dataloader_idx)
         if self._observer is not None:
             self._observer.batch(batch, batch_idx, dataloader_idx)
 
@@ -184,7 +184,7 @@ class PruningCallback(Callback):
         Raises:
             ActPruneError: a network cannot be traced, the budget cannot be reached, or a batch has no gradient.
         """
-        if self._finder is not None and self._finder.end(batch):
+        if self._finder is not None and self._finder.end(batch, dataloader_idx):
             self._trace(trainer, self._finder)
         if self._observer is not None:
             self._observer.done()

@@ -9,11 +9,12 @@ A momentum encoder looks like any second network, so it is named: ``copies={"enc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning import LightningModule
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from actprune.core.errors import ConfigError
@@ -33,17 +34,18 @@ class Copy:
     part: str = ""
     """Dotted name in the network of what is mirrored; empty for all of it."""
 
-    def follow(self, plan: Plan, record: SurgeryRecord) -> None:
+    def follow(self, plan: Plan, record: SurgeryRecord, optimizers: Iterable[Optimizer]) -> None:
         """Take the cut that the network has just taken.
 
         Args:
             plan: what was executed on the network.
             record: the network's record, with the plan in it.
+            optimizers: they may train the copy, where validation runs the average and the average is pruned.
 
         Raises:
             SurgeryError: the copy does not have the network's shapes.
         """
-        cut(self.module, self.of_plan(plan))
+        cut(self.module, self.of_plan(plan), optimizers=optimizers)
         setattr(self.module, ATTRIBUTE, self.of_record(record))
 
     def of_plan(self, plan: Plan) -> Plan:

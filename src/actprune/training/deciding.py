@@ -10,18 +10,31 @@ import torch
 from lightning import Trainer
 from torch.optim import Optimizer
 
-from actprune.core.errors import ActPruneError
+from actprune.compensation import Compensation, Mean
+from actprune.core.errors import ActPruneError, ConfigError
 from actprune.core.plan import Plan
 from actprune.pruning import Observation, Pruner
 from actprune.sparsity import unit_groups
 from actprune.sparsity.proximal import Proximal
 from actprune.training.copies import copies_of
 from actprune.training.guard import Guard
+from actprune.training.references import followed, optimizers_of
 from actprune.training.resume import CheckpointHooks
 from actprune.training.strategy import restart_best, rewrap
 
 Plans = dict[str, dict[str, Any]]
 """Path of a network -> plan as plain containers and tensors."""
+
+
+def folded(compensation: Compensation | str | None) -> Compensation | None:
+    """What ``"mean"`` stands for; an object or None as it is.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if isinstance(compensation, str) and compensation != "mean":
+        raise ConfigError(f"compensation={compensation!r} must be 'mean', an object such as LeastSquares(), or None")
+    return Mean() if isinstance(compensation, str) else compensation
 
 
 def decide(trainer: Trainer, pruners: Mapping[str, Pruner], observations: Mapping[str, Observation], due: float) -> Plans:
@@ -62,12 +75,13 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
     """
     began = time.perf_counter()
     hooks.remember_original()
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), followed(trainer, hooks.task):
+        optimizers = optimizers_of(trainer, hooks.task)
         for path, plan in plans.items():
             copies = copies_of(hooks.task, path, hooks.copies)
-            pruners[path].execute(plan, optimizers=trainer.optimizers)
+            pruners[path].execute(plan, optimizers=optimizers)
             for copy in copies:
-                copy.follow(plan, pruners[path].record)
+                copy.follow(plan, pruners[path].record, optimizers)
     regroup(trainer.optimizers, pruners)
     rewrap(trainer)
     restart_best(trainer)
@@ -94,7 +108,7 @@ def go_back(trainer: Trainer, hooks: CheckpointHooks, guard: Guard) -> float:
     """Restore the network that the guard kept, after which there is none to go back to; the seconds that it took."""
     assert guard.snapshot is not None
     began = time.perf_counter()
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), followed(trainer, hooks.task):
         guard.snapshot.restore(trainer, hooks)
     guard.snapshot = None
     rewrap(trainer)

@@ -20,10 +20,13 @@ from functools import partial
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ConfigError, TraceError
+from actprune.core.hooks import uncompiled
 from actprune.training.copies import submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped, put_back
 
@@ -74,20 +77,22 @@ class Watcher:
     """The first call of the LightningModule's own forward."""
     called: dict[nn.Module, Call] = field(default_factory=dict)
     """First call of every module with parameters that was not made inside another such module; of every wanted module."""
-    inside: dict[str, Any] = field(default_factory=dict)
-    """Name of a wanted module of which some part was called -> the batch."""
+    inside: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    """Name of a wanted module of which some part was called -> the batch, and its loader."""
     _depth: int = 0
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def start(self, batch: Any) -> None:
+    def start(self, batch: Any, dataloader_idx: int = 0) -> None:
         """Attach the hooks for one step."""
+        self._stack.enter_context(uncompiled())
         if self.wanted:
             for path in self.wanted:
-                self._watch(path, batch)
+                self._watch(path, (batch, dataloader_idx))
             return
         self._stack.enter_context(_watch_forward(self.task, self._forward))
+        measuring = {part for metric in self.task.modules() if isinstance(metric, Metric) for part in metric.modules()}
         for module in self.task.modules():
-            if module is self.task or not is_network_part(module):
+            if module is self.task or module in measuring or not is_network_part(module):
                 continue
             self._stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
@@ -97,8 +102,8 @@ class Watcher:
         self._stack.close()
         self._depth = 0
 
-    def networks(self, batch: Any) -> list[Network] | None:
-        """What is to be pruned, from the calls seen so far, the last of them for ``batch``.
+    def networks(self, batch: Any, dataloader_idx: int = 0) -> list[Network] | None:
+        """What is to be pruned, from the calls seen so far, the last of them for ``batch`` of that loader.
 
         Returns:
             The networks; None where a wanted one was not seen yet.
@@ -119,7 +124,7 @@ class Watcher:
             ((module, called),) = self.called.items()
             path = next(name for name, candidate in self.task.named_modules() if candidate is module)
             return [Network(module, path, _as_example(module, called))]
-        return [Network(self.task, "", _replay(self.task, self.task, batch))]
+        return [Network(self.task, "", _replay(self.task, self.task, batch, dataloader_idx))]
 
     @property
     def missing(self) -> list[str]:
@@ -130,9 +135,9 @@ class Watcher:
         module = self.task.get_submodule(path)
         if module in self.called:
             return Network(module, path, _as_example(module, self.called[module]))
-        return Network(module, path, _replay(self.task, module, self.inside[path]))
+        return Network(module, path, _replay(self.task, module, *self.inside[path]))
 
-    def _watch(self, path: str, batch: Any) -> None:
+    def _watch(self, path: str, batch: tuple[Any, int]) -> None:
         module = self.task.get_submodule(path)
 
         def seen(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -254,8 +259,13 @@ def _as_example(module: nn.Module, called: Call) -> Any:
     return _smallest(module, example(*first_sample(called)), lambda: example(*copied(called)))
 
 
-def _replay(task: LightningModule, module: nn.Module, batch: Any) -> Replay:
-    return _smallest(module, Replay(task, first_sample(batch)), lambda: Replay(task, copied(batch)))
+def _replay(task: LightningModule, module: nn.Module, batch: Any, loader: int) -> Replay:
+    if is_param_in_hook_signature(task.validation_step, "dataloader_iter", explicit=True):
+        raise ConfigError(
+            f"validation_step of {type(task).__name__} takes dataloader_iter and draws its batches itself, so it cannot be run "
+            "on a kept one; let it take batch, or name the networks that it calls: modules=[...]"
+        )
+    return _smallest(module, Replay(task, first_sample(batch), loader), lambda: Replay(task, copied(batch), loader))
 
 
 def _smallest(module: nn.Module, example: Any, whole: Callable[[], Any]) -> Any:

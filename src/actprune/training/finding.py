@@ -37,20 +37,25 @@ class Finder:
         modules: dotted names of the networks; empty: what validation runs.
         copies: dotted name of a copy -> of what it is one.
 
-    Raises:
-        ConfigError: a name is wrong.
     """
 
     def __init__(
         self, task: LightningModule, hooks: CheckpointHooks, modules: Sequence[str], copies: Mapping[str, str]
     ) -> None:
-        check_wanted(task, modules)
-        check_copies(task, copies)
         self.networks: dict[str, Network] = {}
         """Dotted name -> network; empty until all are known."""
         self._task, self._hooks, self._modules, self._copies = task, hooks, modules, copies
         hooks.known = {}  # of another run; a checkpoint that is resumed brings that of its own
         self._watcher: Watcher | None = None
+
+    def check_names(self) -> None:
+        """Every module is there, also those that ``setup`` and ``configure_model`` build.
+
+        Raises:
+            ConfigError: a name is wrong.
+        """
+        check_wanted(self._task, self._modules)
+        check_copies(self._task, self._copies)
 
     def probe(self, trainer: Trainer) -> bool:
         """Run one validation batch outside the loop; whether the networks are known now, and were not before.
@@ -66,13 +71,13 @@ class Finder:
             found = None if network is None else [network]
         return self._take(found)
 
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Any, dataloader_idx: int) -> None:
         """A validation batch comes: watch it, unless the networks are known."""
         if not self.networks:
             self._watcher = self._watcher or Watcher(self._task, self._modules)
-            self._watcher.start(batch)
+            self._watcher.start(batch, dataloader_idx)
 
-    def end(self, batch: Any) -> bool:
+    def end(self, batch: Any, dataloader_idx: int) -> bool:
         """A validation batch is done; whether the networks are known now, and were not before.
 
         Raises:
@@ -81,7 +86,7 @@ class Finder:
         if self._watcher is None:
             return False
         self._watcher.stop()
-        return self._take(self._watcher.networks(batch))
+        return self._take(self._watcher.networks(batch, dataloader_idx))
 
     def check(self) -> None:
         """Validation is over.
@@ -90,9 +95,14 @@ class Finder:
             ConfigError: a module that is to be pruned took no part in it.
         """
         if self._watcher is not None:
+            missing = self._watcher.missing
+            averages = [(copy, original) for copy, original in self._copies.items() if original in missing]
+            way_out = "take it out of modules, or run it in validation_step"
+            if averages:
+                (copy, original), *_ = averages
+                way_out = f"if it runs its copy, prune that: modules=[{copy!r}], copies={{{original!r}: {copy!r}}}"
             raise ConfigError(
-                f"validation never ran {', '.join(map(repr, self._watcher.missing))}, so nothing can be observed there; "
-                "take it out of modules, or run it in validation_step"
+                f"validation never ran {', '.join(map(repr, missing))}, so nothing can be observed there; {way_out}"
             )
 
     def pruners(self, **settings: Any) -> dict[str, Pruner]:
@@ -134,4 +144,19 @@ class Finder:
         self._watcher = None
         self.networks = {network.path: network for network in found}
         self._hooks.paths = list(self.networks)
+        self._tell_frozen()
         return True
+
+    def _tell_frozen(self) -> None:
+        """Say so where a whole LightningModule is pruned and a part of it is frozen: it may be a teacher, or a loss."""
+        if "" not in self.networks:
+            return
+        parts = {name: child for name, child in self._task.named_children() if is_network_part(child)}
+        frozen = [name for name, child in parts.items() if not any(p.requires_grad for p in child.parameters())]
+        frozen = [name for name in frozen if name not in self._copies]
+        if frozen and len(frozen) < len(parts):
+            rest = [name for name in parts if name not in frozen and name not in self._copies]
+            self._task.print(
+                f"all of {type(self._task).__name__} is pruned, also what is frozen ({', '.join(frozen)}); "
+                f"if that is a teacher or a loss, name what is to be pruned: modules={rest}"
+            )

@@ -98,7 +98,7 @@ class Gradients:
         if "outputs" in self._observation.differentiates or "output_sum" in self._observation.differentiates:
             self._call = call
 
-    def run(self, batch: Any, batch_idx: int) -> None:
+    def run(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Run a batch again that was validated, if the criterion asks for gradients.
 
         Raises:
@@ -109,16 +109,16 @@ class Gradients:
         task: LightningModule = self._trainer.lightning_module
         with isolate_rng(), undisturbed(task), harmless(task):
             self._observation.differentiate(
-                outputs=lambda: self._outputs(_usable(batch)),
+                outputs=lambda: self._outputs(_usable(batch), dataloader_idx),
                 loss=lambda: loss_of(self._trainer, task, self._given, _usable(batch), batch_idx),
             )
         self._call = None
 
-    def _outputs(self, batch: Any) -> Any:
+    def _outputs(self, batch: Any, dataloader_idx: int) -> Any:
         network = self._network
         with self._trainer.precision_plugin.val_step_context():
             if isinstance(network.example_inputs, Replay):
-                return Replay(network.example_inputs.task, batch)(network.module)
+                return Replay(network.example_inputs.task, batch, dataloader_idx)(network.module)
             assert self._call is not None
             args, kwargs = _usable(self._call)
             return network.module(*args, **kwargs)

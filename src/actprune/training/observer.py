@@ -74,7 +74,7 @@ class Observer:
             for observation in self.observations.values():
                 paused.enter_context(observation.paused())
             for path in sorted(self._seen):
-                self._gradients[path].run(self._batch, self._position[0])
+                self._gradients[path].run(self._batch, *self._position)
 
     def stop(self) -> None:
         """Remove the hooks; harmless when there are none."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.parameter import is_lazy
 
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.training.example import Network, Watcher
-from actprune.training.replay import harmless
+from actprune.training.replay import harmless, validate
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
         ConfigError: validation has no batch.
         TraceError: the step calls no network.
     """
+    if any(is_lazy(p) for p in task.parameters()):
+        return None  # a lazy layer gets its shape in a run that counts
     watcher, stage = Watcher(task, wanted), trainer.state.stage
     with isolate_rng():
         trainer.validating = True
@@ -35,7 +38,7 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
             batch = _first_batch(trainer, task)
             with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context():
                 watcher.start(batch)
-                task.validation_step(batch, 0)
+                validate(task, batch)
                 watcher.stop()
             return watcher.networks(batch)
         except ActPruneError:

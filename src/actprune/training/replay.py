@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
@@ -25,6 +26,8 @@ class Replay:
 
     task: LightningModule
     batch: Any
+    dataloader_idx: int = 0
+    """Of the loader that the batch is from."""
 
     def __call__(self, network: nn.Module) -> Any:
         """Run the step; the result holds what it returned, and what the network (or the last of several) returned."""
@@ -38,8 +41,19 @@ class Replay:
             for child in self.task.children() if network is self.task else [network]:
                 if is_network_part(child):
                     stack.callback(child.register_forward_hook(keep_last).remove)
-            result = self.task.validation_step(self.batch, 0)
+            result = validate(self.task, self.batch, self.dataloader_idx)
         return [leaf for leaf in tree_leaves([result, results]) if isinstance(leaf, Tensor)]
+
+
+def validate(task: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """Call ``validation_step`` as Lightning's loop does: with as many of its arguments as it takes."""
+    step = task.validation_step
+    arguments = [batch]
+    if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        arguments.append(0)
+        if is_param_in_hook_signature(step, "dataloader_idx", explicit=True, min_args=3):
+            arguments.append(dataloader_idx)
+    return step(*arguments)
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from actprune.compensation import Compensation, Mean
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.criteria import ZeroUnits
@@ -30,8 +30,6 @@ from actprune.surgery import rehearsed
 from actprune.training.callback import PruningCallback
 from actprune.training.gradients import Loss, require_loss
 from actprune.training.validating import validation_loss
-
-_MEAN = Mean()
 
 
 class SeReNe(PruningCallback):
@@ -74,7 +72,7 @@ class SeReNe(PruningCallback):
         schedule: Schedule | None = None,
         *,
         selection: Selection | None = None,
-        compensation: Compensation | None = _MEAN,
+        compensation: Compensation | Literal["mean"] | None = "mean",
         monitor: str | None = None,
         modules: Sequence[str] | None = None,
         copies: Mapping[str, str] | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from actprune.core.errors import ConfigError
 from actprune.core.record import SurgeryRecord
 from actprune.training.copies import holders
+from actprune.training.references import optimizers_of
 from actprune.training.resume import CheckpointHooks
 from actprune.training.strategy import best_values, return_to_best
 
@@ -34,7 +36,7 @@ class Snapshot:
     values: Values
     """Name -> every parameter and buffer of the LightningModule, those outside the state dict too."""
     optimizers: list[dict[str, Any]]
-    """Per optimizer: names of the parameters of every group, and state by parameter name."""
+    """Per optimizer: state by parameter name."""
     copies: list[Values]
     """The same as ``values`` of every averaged copy that a callback holds."""
     best: dict[str, Any]
@@ -51,20 +53,24 @@ class Snapshot:
         return cls(
             records={path: record.to_dict() for path, record in hooks.records().items()},
             values=_copied(task),
-            optimizers=[_state(optimizer, task) for optimizer in trainer.optimizers],
+            optimizers=[_state(optimizer, task) for optimizer in optimizers_of(trainer, task)],
             copies=[_copied(holder) for holder in holders(task)],
             best=best_values(trainer),
         )
 
     def restore(self, trainer: Trainer, hooks: CheckpointHooks) -> None:
         """Give network, copies and optimizers the state they had; the trainer's wrappers still need to be told."""
+        optimizers = optimizers_of(trainer, hooks.task)  # found by the parameters that they train now
+        names = _names(hooks.task)
+        trained = [[[names.get(id(p), p) for p in group["params"]] for group in o.param_groups] for o in optimizers]
         hooks.reshape({path: SurgeryRecord.from_dict(record) for path, record in self.records.items()})
         _fill(hooks.task, self.values)
         for holder, values in zip(holders(hooks.task), self.copies, strict=True):
             _fill(holder, values)
         parameters = dict(hooks.task.named_parameters())
-        for optimizer, state in zip(trainer.optimizers, self.optimizers, strict=True):
-            _refill(optimizer, state, parameters)
+        states = [*self.optimizers, *({} for _ in optimizers)]  # one that came since has none to go back to
+        for optimizer, groups, state in zip(optimizers, trained, states, strict=False):
+            _refill(optimizer, groups, state, parameters)
         return_to_best(trainer, self.best)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,20 +123,25 @@ def _fill(module: nn.Module, values: Values) -> None:
 def _state(optimizer: Optimizer, task: LightningModule) -> dict[str, Any]:
     check_optimizers([optimizer], task)
     names = _names(task)
-    groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    state = {
+    return {
         names[id(parameter)]: {key: _portable(value, parameter) for key, value in held.items()}
         for parameter, held in optimizer.state.items()
         if id(parameter) in names
     }
-    return {"groups": groups, "state": state}
 
 
-def _refill(optimizer: Optimizer, kept: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-    for group, names in zip(optimizer.param_groups, kept["groups"], strict=True):
-        group["params"][:] = [parameters[name] for name in names]  # in place: LBFGS holds the list itself
+def _refill(
+    optimizer: Optimizer, trained: list[list[Any]], state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Let an optimizer train what it trains, also in groups that came since (unfrozen layers), without biases that are gone."""
+    for group, names in zip(optimizer.param_groups, trained, strict=True):
+        stays = [not isinstance(name, str) or name in parameters for name in names]
+        present = [parameters[name] if isinstance(name, str) else name for name in compress(names, stays)]
+        group["params"][:] = present  # in place: LBFGS holds the list itself
+        if "param_names" in group:
+            group["param_names"][:] = compress(group["param_names"], stays)
     optimizer.state.clear()
-    for name, held in kept["state"].items():
+    for name, held in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {key: _home(value, parameter) for key, value in held.items()}
     if isinstance(optimizer, LBFGS):

@@ -77,10 +77,21 @@ def load_task(kind: type[Task], path: Any, **options: Any) -> Task:
     Returns:
         The module in the shape of the checkpoint; it carries its surgery records, and may be trained on with the callback.
     """
+    own = vars(kind).get("on_load_checkpoint")
 
-    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.__class__ = kind
+    def put_back() -> None:
+        if own is not None:
+            kind.on_load_checkpoint = own  # type: ignore[method-assign]
+        elif "on_load_checkpoint" in vars(kind):
+            del kind.on_load_checkpoint
+
+    def reshaping(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        put_back()
         CheckpointHooks.attach(self).load(checkpoint)
 
-    reading: Any = type(kind.__name__, (kind,), {"on_load_checkpoint": on_load_checkpoint, "__module__": kind.__module__})
-    return reading.load_from_checkpoint(path, **{"weights_only": True, **options})
+    # on the class, not in a subclass: LightningCLI's checkpoints say which class they are of
+    kind.on_load_checkpoint = reshaping  # type: ignore[method-assign, assignment]
+    try:
+        return kind.load_from_checkpoint(path, **{"weights_only": True, **options})
+    finally:
+        put_back()
