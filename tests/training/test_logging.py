@@ -11,7 +11,7 @@ from wandb.integration.torch.wandb_torch import TorchHistory
 
 from actprune.schedule import Schedule
 from actprune.training import EpochLines, MetricsCSV, progress_bar
-from actprune.training.callback import metric_prefix
+from actprune.training.events import metric_prefix
 from actprune.training.logging import define_axes
 from foreign import OwnForward, loader
 
@@ -34,6 +34,15 @@ def test_every_logger_gets_size_and_metric_in_one_call(pruning, trainer, list_lo
     own = [(step, call) for step, call in list_logger.calls if "val_acc" in call]
     assert [step for step, _ in own] == [step for step, _ in calls]
     assert [float(call["val_acc"]) for _, call in own] == [call["prune/val_acc"] for _, call in calls]
+
+
+def test_a_metric_that_nobody_logs_is_told_of_once(pruning, trainer, capsys):
+    callback = pruning(monitor="val/acc")
+    trainer(callback).fit(OwnForward(), loader(), loader(32, 1))
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitor=" in line]
+    assert len(said) == 1
+    assert said[0].startswith("monitor='val/acc' was not logged by validation and is left out; it logged")
+    assert all("val/acc" not in row for row in callback.history)
 
 
 def test_metric_is_what_checkpoints_monitor_by_default(pruning, trainer, tmp_path):
