@@ -6,7 +6,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actprune.cli.build import build, check, resolved
 from actprune.cli.job import run_job
-from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError
+from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError
 from actprune.training import ClassificationTask
 
 COMPOSITION = {
@@ -36,6 +36,16 @@ JOBS = {
     "dangling": (["model.widths=${nowhere}"], ConfigError, "nowhere"),
     "no validation": (["trainer.limit_val_batches=0"], ConfigError, "observes activations in validation"),
     "seed": (["seed=-1"], ConfigError, "seed=-1 must be at least 0"),
+    "large seed": (["seed=4294967296"], ConfigError, r"seed=4294967296 must be at least 0 and below 2\^32"),
+    "budget of nothing": (["+budget.flops=0.5"], ConfigError, "nothing counts flops; it takes params, macs, units"),
+    "budget of what": (["budget=0.5"], ConfigError, "budget=0.5 must say of what: budget.params=0.5 or budget.macs=0.5 or"),
+    "number for a list": (["model.widths=32"], ConfigError, r"model.widths=32 must be a list, e.g. model.widths=\[32\]"),
+    "no map": (["pruner=hrank", "pruner.criterion.shape=3"], ConfigError, "pruner.criterion.shape=3 must be a list"),
+    "learning rate": (["optimizer.lr=-1"], ConfigError, "optimizer: ValueError: Invalid learning rate: -1; check"),
+    "other classes": (["module.num_classes=3"], ConfigError, r"num_classes=3 needs logits of shape \(16, 3\), the"),
+    "more classes": (
+        ["model.num_classes=3", "module.num_classes=3"], ConfigError, "num_classes=3 but the data have other classes"),
+    "no batch norm": (["pruner=batch_norm_scale", "model=mlp"], ObservationError, "BatchNormScale scores none of 2 groups"),
     "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
     "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),
     "online without login": (

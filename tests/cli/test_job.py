@@ -124,6 +124,14 @@ def test_one_run_of_weights_and_biases_per_job(fast, out):
         assert len(list((out / folder / "wandb").glob("offline-run-*"))) == 1
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_network_of_another_precision_ends_as_any_other(fast, out, no_pictures, precision):
+    """Sizes are counted, and what is exported is compared, on images in the network's own precision."""
+    run_job(fast(f"trainer.precision={precision}", "export=[state_dict]", "logger=none", "pruner=magnitude"))
+    assert json.loads((out / "summary.json").read_text())["params_left"] < 0.4
+    assert list((out / "exported").iterdir())
+
+
 def test_nothing_is_logged_without_loggers(fast, out):
     run_job(fast("logger=none"))
     assert not (out / "metrics.csv").exists()

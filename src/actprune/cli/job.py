@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from actprune.cli import analyze, capacity, output, post_training, resuming, wandb
-from actprune.cli.build import build, check, resolved
+from actprune.cli.build import build, check, check_budget, resolved
 from actprune.cli.console import console, print_config
 from actprune.cli.names import describe_run, sweep_name
 from actprune.cli.planning import print_plan
 from actprune.cli.recorder import Recorder
 from actprune.cli.schema import Task
+from actprune.cli.trained import fed
 from actprune.core.errors import ConfigError
 from actprune.training import AtomicCheckpoints, PruningCallback, RandomState
 from actprune.training.exporting import check_formats, export
@@ -47,16 +48,18 @@ def run_job(config: DictConfig) -> float | None:
     Raises:
         ActPruneError: the configuration is wrong, data are missing, or the network cannot be pruned as asked.
     """
+    check_budget(config.budget)
     config = resolved(config)
     _quiet()
     summary = resuming.finished(config)
     if summary is not None:
         print(f"finished already: {config.paths.output_dir}")
         return summary[config.optimize]
+    resuming.check_unused(config)
     if config.resume is not None:
         config.ckpt_path = resuming.where_to_go_on(config)
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed} must be at least 0")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} must be at least 0 and below 2^32")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
     if config.optimize not in output.NUMBERS:
@@ -149,9 +152,8 @@ def _where_it_runs(parts: Parts) -> nn.Module:
 def _export(config: DictConfig, parts: Parts) -> None:
     if config.export:
         images, _ = next(iter(parts.data.val_dataloader()))
-        files = export(
-            parts.module.get_submodule("net"), images[:2], Path(config.paths.output_dir) / "exported", list(config.export)
-        )
+        net = parts.module.get_submodule("net")
+        files = export(net, fed(net, images[:2]), Path(config.paths.output_dir) / "exported", list(config.export))
         print(f"exported: {', '.join(path.name for path in files.values())}")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, net_record, write_json
+from actprune.cli.trained import fed
 from actprune.core.files import atomic_path
 from actprune.core.record import ATTRIBUTE
 from actprune.graph import trace
@@ -122,7 +123,8 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
 
 def _sizes(data: LightningDataModule, module: LightningModule, pruners: Sequence[Pruner]) -> dict[str, Any]:
     images, _ = next(iter(data.val_dataloader()))
-    graph = trace(module.get_submodule("net"), images[:1])
+    net = module.get_submodule("net")
+    graph = trace(net, fed(net, images[:1]))
     after = {"params": graph.params, "macs": graph.macs}
     gone = {unit: sum(getattr(p, f"{unit}_before") - getattr(p, unit) for p in pruners) for unit in after}
     before = {unit: after[unit] + gone[unit] for unit in after}
