@@ -45,6 +45,9 @@ JOBS = {
     "other classes": (["module.num_classes=3"], ConfigError, r"num_classes=3 needs logits of shape \(16, 3\), the"),
     "more classes": (
         ["model.num_classes=3", "module.num_classes=3"], ConfigError, "num_classes=3 but the data have other classes"),
+    "no test": (["trainer.limit_test_batches=0"], ConfigError, "trainer.limit_test_batches=0 must be above 0"),
+    "no epoch to validate": (
+        ["trainer.check_val_every_n_epoch=0"], ConfigError, "trainer.check_val_every_n_epoch=0 must be at least 1"),
     "no batch norm": (["pruner=batch_norm_scale", "model=mlp"], ObservationError, "BatchNormScale scores none of 2 groups"),
     "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
     "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),

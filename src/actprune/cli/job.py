@@ -67,6 +67,7 @@ def run_job(config: DictConfig) -> float | None:
     groups = ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger")
     for key in (*groups, "analyze", "capacity"):
         check(config[key], key)
+    _check_trainer(config.trainer)
     check_formats(list(config.export))
     print_config(config)
     began = time.monotonic()
@@ -155,6 +156,15 @@ def _export(config: DictConfig, parts: Parts) -> None:
         net = parts.module.get_submodule("net")
         files = export(net, fed(net, images[:2]), Path(config.paths.output_dir) / "exported", list(config.export))
         print(f"exported: {', '.join(path.name for path in files.values())}")
+
+
+def _check_trainer(node: Any) -> None:
+    """Refuse what Lightning notices late: in the first epoch, or in the test after the last one."""
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_test_batches"):
+        value = node.get(name)
+        least = "above 0" if name.startswith("limit") else "at least 1"
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ConfigError(f"trainer.{name}={value} must be {least}")
 
 
 def _refuse_many_sweeps(trainer: Trainer) -> None:

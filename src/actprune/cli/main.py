@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from actprune.cli import resuming, schema
@@ -43,7 +44,7 @@ def _job(config: DictConfig) -> Any:
         if sweep:  # Hydra tells of the first failed job only, and only when the last one is done
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
         raise JobError(f"{type(error).__name__}: {error}") from error
-    except OSError as error:
+    except (OSError, MisconfigurationException) as error:
         message = (
             f"{type(error).__name__}: {error}; what was written before is intact, resume={config.paths.output_dir} goes on"
         )
