@@ -4,10 +4,12 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
+from actprune.cli.arguments import check_arguments
 from actprune.cli.build import build, check, resolved
 from actprune.cli.job import run_job
 from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError
 from actprune.training import ClassificationTask
+from paths import CONF
 
 COMPOSITION = {
     "unknown choice": (["pruner=entropi"], "Could not find 'pruner/entropi'(.|\n)*entropy"),
@@ -50,6 +52,7 @@ JOBS = {
         ["trainer.check_val_every_n_epoch=0"], ConfigError, "trainer.check_val_every_n_epoch=0 must be at least 1"),
     "no batch norm": (["pruner=batch_norm_scale", "model=mlp"], ObservationError, "BatchNormScale scores none of 2 groups"),
     "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
+    "plan without training": (["task=plan", "pruner=serene"], ConfigError, "task=plan trains nothing, and pruner=serene"),
     "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),
     "online without login": (
         ["logger=wandb", "logger.wandb.offline=false"], ConfigError, "logger.wandb: offline=false needs a login"),
@@ -92,6 +95,24 @@ def test_failure_in_training_leaves_checkpoint_and_record(fast, tmp_path, monkey
     assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
     assert '"steps"' in (tmp_path / "out" / "surgery_record.json").read_text()
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["logger=null"], "logger=null is no choice; choose one of csv, many, none"),
+        (["pruner=", "seed=1"], "pruner= is no choice; choose one of batch_norm_scale, entropy"),
+        (["hydra.run.dir='file/${seed}'"], r"nothing can be written to file/\$.seed.: .*file is no folder, or read-only"),
+        (["-m", "hydra.sweep.dir=file"], "nothing can be written to file"),
+    ],
+)
+def test_what_hydra_would_not_explain(arguments, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=match):
+        check_arguments(arguments, CONF)
+    check_arguments([*arguments, "--help"], CONF)
+    check_arguments(["-m", "pruner=none,random", "ckpt_path=null", "hydra.run.dir=${now:%H}/a"], CONF)
 
 
 def test_types_are_taken_from_signatures(config):

@@ -24,7 +24,7 @@ from actprune.cli.recorder import Recorder
 from actprune.cli.schema import Task
 from actprune.cli.trained import fed
 from actprune.core.errors import ConfigError
-from actprune.training import AtomicCheckpoints, PruningCallback, RandomState
+from actprune.training import AtomicCheckpoints, PruningCallback, RandomState, SeReNe
 from actprune.training.exporting import check_formats, export
 
 
@@ -74,6 +74,11 @@ def run_job(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
     try:
         parts = assemble(config)
+        if config.task in (Task.plan, Task.prune) and isinstance(parts.pruning, SeReNe):
+            raise ConfigError(
+                f"task={config.task.name} trains nothing, and pruner=serene has units leave that training made small; choose "
+                "a criterion, e.g. pruner=entropy"
+            )
         if config.task is Task.plan:
             print_plan(parts.data, parts.module, parts.pruning, parts.trainer, Path(config.paths.output_dir))
             return None

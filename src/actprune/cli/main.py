@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from actprune.cli import resuming, schema
+from actprune.cli.arguments import check_arguments
 from actprune.cli.job import run_job
 from actprune.core.errors import ActPruneError
 
@@ -31,6 +32,7 @@ def main(config_dir: str | os.PathLike[str]) -> None:
     schema.register()
     try:
         sys.argv[1:] = resuming.command_line(sys.argv[1:])
+        check_arguments(sys.argv[1:], Path(config_dir))
     except ActPruneError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
