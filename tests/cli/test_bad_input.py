@@ -1,13 +1,14 @@
 """Bad input: one clear message, before any work is done."""
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
 from actprune.cli.arguments import check_arguments
 from actprune.cli.build import build, check, resolved
 from actprune.cli.job import run_job
-from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError
+from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ExportError, ObservationError
 from actprune.training import ClassificationTask
 from paths import CONF
 
@@ -113,6 +114,24 @@ def test_what_hydra_would_not_explain(arguments, match, tmp_path, monkeypatch):
         check_arguments(arguments, CONF)
     check_arguments([*arguments, "--help"], CONF)
     check_arguments(["-m", "pruner=none,random", "ckpt_path=null", "hydra.run.dir=${now:%H}/a"], CONF)
+
+
+def test_weights_alone_are_nothing_to_go_on_from(fast, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    with pytest.raises(ConfigError, match="weights.ckpt is no whole checkpoint with optimizer state; weights alone are"):
+        run_job(fast(f"ckpt_path={tmp_path / 'weights.ckpt'}"))
+
+
+def test_an_export_that_fails_says_that_training_is_kept(fast, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr("actprune.cli.job.export", fails)
+    with pytest.raises(
+        ExportError, match=r"no such operator; what was trained is kept: resume=.*out export=\[\] goes on without"
+    ):
+        run_job(fast("export=[state_dict]", "pruner=none"))
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_types_are_taken_from_signatures(config):

@@ -51,6 +51,10 @@ def test_main_job(fast, out, capsys):
     record = SurgeryRecord.from_dict(json.loads((out / "surgery_record.json").read_text()))
     assert record.steps[-1]["params_after"] == summary["params_after"]
 
+    last = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2  # also where no epoch since the step was better than the first one
+    assert sum(last["state_dict"][f"net.{name}"].numel() for name, _ in fresh.named_parameters()) == summary["params_after"]
+
     with (out / "metrics.csv").open() as file:
         epochs = [row for row in csv.DictReader(file) if row["val/accuracy"]]
     assert [int(row["prune/params"]) for row in epochs] == [row["params"] for row in summary["history"]]

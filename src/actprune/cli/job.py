@@ -23,9 +23,10 @@ from actprune.cli.planning import print_plan
 from actprune.cli.recorder import Recorder
 from actprune.cli.schema import Task
 from actprune.cli.trained import fed
-from actprune.core.errors import ConfigError
+from actprune.core.errors import ConfigError, ExportError
 from actprune.training import AtomicCheckpoints, PruningCallback, RandomState, SeReNe
 from actprune.training.exporting import check_formats, export
+from actprune.training.storage import goes_on
 
 
 @dataclass
@@ -62,6 +63,10 @@ def run_job(config: DictConfig) -> float | None:
         raise ConfigError(f"seed={config.seed} must be at least 0 and below 2^32")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
+    if config.ckpt_path is not None and not goes_on(Path(config.ckpt_path)):
+        raise ConfigError(
+            f"ckpt_path={config.ckpt_path} is no whole checkpoint with optimizer state; weights alone are model.weights=FILE"
+        )
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
     groups = ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger")
@@ -159,7 +164,12 @@ def _export(config: DictConfig, parts: Parts) -> None:
     if config.export:
         images, _ = next(iter(parts.data.val_dataloader()))
         net = parts.module.get_submodule("net")
-        files = export(net, fed(net, images[:2]), Path(config.paths.output_dir) / "exported", list(config.export))
+        folder = Path(config.paths.output_dir)
+        try:
+            files = export(net, fed(net, images[:2]), folder / "exported", list(config.export))
+        except ExportError as error:
+            cure = f"; what was trained is kept: resume={folder} export=[] goes on without" if config.task is Task.train else ""
+            raise ExportError(f"{error}{cure}") from error
         print(f"exported: {', '.join(path.name for path in files.values())}")
 
 
