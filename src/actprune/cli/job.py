@@ -97,6 +97,7 @@ def run_job(config: DictConfig) -> float | None:
             return None
         if config.task is Task.prune:
             summary = post_training.prune_network(config, parts.data, _where_it_runs(parts), parts.pruning)
+            output.tell_wandb(parts.trainer.loggers, summary)
             _export(config, parts)
             post_training.show(summary, Path(config.paths.output_dir), console())
             return summary[config.optimize]
@@ -114,7 +115,8 @@ def assemble(config: DictConfig) -> Parts:
     module = build(config.module, "module", net=build(config.model, "model"), **partials)
     pruning = None if config.pruner is None else build(config.pruner, "pruner")
     recorder = Recorder(pruning, folder)
-    loggers = [build(_named(node), f"logger.{name}") for name, node in (config.logger or {}).items()]
+    logs = config.task in (Task.train, Task.prune)  # the others have nothing for a logger
+    loggers = [build(_named(node), f"logger.{name}") for name, node in (config.logger or {}).items() if logs]
     callbacks: list[Callback] = [] if pruning is None else [pruning]
     callbacks += [recorder, RandomState()]
     callbacks += [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()]
@@ -202,7 +204,7 @@ def _quiet() -> None:
     # Lightning 2.6 asks torch's pytree in a way that torch deprecated; nothing a user of either could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # A run that goes on from a checkpoint keeps its own in its own folder: nothing to warn about.
-    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    warnings.filterwarnings("ignore", "The dirpath has changed from|Checkpoint directory .* exists and is not empty")
     # Data sets here are small enough to load in the main process; the hint to use workers would come twice in every
     # run.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

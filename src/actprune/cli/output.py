@@ -105,13 +105,18 @@ def write(
         summary["stopped"] = dict(results.stopped)
         summary["events"] = list(results.events)
     pictures = _draw(folder, summary)
+    tell_wandb(loggers, summary, pictures)
+    write_json(summary, folder / SUMMARY)
+    return summary
+
+
+def tell_wandb(loggers: Sequence[Logger], summary: Mapping[str, Any], pictures: Sequence[Path] = ()) -> None:
+    """Send the numbers of the summary, and pictures, to Weights & Biases where it is among the loggers."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({key: summary[key] for key in (*NUMBERS, "params_before", "macs_before")})
             for picture in pictures:
                 logger.log_image(picture.stem, [str(picture)])
-    write_json(summary, folder / SUMMARY)
-    return summary
 
 
 def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
