@@ -116,6 +116,17 @@ def test_what_hydra_would_not_explain(arguments, match, tmp_path, monkeypatch):
     check_arguments(["-m", "pruner=none,random", "ckpt_path=null", "hydra.run.dir=${now:%H}/a"], CONF)
 
 
+def test_weights_and_biases_that_does_not_start(fast, monkeypatch):
+    import wandb
+
+    def fails(*_):
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr("actprune.training.MetricsCSV.log_hyperparams", fails)
+    with pytest.raises(ConfigError, match="does not start .CommError: no route to host.; logger.wandb.offline=true keeps"):
+        run_job(fast())
+
+
 def test_weights_alone_are_nothing_to_go_on_from(fast, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
     with pytest.raises(ConfigError, match="weights.ckpt is no whole checkpoint with optimizer state; weights alone are"):

@@ -126,7 +126,7 @@ def assemble(config: DictConfig) -> Parts:
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers, **plugins)
     _refuse_many_sweeps(trainer)
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config))
+        wandb.log_config(logger, OmegaConf.to_container(config))
     return Parts(data, module, pruning, recorder, trainer)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from actprune.cli.names import sweep_name
 from actprune.cli.output import SUMMARY
 from actprune.cli.schema import Task
 from actprune.core.errors import ConfigError
@@ -82,9 +83,10 @@ def check_unused(config: DictConfig) -> None:
     folder = Path(config.paths.output_dir)
     for path in (folder / SUMMARY, *sorted(folder.glob("checkpoints/*.ckpt"))):
         if path.is_file():
+            whole, key = (folder, "run") if sweep_name() is None else (folder.parent, "sweep")
             raise ConfigError(
-                f"{folder} holds another run ({path.relative_to(folder)}): resume={folder} goes on with that one, "
-                "hydra.run.dir=FOLDER takes this one elsewhere"
+                f"{folder} holds another run ({path.relative_to(folder)}): resume={whole} goes on with that one, "
+                f"hydra.{key}.dir=FOLDER takes this one elsewhere"
             )
 
 
