@@ -87,7 +87,7 @@ def check_budget(node: Any) -> None:
     known = [share.name for share in fields(Budget)]
     if not isinstance(node, DictConfig):
         raise ConfigError(f"budget={node} must say of what: {' or '.join(f'budget.{name}={node}' for name in known)}")
-    for name in node:
+    for name in map(str, node):
         if name not in known:
             raise ConfigError(f"budget.{name}={node[name]}: nothing counts {name}; it takes {', '.join(known)}")
 

@@ -180,8 +180,8 @@ class Pruner:
 
     def _may_score(self, group: Group) -> bool:
         """Whether the criterion may have a score for a group, as far as it is known before anything is observed."""
-        if self.criterion.needs_readers and self.compensation is None:
-            return False
+        if self.criterion.needs_readers and self.compensation is None and not self.criterion.statistics():
+            return False  # it has nothing else to go by
         return self.criterion.may_score(self._view(group, None))
 
     @contextmanager
