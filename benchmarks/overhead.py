@@ -226,7 +226,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=None, help="per epoch; 20, on a GPU 100")
     parser.add_argument("--images", type=int, default=5120, help="behind the rank correlations; 0: none are taken")
     parser.add_argument("--positions", type=number, default="auto", help="per map; auto: what the number of images asks for")
-    parser.add_argument("--only", nargs="*", default=[*ALONE, "all at once"], help="criteria that are timed")
+    every = [*ALONE, "all at once"]
+    parser.add_argument("--only", nargs="*", default=every, choices=every, help="criteria that are timed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"

@@ -954,6 +954,22 @@ class TwoHeadsByEinsum(nn.Module):
 ZOO["TwoHeadsByEinsum"] = Net(TwoHeadsByEinsum, tokens(7, 6), [2, 6])
 
 
+@net([6])
+class SqueezedInPlace(nn.Module):
+    """Dimensions that a tensor is robbed of, one by one and several at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = conv(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.a(x).relu().mean((2, 3), keepdim=True)
+        one, two = (y[:, None].clone() for _ in range(2))  # (N, 1, 6, 1, 1)
+        one.squeeze_(-1).squeeze_(1).squeeze_(-1)
+        two.squeeze_((1, -1, -2))
+        return self.fc(one * two)
+
+
 @net([2, 2, 5])
 class Res2Net(nn.Module):
     """Parts of a fixed width, each added to what came of the one before."""

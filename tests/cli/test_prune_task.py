@@ -69,6 +69,8 @@ def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):
         ("pruner=none", "nothing to prune with pruner=none"),
         ("calibration=0", "calibration=0 must be at least 1 image"),
         ("weights=absent.pt", "absent.pt does not exist"),
+        ("pruner.modules=[net.stages]", r"pruner.modules=\['net.stages'\] names parts of the network, and task=prune"),
+        ("pruner.positions=0", 'positions=0 must be "auto"'),
     ],
 )
 def test_what_cannot_work_says_so(config, override, message):

@@ -74,6 +74,20 @@ def test_no_larger_error_than_plain_cutting(name, way, offset):
         assert compensated <= plain * (1 + (1e-9 if same else 1e-2))
 
 
+@pytest.mark.parametrize("way", ["patches", "channels"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_where_nothing_can_be_added_the_refit_does_without(name, way):
+    how, same = WAYS[way], way == "patches" or name.startswith(("linear", "circular"))
+    for seed in range(5):
+        layer, x = built(name, seed, 3.0)
+        layer.intercept = False
+        plain, compensated = errors(layer, x, how)
+        assert compensated <= plain * (1 + (1e-9 if same else 1e-2))
+    statistic = how.statistic(layer, C)
+    how.observe(statistic, layer, x, torch.arange(len(x)))
+    assert not how.fold(layer, statistic, GONE).bias.any()
+
+
 def test_maps_that_are_mostly_border_take_the_mean_of_what_was_really_read(caplog):
     """One pixel: eight of nine taps meet zeros, so the sum over all taps would be far off."""
     layer, x = built("padded, one pixel", 0, 3.0)

@@ -57,6 +57,15 @@ def test_no_batches_raise_and_change_nothing():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+def test_a_batch_that_fails_leaves_the_statistics_as_they_were():
+    model = network()
+    recalibrate(model, batches())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(RuntimeError):
+        recalibrate(model, [torch.randn(8, 2, 3, 3), torch.randn(8, 5, 3, 3)])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_a_failure_restores_modes_and_momenta():
     model = network()
     with pytest.raises(RuntimeError):

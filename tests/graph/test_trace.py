@@ -272,6 +272,44 @@ def test_groups_partition_what_they_cut(name):
     assert all(g.sites for g in graph.unlocked), [g for g in graph.unlocked if not g.sites]
 
 
+class SharedKeys(nn.Module):
+    """Keys and values of one head, expanded to all; scores are keys times queries, so the expanded factor comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v = nn.Linear(6, 12), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.out, self.head = nn.Linear(12, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.num_heads, 3).transpose(1, 2)
+        k, v = (f(x).view(b, 1, t, 3).expand(b, self.num_heads, t, 3) for f in (self.k, self.v))
+        shares = (k @ q.transpose(-1, -2)).softmax(-2)
+        y = (shares.transpose(-1, -2) @ v).transpose(1, 2).reshape(b, t, self.num_heads * 3)
+        return self.head(self.out(y).relu().mean(1))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_one_sample_shows_the_groups_that_several_show(samples):
+    graph = trace(SharedKeys(), torch.randn(samples, 5, 6))
+    assert [(g.name, g.size) for g in graph.unlocked] == [("q", 4), ("out", 6)]
+
+
+def test_a_squeeze_in_place_drops_what_had_extent_one():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+
+        def forward(self, x):
+            y = self.a(x).mean((2, 3), keepdim=True)
+            y.squeeze_()
+            return self.b(y)
+
+    assert [g.size for g in trace(Net(), torch.randn(2, 3, 4, 4)).unlocked] == [6]
+
+
 def test_tracing_twice_gives_the_same_graph_also_for_a_copy():
     model, example = build("AttentionPacked")
     first = trace(model, example)

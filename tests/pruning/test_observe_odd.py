@@ -87,6 +87,25 @@ def test_a_recurrent_layer_with_a_loop_of_its_own_is_watched_inside():
         assert min((means.float() - h).abs().max() for h in (torch.zeros(6), *hidden.mean(0))) < 1e-6
 
 
+NORMS = [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm]
+
+
+@pytest.mark.parametrize("normed", NORMS)
+def test_products_that_compute_a_weight_are_no_sites(normed):
+    """They run before the layer itself, in a hook or in a module of their own."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), normed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)),
+        torch.randn(64, 4),
+    )
+    model(x)
+    scores, _ = observed(model.eval(), [x], torch.no_grad)
+    read = model[0](x).relu()
+    expected = [read.var(0, correction=0), model[2](read).relu().var(0, correction=0)]
+    for said, values in zip(scores.values(), expected, strict=True):
+        torch.testing.assert_close(said.float(), values.detach())
+
+
 class Recurrent(nn.Module):
     def __init__(self, batch_first, packed=False):
         super().__init__()

@@ -8,7 +8,7 @@ from torch import nn
 
 import actprune
 from actprune import Budget, Selection, criteria
-from actprune.compensation import LeastSquares
+from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
 from actprune.pruning import prune_trained
 from zoo import ZOO, build
@@ -112,8 +112,21 @@ def test_reconstruction_without_compensation_says_what_it_needs():
         actprune.Pruner(network(), torch.randn(1, 8), **options)
 
 
-def test_without_data_least_squares_says_so():
-    with pytest.raises(ObservationError, match="LeastSquares compensation needs activations: pass data="):
+def test_without_compensation_the_network_is_as_it_was_cut():
+    x, said = torch.randn(100, 8), []
+    options = {"criterion": criteria.Variance(), "budget": Budget(params=0.5), "compensation": None}
+    cut, pruned = network(), network()
+    done = prune_trained(cut, x[:1], [x], evaluate=lambda net: said.append(net(x)) or 0.0, **options)
+    actprune.prune(pruned, x[:1], [x], **options)
+    assert done.params[1] < done.params[0]
+    assert torch.equal(said[1], said[2])
+    for a, b in zip(cut.parameters(), pruned.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", [LeastSquares(), LeastSquares(refit="once", recalibrate=False), Mean()])
+def test_without_data_compensation_that_was_asked_for_says_so(how):
+    with pytest.raises(ObservationError, match=f"{type(how).__name__} compensation needs activations: pass data="):
         actprune.prune(
-            network(), torch.randn(1, 8), criterion=criteria.Magnitude(), budget=Budget(params=0.5), compensation=LeastSquares()
+            network(), torch.randn(1, 8), criterion=criteria.Magnitude(), budget=Budget(params=0.5), compensation=how
         )

@@ -1,6 +1,7 @@
 import pytest
 
-from actprune.report.text import change, count, percent, points, short
+from actprune.core.text import short
+from actprune.report.text import change, count, percent, points
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from actprune.report.text import change, count, percent, points, short
         (999_999, "1M"),  # rounding crosses the unit
         (1_254_400, "1.25M"),
         (4.1e9, "4.1G"),
+        (2.5e12, "2.5T"),
     ],
 )
 def test_short(number, text):

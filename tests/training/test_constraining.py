@@ -82,6 +82,20 @@ def test_constants_stay_under_the_limit(trainer, sanity):
     assert max(constants(module.net).values()) > 0.6
 
 
+class ByKeyword(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_a_convolution_that_is_called_by_keyword_is_constrained_too(trainer):
+    module = task()
+    module.net = ByKeyword(*module.net)
+    trainer(CapacityConstraint(lipschitz=0.3), max_epochs=1).fit(module, loader(), loader(16))
+    assert max(constants(module.net).values()) <= 0.3 * 1.002
+
+
 def test_distances_stay_under_the_limit(trainer):
     module = task()
     initial = copy.deepcopy(module.net.state_dict())

@@ -2,7 +2,6 @@ import csv
 from collections import Counter
 from types import SimpleNamespace
 
-import pytest
 import wandb
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -11,7 +10,6 @@ from wandb.integration.torch.wandb_torch import TorchHistory
 
 from actprune.schedule import Schedule
 from actprune.training import EpochLines, MetricsCSV, progress_bar
-from actprune.training.events import metric_prefix
 from actprune.training.logging import define_axes
 from foreign import OwnForward, loader
 
@@ -134,8 +132,3 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, trainer):
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert isinstance(progress_bar(), RichProgressBar)
-
-
-@pytest.mark.parametrize(("count", "text"), [(999, "999"), (1000, "1k"), (4_110_000, "4.11M"), (25_600_000_000, "25.6G")])
-def test_metric_prefix(count, text):
-    assert metric_prefix(count) == text

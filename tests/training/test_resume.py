@@ -11,9 +11,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
+from actprune import prune
 from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of
+from actprune.criteria import Magnitude
 from actprune.schedule import Schedule
 from actprune.training import RandomState
 from actprune.training.resume import CheckpointHooks, Shapes
@@ -202,6 +204,24 @@ def test_shapes_restore_a_bias_that_was_given_and_leave_counters():
     assert network.conv.out_channels == 8
     assert network.conv.bias is None
     assert network.conv(torch.ones(1, 3, 2, 2)).shape[1] == 8
+
+
+def test_shapes_restore_tensors_that_are_plain_attributes():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.scale = nn.Linear(3, 8), nn.Linear(8, 2), torch.rand(8)
+
+        def forward(self, x):
+            return self.second(self.first(x) * self.scale)
+
+    network, x = Scaled(), torch.randn(4, 3)
+    shapes, values, before = Shapes.of(network), copy.deepcopy(network.state_dict()), network(x)
+    prune(network, x, criterion=Magnitude(), budget=Budget(units=0.5))
+    assert network.scale.shape == (4,)
+    shapes.restore(network, record_of(network))
+    network.load_state_dict(values)
+    assert torch.equal(network(x), before)
 
 
 def test_best_values_restart_at_a_step(pruning, trainer, tmp_path):

@@ -4,15 +4,15 @@ Composition multiplies constants; a sum (a residual block) adds them, ``Lip(x ->
 sec. 3); parts that are concatenated add up in squares. Layers are nodes whose constant is measured. A batch norm that alone
 reads a convolution or linear layer becomes part of it: the norm of the product is at most the product of the norms.
 
-What is refused, by name: contractions outside ``nn.Conv*``, ``nn.ConvTranspose*`` and ``nn.Linear`` modules, products of two
-activations (attention, gates), and norms whose statistics come from their own input (layer and group norm): those are not
-Lipschitz, or only with a constant of no use.
+What is refused, by name: contractions outside ``nn.Conv*``, ``nn.ConvTranspose*`` and ``nn.Linear`` modules that run PyTorch's
+forward, products of two activations (attention, gates), and norms whose statistics come from their own input (layer and group
+norm): those are not Lipschitz, or only with a constant of no use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from actprune.capacity.rules import JOINED, RULES, Unbounded
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import TraceError
 from actprune.core.hooks import decomposed
+from actprune.core.layers import runs_torch_forward
 from actprune.core.stack import module_stack
 from actprune.graph.rules import bind
 
@@ -104,7 +105,7 @@ def follow(model: nn.Module, example: Example) -> Flow:
     with undisturbed(model), module_stack(model) as frames, ExitStack() as hooks:
         mode.frames = frames
         for path, module in model.named_modules():
-            if isinstance(module, LAYERS):
+            if isinstance(module, LAYERS) and runs_torch_forward(module):
                 hooks.callback(module.register_forward_pre_hook(mode.enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(mode.leaving(path), with_kwargs=True, always_call=True).remove)
         hooks.callback(model.register_forward_pre_hook(mode.begin, with_kwargs=True, prepend=True).remove)
@@ -147,11 +148,10 @@ class _Follower(TorchDispatchMode):
 
         def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             self.inside -= 1
-            with suppress(IndexError, KeyError):
-                x = args[0] if args else kwargs["input"]
-                if isinstance(out, Tensor) and x in self.places:
-                    use = Use(path, (x.shape[-1],) if isinstance(module, nn.Linear) else tuple(x.shape[1:]))
-                    self._place(out, Node([(self.places[x], 1.0)], use=use))
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(out, Tensor) and self._live(x):
+                use = Use(path, (x.shape[-1],) if isinstance(module, nn.Linear) else tuple(x.shape[1:]))
+                self._place(out, Node([(self.places[x], 1.0)], use=use))
 
         return leave
 
@@ -175,7 +175,7 @@ class _Follower(TorchDispatchMode):
         if name not in RULES:
             raise TraceError(
                 f"{where} has no Lipschitz constant here; capacity knows networks of nn.Conv*, nn.Linear and nn.BatchNorm* "
-                "modules, activation functions, pooling, padding, sums and concatenation"
+                "modules that run PyTorch's forward, activation functions, pooling, padding, sums and concatenation"
             )
         a.name, a.is_live = name, self._live
         for out in outputs:

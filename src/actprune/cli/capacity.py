@@ -98,6 +98,7 @@ def measure_networks(
             selection=pruning.selection,
             compensation=pruning.compensation,
             seed=config.seed,
+            positions=pruning.positions,
         )
         measured.append(_measured(name, pruned, initial, data, settings))
     folder = Path(config.paths.output_dir)

@@ -79,11 +79,7 @@ def run_job(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
     try:
         parts = assemble(config)
-        if config.task in (Task.plan, Task.prune) and isinstance(parts.pruning, SeReNe):
-            raise ConfigError(
-                f"task={config.task.name} trains nothing, and pruner=serene has units leave that training made small; choose "
-                "a criterion, e.g. pruner=entropy"
-            )
+        _refuse_parts(config.task, parts.pruning)
         if config.task is Task.plan:
             print_plan(parts.data, parts.module, parts.pruning, parts.trainer, Path(config.paths.output_dir))
             return None
@@ -189,6 +185,20 @@ def _refuse_many_sweeps(trainer: Trainer) -> None:
         raise ConfigError(
             f"every one of the {trainer.world_size} processes of strategy=ddp would run the whole sweep; in a sweep give "
             "every job one device (trainer=cpu, trainer=gpu), or run the jobs one by one without -m"
+        )
+
+
+def _refuse_parts(task: Task, pruning: PruningCallback | None) -> None:
+    named = [] if pruning is None else list(pruning.modules)
+    if named not in ([], ["net"]) and task in (Task.plan, Task.prune, Task.capacity):
+        raise ConfigError(
+            f"pruner.modules={named} names parts of the network, and task={task.name} prunes it whole; leave modules out, or "
+            "use task=train"
+        )
+    if task in (Task.plan, Task.prune) and isinstance(pruning, SeReNe):
+        raise ConfigError(
+            f"task={task.name} trains nothing, and pruner=serene has units leave that training made small; choose a criterion, "
+            "e.g. pruner=entropy"
         )
 
 

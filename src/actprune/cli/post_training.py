@@ -53,6 +53,7 @@ def prune_network(
         selection=pruning.selection,
         compensation=pruning.compensation,
         seed=config.seed,
+        positions=pruning.positions,
     )
     summary = _summary(config, done)
     summary["val_accuracy"] = accuracy(net.eval(), data.val_dataloader())

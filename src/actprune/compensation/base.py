@@ -25,6 +25,8 @@ class Layer:
     """How often one forward uses the weight."""
     space: tuple[int, ...] | None = None
     """Extent of the maps that it read last; None before it was observed."""
+    intercept: bool = True
+    """Whether a bias, or a batch norm that alone reads its outputs, can shift them."""
 
 
 @dataclass(frozen=True)

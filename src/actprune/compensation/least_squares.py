@@ -5,7 +5,8 @@ leaves and K what stays: x_R is predicted from x_K, B = G_RK (G_KK + lambda I)^-
 
     W'_K = W_K + W_R B,    b' = b + W_R mu_R - W_R B mu_K,
 
-the minimum of E |W x - W' x_K - b'|^2 + lambda |W' - W_K|^2: a ridge that pulls towards the old weights.
+the minimum of E |W x - W' x_K - b'|^2 + lambda |W' - W_K|^2: a ridge that pulls towards the old weights. Where no bias and no
+batch norm can take b', mu is 0 and G holds the moments about zero.
 Source: DESIGN section 5; He et al., arXiv:1707.06168, and ThiNet, arXiv:1707.06342, refit without the ridge's centre.
 Deviation: positions are sampled, `positions` per sample. Where the covariance of patches would need more than `memory`
 bytes, or the convolution is transposed, x are the channels alone and every tap gets the same B; where that does not fit
@@ -113,7 +114,7 @@ class LeastSquares(Compensation):
                 # several maps per sample: each is a sample of its own here
                 sample_ids = sample_ids.repeat_interleave(math.prod(x.shape[-n_space:]))
                 x = x.flatten(-n_space).movedim(-1, 1).flatten(0, 1)
-            module = layer.module
+            module: torch.nn.Module = layer.module
         else:
             module = torch.nn.Identity()
         drawn = sample_positions(sample_ids.to(x.device), n_positions(x, module), self.positions, self.seed)
@@ -125,6 +126,8 @@ class LeastSquares(Compensation):
             return self._mean.fold(layer, statistic, gone)
         values = statistic.compute()
         mean, covariance = values[:, 0], values[:, 1:]
+        if not layer.intercept:  # moments about zero: what is best where nothing can be added
+            mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
         gone = gone.to(mean.device)
         weight = layer.weight.detach().double().movedim(layer.reads_dim, 1).to(mean.device)  # (out, C, *taps)
         by_input = weight.flatten(1)

@@ -7,6 +7,7 @@ Stride, dilation and every padding mode are the layer's own; zeros of the paddin
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,14 @@ Conv = nn.modules.conv._ConvNd
 Transposed = nn.modules.conv._ConvTransposeNd
 
 
-def reads_patches(module: nn.Module, weight: Tensor) -> bool:
+def reads_patches(module: nn.Module, weight: Tensor) -> TypeGuard[Conv]:
     """Whether the layer is an ordinary convolution with this weight: neither transposed nor grouped."""
-    own = isinstance(module, Conv) and not isinstance(module, Transposed) and module.weight is weight
-    return own and module.groups == 1  # type: ignore[return-value]
+    return isinstance(module, Conv) and not isinstance(module, Transposed) and module.weight is weight and module.groups == 1
 
 
 def pads_zeros(module: nn.Module, weight: Tensor) -> bool:
     """Whether the layer is an ordinary convolution whose taps may meet zeros of a padding."""
-    return reads_patches(module, weight) and module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)  # type: ignore[arg-type, union-attr]
+    return reads_patches(module, weight) and module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)
 
 
 def taps_seen(module: nn.Module, space: tuple[int, ...]) -> tuple[Tensor, Tensor]:

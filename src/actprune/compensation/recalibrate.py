@@ -50,18 +50,23 @@ def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
         How many batch norms were recalibrated; 0 leaves the batches unread.
 
     Raises:
-        ObservationError: no batch was given; the running statistics are as they were.
+        ObservationError: no batch was given.
+
+    Whatever is raised, by the model too, buffers are as they were.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     n_batches = 0
-    with recalibrating(model) as norms, torch.no_grad():
-        if not norms:
-            return 0
-        for batch in batches:
-            call(model, batch)
-            n_batches += 1
-    if not n_batches:
+    try:
+        with recalibrating(model) as norms, torch.no_grad():
+            if not norms:
+                return 0
+            for batch in batches:
+                call(model, batch)
+                n_batches += 1
+        if not n_batches:
+            raise ObservationError("recalibration was given 0 batches, at least 1 is needed; a generator can be used only once")
+    except BaseException:
         for buffer, value in before:
             buffer.copy_(value)
-        raise ObservationError("recalibration was given 0 batches, at least 1 is needed; a generator can be used only once")
+        raise
     return len(norms)

@@ -126,8 +126,9 @@ def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watch
         if running:
             running[-1].paused -= 1
 
-    stack.callback(module.register_forward_pre_hook(enter).remove)
+    # before other hooks, which may run contractions of their own: so the trace numbered them (a spectral norm, for one)
+    stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
     for child in module.children():
-        stack.callback(child.register_forward_pre_hook(pause).remove)
+        stack.callback(child.register_forward_pre_hook(pause, prepend=True).remove)
         stack.callback(child.register_forward_hook(resume, always_call=True).remove)

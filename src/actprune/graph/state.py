@@ -227,10 +227,9 @@ class TraceState:
             if (pending := self._pending.pop(tensor)) is not None:
                 self.space.lock(*pending)
 
-    def attributes(self, *, innermost_first: bool = True) -> Iterator[tuple[str, str, object]]:
-        """Yield (module path, attribute name, value) of the plain attributes of every running module."""
-        order = reversed(self.stack) if innermost_first else iter(self.stack)
-        for path in order:
+    def attributes(self) -> Iterator[tuple[str, str, object]]:
+        """Yield (module path, attribute name, value) of the plain attributes of every running module, innermost first."""
+        for path in reversed(self.stack):
             yield from self._plain(path)
 
     def called(self) -> Iterator[tuple[str, str, object]]:

@@ -70,6 +70,7 @@ class ChannelTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        shape = args[0].shape if name == "squeeze_" else None  # afterwards nothing tells which extents were 1
         out = decomposed(self, func, args, kwargs)
         if composite and name not in RULES:
             return out
@@ -87,11 +88,10 @@ class ChannelTracer(TorchDispatchMode):
             if outputs and outputs[0].shape == empty.input.shape:
                 batch_norm(t, empty, outputs)
         elif function is not None:
-            function(
-                t,
-                bind(func, args, kwargs) if name.startswith("unsqueeze") else _positive(bind(func, args, kwargs)),
-                out,
-            )
+            bound = bind(func, args, kwargs)
+            if shape is not None:
+                bound.shape = shape
+            function(t, bound if name.startswith(("squeeze", "unsqueeze")) else _positive(bound), out)
         elif _is_pointwise(func, name):
             pointwise.pointwise(t, inputs, outputs)
         elif name in _FILLED:

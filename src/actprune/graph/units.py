@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actprune.core.layers import runs_torch_forward
 from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
 from actprune.graph.graph import Consumer, Follower, Graph, Site
@@ -153,7 +154,7 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
             continue
         name = path if not seen[path] else f"{path}#{seen[path]}"
         seen[path] += 1
-        own = (whole or isinstance(module, _HOOKABLE)) and contraction.ordinal == 0
+        own = whole or (isinstance(module, _HOOKABLE) and contraction.ordinal == 0 and runs_torch_forward(module))
         last = whole or isinstance(module, nn.Linear)
         dim = (-1 if last else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,10 +94,8 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
             try:
                 if observation.watches:
                     call(model, inputs)
-                observation.differentiate(
-                    outputs=lambda x=inputs: call(model, x),  # type: ignore[misc]
-                    loss=lambda x=inputs, y=targets: measure(call(model, x), y),  # type: ignore[misc]
-                )
+                outputs = partial(call, model, inputs)
+                observation.differentiate(outputs, partial(_loss, measure, outputs, targets))
             except ActPruneError:
                 raise
             except (RuntimeError, TypeError, ValueError) as error:
@@ -107,6 +106,10 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
     if observation.n_samples == 0:
         raise ObservationError("data yielded 0 batches, at least 1 is needed; a generator can be used only once")
     return observation
+
+
+def _loss(measure: Loss, outputs: Callable[[], Any], targets: Any) -> Tensor:
+    return measure(outputs(), targets)
 
 
 def _usable(pruner: Pruner, inputs: Example, targets: Any) -> Pair:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from actprune.pruning.sequential import refit
 _LOG = logging.getLogger(__name__)
 
 
-def has_finish(how: Compensation | None) -> bool:
+def has_finish(how: Compensation | None) -> TypeGuard[LeastSquares]:
     """Whether the compensation goes on after the cut and needs the data again."""
     return isinstance(how, LeastSquares) and (how.refit == "sequential" or _recalibrates(how))
 
@@ -47,7 +47,6 @@ def held(
     inputs: list[Example] = []
     if not has_finish(how):
         return iter(pairs), inputs
-    assert isinstance(how, LeastSquares)
     limit = math.inf if _recalibrates(how) else _most(model, example, how.memory)
 
     def passing() -> Iterator[tuple[Example, Any]]:

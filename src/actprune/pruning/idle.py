@@ -14,13 +14,18 @@ import numpy as np
 from torch import nn
 
 from actprune.graph import Graph, Group
-from actprune.pruning.trials import Trials
+from actprune.pruning.trials import Failure, Trials
 
 
-def idle(trials: Trials, graph: Graph) -> frozenset[tuple[str, str]]:
+def idle(trials: Trials, graph: Graph, failure: Failure | None) -> frozenset[tuple[str, str]]:
     """(module, attribute) of assumed followers without which the cut model runs as well, or gets further.
 
     Modules of the same class and place in their block are asked at once.
+
+    Args:
+        trials: what a cut model has to survive.
+        graph: the channel graph.
+        failure: of these trials with this graph, if they fail.
     """
     groups = candidates(graph)
     cuttable = np.append(graph.removed({group.name: range(group.size) for group in groups}), False)
@@ -30,7 +35,6 @@ def idle(trials: Trials, graph: Graph) -> frozenset[tuple[str, str]]:
         if follower.assumed and cuttable[follower.counts].any():
             alike[role[follower.module], follower.attribute].add((follower.module, follower.attribute))
     found: frozenset[tuple[str, str]] = frozenset()
-    failure = trials.failure(graph, groups) if alike else None
     for asked in (*alike.values(), *alike.values()):  # what another one hides is found the second time
         if asked <= found:
             continue

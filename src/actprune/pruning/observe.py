@@ -23,6 +23,7 @@ from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
 from actprune.core.labels import is_class_vector
+from actprune.core.layers import runs_torch_forward
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph
 from actprune.pruning.gradients import differentiated
@@ -297,7 +298,15 @@ def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
     """A consumer with its tensors as they are now; ``runs``: how many contractions use its weight."""
     path, _, leaf = consumer.weight.rpartition(".")
     weight = getattr(model.get_submodule(path), leaf)
-    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs)
+    intercept = consumer.bias is not None or consumer.batch_norm is not None or takes_bias(model, consumer)
+    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs, intercept=intercept)
+
+
+def takes_bias(model: nn.Module, consumer: Consumer) -> bool:
+    """Whether a layer without a bias adds one once it is given one: a forward of its own may not ask for any."""
+    module = model.get_submodule(consumer.module)
+    own = consumer.weight == (f"{consumer.module}.weight" if consumer.module else "weight") and runs_torch_forward(module)
+    return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
 
 
 def _is_identity(at: np.ndarray) -> bool:

@@ -64,7 +64,7 @@ def prune(
         ObservationError: data or labels are missing, or activations are NaN or infinite.
         SurgeryError: the cut model does not run; it was put back as it was.
     """
-    if data is None and has_finish(compensation) and compensation is not _REFIT:
+    if data is None and compensation is not None and compensation is not _REFIT:
         raise ObservationError(
             f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
         )
@@ -79,6 +79,6 @@ def prune(
     if plan is not None:
         original = copy.deepcopy(model) if batches else None
         pruner.execute(plan, optimizers)
-        if original is not None:
-            finish(model, original, pruner.graph, plan, batches, compensation)  # type: ignore[arg-type]
+        if original is not None and has_finish(compensation):
+            finish(model, original, pruner.graph, plan, batches, compensation)
     return pruner.record

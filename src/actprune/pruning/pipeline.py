@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -207,7 +207,7 @@ class Pruner:
         elif self.criterion.statistics():
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
-        own = functools.cache(lambda: owned(self.model, self.graph))
+        own = cache(partial(owned, self.model, self.graph))
         for group in self.graph.unlocked:
             said = self.criterion.score(self._view(group, observation, own))
             if said is None:
@@ -232,13 +232,13 @@ class Pruner:
             name=group.name,
             size=group.size,
             statistics=observation.scores.get(group.name, {}) if observation is not None else {},
-            slices=lambda: self._slices(group),
+            slices=partial(self._slices, group),
             seed=self.seed + len(self.record.steps),
-            readers=lambda: self._readers(observation, group),
+            readers=partial(self._readers, observation, group),
             cost=max(whole - one, 1) / whole,
-            columns=lambda: columns_of(self.model, self.graph, group),
-            norms=lambda: norms_of(self.model, group),
-            own=lambda: own().get(group.name, []),
+            columns=partial(columns_of, self.model, self.graph, group),
+            norms=partial(norms_of, self.model, group),
+            own=partial(_entry, own, group.name),
         )
 
     def _tell_unscored(self, names: list[str]) -> None:
@@ -313,3 +313,7 @@ class Pruner:
         record.extend(plan, shapes, sizes)
         setattr(self.model, ATTRIBUTE, record)
         self.graph = self._traced()
+
+
+def _entry(of_groups: Callable[[], Mapping[str, list[Tensor]]], name: str) -> list[Tensor]:
+    return of_groups().get(name, [])

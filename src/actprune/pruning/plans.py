@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from actprune.compensation import Compensation
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
-from actprune.pruning.observe import Observation
+from actprune.pruning.observe import Observation, takes_bias
+
+_LOG = logging.getLogger(__name__)
 
 
 def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) -> Plan:
@@ -97,15 +100,11 @@ def compensated(
             shifts[consumer.bias] = shifts.get(consumer.bias, 0) + bias
         elif mean is not None:
             shifts[mean] = shifts.get(mean, 0) - bias
-        elif _takes_bias(model, consumer.module, consumer.weight):
+        elif takes_bias(model, consumer):
             new_biases[consumer.module] = bias
             out_dim = 1 - consumer.reads_dim
             cut = plan.removed.get(consumer.weight, {}).get(out_dim, [])
             added += len(bias) - len(cut)
+        elif not weights[number]:
+            _LOG.warning("%s: no mean is folded, for neither a bias nor a batch norm can take it", consumer.weight)
     return dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=plan.params_after + added)
-
-
-def _takes_bias(model: nn.Module, path: str, weight: str) -> bool:
-    module = model.get_submodule(path)
-    own = f"{path}.weight" if path else "weight"
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None and weight == own

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from actprune.surgery import cut
 
 LATENCY_BATCHES = (1, 64)
 _REPEATS = 9
+_REFIT = LeastSquares()
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def prune_trained(
     budget: Budget,
     evaluate: Callable[[nn.Module], float],
     selection: Selection | None = None,
-    compensation: Compensation | None = None,
+    compensation: Compensation | None = _REFIT,
     seed: int = 0,
+    positions: int | Literal["auto"] | None = "auto",
     loss: Loss | None = None,
 ) -> PostTraining:
     """Prune a trained model in place, without training, and measure what it did.
@@ -74,8 +76,9 @@ def prune_trained(
         budget: what is left.
         evaluate: the model's quality, e.g. its accuracy; called three times, on the model in evaluation mode.
         selection: how units of different groups compete.
-        compensation: what is folded into the layers that stay; by default ``LeastSquares()``.
+        compensation: what is folded into the layers that stay; None: nothing.
         seed: seed of criteria that draw.
+        positions: how many of each unit's positions in a sample criteria see, see ``Pruner``.
         loss: for criteria that differentiate it, see ``prune``.
 
     Returns:
@@ -84,12 +87,11 @@ def prune_trained(
     Raises:
         ActPruneError: as ``prune``.
     """
-    how = compensation if compensation is not None else LeastSquares()
     pairs = list(pairs_of(data, example_inputs))
     original = copy.deepcopy(model)
     before = _evaluated(original, evaluate)
     began = time.monotonic()
-    pruner = Pruner(model, example_inputs, criterion, budget, selection, how, seed)
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation, seed, positions)
     plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     seconds = time.monotonic() - began
     sizes = (pruner.params, pruner.macs)
@@ -100,8 +102,8 @@ def prune_trained(
         plain = _evaluated(uncompensated, evaluate)
         began = time.monotonic()
         pruner.execute(plan)
-        if has_finish(how):
-            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], how)  # type: ignore[arg-type]
+        if has_finish(compensation):
+            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)
         seconds += time.monotonic() - began
     return PostTraining(
         record=pruner.record,

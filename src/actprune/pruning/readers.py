@@ -88,6 +88,3 @@ def _size(graph: Graph, observation: Observation, number: int, weight: Tensor, c
 def _variances(statistic: Statistic) -> Tensor:
     values = statistic.compute()
     return values[:, 1:].diagonal() if isinstance(statistic, Gram) else values[:, 1]
-
-
-__all__ = ["readers_of"]

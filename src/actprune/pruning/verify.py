@@ -93,7 +93,7 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tried: set[tuple[str, object]] = set()
     known: set[tuple[object, str]] = set()
     repairs, graph, failure = _repaired(trials, tied_graph, Repairs(training=training), tried)
-    if unneeded := idle(trials, graph):
+    if unneeded := idle(trials, graph, failure):
         repairs, graph, failure = _repaired(trials, tied_graph, dataclasses.replace(repairs, idle=unneeded), tried)
     drawn_for = frozenset[str]()
     while failure is not None or repairs.tied != drawn_for:
@@ -108,7 +108,7 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
             known.add(kind)
             repairs = dataclasses.replace(repairs, locked=locked)
         repairs, graph, failure = _repaired(trials, tied_graph, repairs, tried)
-    unneeded = repairs.idle | idle(trials, graph)
+    unneeded = repairs.idle | idle(trials, graph, failure)
     return without(graph, unneeded), dataclasses.replace(repairs, idle=unneeded)
 
 

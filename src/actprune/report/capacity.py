@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actprune.capacity import LayerCapacity, NetworkCapacity, Sample, layer_capacities, norms_bound, params_bound
-from actprune.core.files import atomic_path
+from actprune.report.sheet import write_rows
 from actprune.report.text import count, percent
 
 CAPACITY_TABLES = ("networks.csv", "layers.csv")
@@ -71,8 +70,8 @@ def capacity_tables(measured: Sequence[Measured]) -> RenderableType:
 def write_capacity(measured: Sequence[Measured], folder: str | os.PathLike[str]) -> list[Path]:
     """Write ``CAPACITY_TABLES`` in full precision: one row per network, one per network and layer; no value where infinite."""
     paths = [Path(folder) / name for name in CAPACITY_TABLES]
-    _write(paths[0], [network_row(one) for one in measured])
-    _write(paths[1], [{"network": one.name, **row} for one in measured for row in layer_rows(one)])
+    write_rows(paths[0], [network_row(one) for one in measured])
+    write_rows(paths[1], [{"network": one.name, **row} for one in measured for row in layer_rows(one)])
     return paths
 
 
@@ -164,10 +163,3 @@ def _short(value: float) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

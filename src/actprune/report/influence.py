@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from actprune.core.files import atomic_path
 from actprune.pruning import EFFECT, RANDOM, Agreement, GroupInfluence, Influence, Removal
+from actprune.report.sheet import write_rows
 from actprune.report.text import count, percent, points
 
 WHOLE = "whole network"
@@ -59,11 +58,11 @@ def write_influence(influence: Influence, agreement: Agreement, folder: str | os
     rows = [_wide(influence, group) for group in influence.groups]
     whole = {"group": WHOLE, "params": influence.params, "macs": influence.macs}
     rows.append(whole | {"loss": influence.loss, "accuracy": influence.accuracy} | _removed(influence.whole))
-    _write(paths[0], rows)
-    _write(paths[1], [row for group in influence.groups for row in _units(group)])
+    write_rows(paths[0], rows)
+    write_rows(paths[1], [row for group in influence.groups for row in _units(group)])
     several = [(group.name, group.removals) for group in influence.groups] + [(WHOLE, influence.whole)]
-    _write(paths[2], [{"group": name, **vars(removal)} for name, removals in several for removal in removals])
-    _write(paths[3], _pairs(agreement))
+    write_rows(paths[2], [{"group": name, **vars(removal)} for name, removals in several for removal in removals])
+    write_rows(paths[3], _pairs(agreement))
     return paths
 
 
@@ -228,11 +227,3 @@ def _pairs(agreement: Agreement) -> list[dict[str, Any]]:
 
 def _blank(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=fields)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from actprune.core.errors import ConfigError
+from actprune.core.text import short
 from actprune.report.figure import COLOURS, FAINT, INK, accuracy_axis, new_figure, params_axis, plain, save, tidy
-from actprune.report.text import count, percent, short
+from actprune.report.text import count, percent
 
 BARS_PER_COLUMN = 36
 

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from actprune.core.text import short
 from actprune.graph.graph import Graph, Group
 from actprune.report.figure import COLOURS, FAINT, INK, new_figure, plain, save, tidy
-from actprune.report.text import count, short
+from actprune.report.text import count
 
 ROW, COLUMN = 0.21, 0.17
 """Inches for one group and for one module."""

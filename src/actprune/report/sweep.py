@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from actprune.core.errors import ConfigError
+from actprune.core.text import short
 from actprune.report.aggregate import Row, Section, describe
 from actprune.report.figure import COLOURS, INK, MARKERS, accuracy_axis, new_figure, params_axis, plain, save, tidy
-from actprune.report.text import count, percent, short
+from actprune.report.text import count, percent
 
 ONE_SIZE = 1.08
 """Rows are of one size when the largest has at most this many times the parameters of the smallest."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from actprune.core.files import atomic_path
+from actprune.core.text import short
 from actprune.report.aggregate import Row, Section, Spread, describe
 from actprune.report.runs import Problem
-from actprune.report.text import change, count, percent, points, short
+from actprune.report.sheet import write_rows
+from actprune.report.text import change, count, percent, points
 
 MAX_GROUPS = 24
 """Group widths printed in full; longer lists keep their first and last ones."""
@@ -103,11 +104,7 @@ def write_markdown(
 
 def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
     """Write every number of the rows in full precision; accuracies and differences are shares in [0, 1]."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        lines = [_record(row) for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]) if lines else [])
-        writer.writeheader()
-        writer.writerows(lines)
+    write_rows(path, [_record(row) for row in rows])
 
 
 def _title(summary: Mapping[str, Any]) -> str:

@@ -8,15 +8,6 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def short(number: float, digits: int = 3) -> str:
-    """Spell a count in a few significant digits, e.g. ``20k`` or ``1.25M``."""
-    rounded = float(f"{number:.{digits}g}")
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(rounded) >= limit:
-            return f"{rounded / limit:g}{suffix}"
-    return f"{rounded:g}"
-
-
 def percent(share: float, digits: int = 1) -> str:
     """Spell a share in [0, 1] as ``40.0 %``."""
     return f"{100 * share:.{digits}f} %"

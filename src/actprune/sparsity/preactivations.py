@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.hooks import uncompiled
+from actprune.core.layers import runs_torch_forward
 from actprune.core.outputs import logits_of
 from actprune.graph import Graph, Group
 from actprune.statistics.sensitivity import mean_gradients
@@ -66,6 +67,8 @@ def _of_group(model: nn.Module, group: Group) -> list[Place]:
 
 def _out_dim(module: nn.Module) -> int | None:
     """The dimension of the weight that counts output channels, if positions there are positions in the output."""
+    if not runs_torch_forward(module):
+        return None
     if isinstance(module, _Conv) and module.transposed:
         return 1 if module.groups == 1 else None
     return 0 if isinstance(module, (nn.Linear, _Conv)) else None

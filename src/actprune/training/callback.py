@@ -104,7 +104,7 @@ class PruningCallback(Callback):
         self.events: list[dict[str, Any]] = []
         """One entry per executed step, and per step taken back: epoch, step, params, macs, widths, seconds."""
         self.stopped: dict[str, str] = {}
-        """When training has ended: the ``reason`` why pruning stopped (budget, metric or epochs), and a ``message``."""
+        """When training has ended, why pruning stopped: ``reason`` (budget, metric, threshold or epochs) and ``message``."""
         self.guard: Guard | None = None
         """Judges steps, with ``max_metric_drop``."""
         self.selection = selection or Selection()

@@ -89,7 +89,7 @@ class CapacityConstraint(Callback):
             self._initial = {path: layer.weight.detach().clone() for path, layer in layers.items()}  # type: ignore[operator]
         for path, layer in layers.items():
             if isinstance(layer, CONVOLUTIONS):
-                self._hooks.append(layer.register_forward_pre_hook(self._watch(path)))
+                self._hooks.append(layer.register_forward_pre_hook(self._watch(path), with_kwargs=True))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Scale the initialisation to the limit once sizes are known: right before the first step."""
@@ -179,9 +179,9 @@ class CapacityConstraint(Callback):
         return (layer.in_features,) if isinstance(layer, nn.Linear) else (layer.in_channels, *self._sizes[path])
 
     def _watch(self, path: str) -> Any:
-        def watch(module: Any, args: tuple[Any, ...]) -> None:
-            if args:
-                self._sizes[path] = tuple(args[0].shape[2 - module.weight.dim() :])
+        def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read = next(iter((*args, *kwargs.values())))
+            self._sizes[path] = tuple(read.shape[2 - module.weight.dim() :])
 
         return watch
 

@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 
 from actprune.core.budget import Budget
 from actprune.core.plan import Plan
+from actprune.core.text import short
 from actprune.pruning import Pruner
 from actprune.training.guard import Guard
 
@@ -67,7 +68,7 @@ def step_line(event: Mapping[str, Any], pruners: Iterable[Pruner]) -> str:
     return (
         f"pruning step {event['step']}, before epoch {event['epoch'] + 1}: "
         f"params {event['params'][1]:,} ({event['params'][1] / whole['params']:.1%}), "
-        f"MACs {metric_prefix(event['macs'][1])} ({event['macs'][1] / whole['macs']:.1%}), "
+        f"MACs {short(event['macs'][1])} ({event['macs'][1] / whole['macs']:.1%}), "
         f"{n} group{'s' if n != 1 else ''}, {event['seconds']['cutting']:.1f} s"
     )
 
@@ -150,11 +151,3 @@ def peak_memory(task: LightningModule) -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def metric_prefix(count: int) -> str:
-    """Spell a count with three digits: ``4110000`` -> ``4.11M``."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{prefix}"
-    return str(count)

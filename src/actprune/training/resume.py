@@ -177,7 +177,7 @@ class Shapes:
     attributes: dict[str, dict[str, Any]]
     """Module name -> attribute name -> int, or tuple or list of ints."""
     constants: dict[str, dict[str, Tensor]]
-    """Module name -> buffer name -> value, of the buffers that no state dict holds."""
+    """Module name -> name -> value, of the buffers that no state dict holds and of tensors that are plain attributes."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Shapes:
@@ -186,8 +186,8 @@ class Shapes:
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
             tensors[name] = {key: value.shape for key, value in held.items() if value is not None}
-            outside = {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
-            constants[name] = {key: value.detach().clone() for key, value in outside.items() if value is not None}
+            outside = {**vars(module), **{key: module._buffers.get(key) for key in module._non_persistent_buffers_set}}
+            constants[name] = {key: value.detach().clone() for key, value in outside.items() if isinstance(value, Tensor)}
             attributes[name] = {
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
@@ -209,6 +209,9 @@ class Shapes:
                 if own or key in record.attributes.get(name, ()):
                     setattr(module, key, type(value)(value))
             known, constants = self.tensors[name], self.constants[name]
+            for key, value in constants.items():
+                if key in vars(module) and getattr(module, key).shape != value.shape:
+                    setattr(module, key, value.to(getattr(module, key).device, copy=True))
             for key, value in [*module._parameters.items(), *module._buffers.items()]:
                 if value is None:
                     continue

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 from torch import Tensor
 
-from actprune.graph.ids import FREE, Ids
+from actprune.graph.ids import FREE, Ids, first
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -42,7 +42,7 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     elif a.groups == 1:
         reads, writes = (outer, inner) if transposed else (inner, outer)
         t.tie(x[1], reads)
-        operand = first_known(x[1], reads)
+        operand = known(x[1], reads)
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], inner)]
     else:
         operand, reads = x[1], None
@@ -99,9 +99,9 @@ def deformable(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.contractions[-1].observed = False
 
 
-def first_known(a: Ids, b: Ids) -> Ids:
-    """The first of the two that is not fixed throughout."""
-    return a if a is not None else b
+def known(a: Ids, b: Ids) -> Ids:
+    """What is known of the same positions: ids before ones that were broadcast, and either before none."""
+    return first([ids for ids in (a, b) if ids is not None])
 
 
 def _tie_groups(t: TraceState, x: Ids, outer: Ids, groups: int) -> None:
@@ -132,17 +132,17 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
     batch: list[Ids] = []
     for da, db in zip(left[:-2], right[:-2], strict=True):
         t.tie(da, db)
-        batch.append(first_known(da, db))
+        batch.append(known(da, db))
     writes = right[-1]
     ids = [*batch, left[-2], writes]
     t.set(out, ids)
     sizes = [
         *zip(out.shape[:-2], batch, strict=True),
         (a.shape[-2], left[-2]),
-        (a.shape[-1], first_known(left[-1], right[-2])),
+        (a.shape[-1], known(left[-1], right[-2])),
         (b.shape[-1], writes),
     ]
-    reads = first_known(left[-1], right[-2])
+    reads = known(left[-1], right[-2])
     if not (t.is_weight(a) or t.is_weight(b)) and reads is not None:
         # the width of a head sets the scale of its softmax, so it stays; so do tokens that are learned, beside those given
         if (reads >= 0).all():
@@ -199,7 +199,7 @@ def grouped_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.tie(left[1], right[1])
     if a.bias is not None:
         t.tie(right[2], t.ids(a.bias)[-1])
-    reads = first_known(left[1], right[1])
+    reads = known(left[1], right[1])
     for width in (reads, right[2]):
         if width is not None and len(width) % 8 == 0:
             eights = width.reshape(-1, 8)
@@ -217,10 +217,11 @@ def vector_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     other = a.vec if hasattr(a, "vec") else a.tensor if hasattr(a, "tensor") else a.other
     left = t.ids(a.input)
     t.tie(left[-1], t.ids(other)[0])
-    reads = first_known(left[-1], t.ids(other)[0])
+    reads = known(left[-1], t.ids(other)[0])
     t.set(out, left[:-1])
     sizes = list(zip(a.input.shape, [*left[:-1], reads], strict=True))
-    t.contract(out, (0, -1, reads), None, sizes)
+    # a norm of a weight is no activation; what matrices give may be, of queries that are learned
+    t.contract(out, (0, -1, reads), None, sizes, observed=not (t.is_weight(a.input) and t.is_weight(other)))
 
 
 @rule("_trilinear")

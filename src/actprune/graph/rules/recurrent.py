@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actprune.graph.ids import Ids
-from actprune.graph.rules.contraction import first_known
+from actprune.graph.rules.contraction import known
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -120,7 +120,7 @@ def _cell(t: TraceState, a: Call, cell: list[Tensor], reads: Ids, outer: bool, o
     n = a.x.numel() // max(a.x.shape[-1], 1)
     for weight, read, writes in products:
         summed = t.ids(weight)[1]
-        operand = first_known(read, summed)
+        operand = known(read, summed)
         sizes = [(weight.shape[0], writes), (weight.shape[1], operand)]
         first = weight is w_ih
         bias = biases[0] if biases and first else None

@@ -23,7 +23,7 @@ def matrix_transpose(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 @rule("transpose", "transpose_")
 def transpose(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Swap two dimensions."""
-    ids = list(t.ids(a.input)) if a.input is not out else list(t.ids(out))
+    ids = list(t.ids(a.input))
     if ids:
         ids[a.dim0], ids[a.dim1] = ids[a.dim1], ids[a.dim0]
     t.set(out, ids)
@@ -49,10 +49,10 @@ def unsqueeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("squeeze", "squeeze_")
 def squeeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Dimensions of extent 1 go."""
-    dims = getattr(a, "dim", None)
-    chosen = range(a.input.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = {d % a.input.dim() for d in chosen if a.input.shape[d] == 1} if a.input.dim() else set()
+    """Dimensions of extent 1 go; in place, ``shape`` says what there was."""
+    shape, dims = getattr(a, "shape", a.input.shape), getattr(a, "dim", None)
+    chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % len(shape) for d in chosen if shape[d] == 1} if shape else set()
     t.set(out, [ids for d, ids in enumerate(t.ids(a.input)) if d not in gone])
     t.inherit(a.input, out)
 
