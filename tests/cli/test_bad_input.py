@@ -1,13 +1,16 @@
 """Bad input: one clear message, before any work is done."""
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
+from actprune.cli.arguments import check_arguments
 from actprune.cli.build import build, check, resolved
 from actprune.cli.job import run_job
-from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError
+from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ExportError, ObservationError
 from actprune.training import ClassificationTask
+from paths import CONF
 
 COMPOSITION = {
     "unknown choice": (["pruner=entropi"], "Could not find 'pruner/entropi'(.|\n)*entropy"),
@@ -36,7 +39,21 @@ JOBS = {
     "dangling": (["model.widths=${nowhere}"], ConfigError, "nowhere"),
     "no validation": (["trainer.limit_val_batches=0"], ConfigError, "observes activations in validation"),
     "seed": (["seed=-1"], ConfigError, "seed=-1 must be at least 0"),
+    "large seed": (["seed=4294967296"], ConfigError, r"seed=4294967296 must be at least 0 and below 2\^32"),
+    "budget of nothing": (["+budget.flops=0.5"], ConfigError, "nothing counts flops; it takes params, macs, units"),
+    "budget of what": (["budget=0.5"], ConfigError, "budget=0.5 must say of what: budget.params=0.5 or budget.macs=0.5 or"),
+    "number for a list": (["model.widths=32"], ConfigError, r"model.widths=32 must be a list, e.g. model.widths=\[32\]"),
+    "no map": (["pruner=hrank", "pruner.criterion.shape=3"], ConfigError, "pruner.criterion.shape=3 must be a list"),
+    "learning rate": (["optimizer.lr=-1"], ConfigError, "optimizer: ValueError: Invalid learning rate: -1; check"),
+    "other classes": (["module.num_classes=3"], ConfigError, r"num_classes=3 needs logits of shape \(16, 3\), the"),
+    "more classes": (
+        ["model.num_classes=3", "module.num_classes=3"], ConfigError, "num_classes=3 but the data have other classes"),
+    "no test": (["trainer.limit_test_batches=0"], ConfigError, "trainer.limit_test_batches=0 must be above 0"),
+    "no epoch to validate": (
+        ["trainer.check_val_every_n_epoch=0"], ConfigError, "trainer.check_val_every_n_epoch=0 must be at least 1"),
+    "no batch norm": (["pruner=batch_norm_scale", "model=mlp"], ObservationError, "BatchNormScale scores none of 2 groups"),
     "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
+    "plan without training": (["task=plan", "pruner=serene"], ConfigError, "task=plan trains nothing, and pruner=serene"),
     "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),
     "online without login": (
         ["logger=wandb", "logger.wandb.offline=false"], ConfigError, "logger.wandb: offline=false needs a login"),
@@ -79,6 +96,53 @@ def test_failure_in_training_leaves_checkpoint_and_record(fast, tmp_path, monkey
     assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
     assert '"steps"' in (tmp_path / "out" / "surgery_record.json").read_text()
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["logger=null"], "logger=null is no choice; choose one of csv, many, none"),
+        (["pruner=", "seed=1"], "pruner= is no choice; choose one of batch_norm_scale, entropy"),
+        (["hydra.run.dir='file/${seed}'"], r"nothing can be written to file/\$.seed.: .*file is no folder, or read-only"),
+        (["-m", "hydra.sweep.dir=file"], "nothing can be written to file"),
+    ],
+)
+def test_what_hydra_would_not_explain(arguments, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=match):
+        check_arguments(arguments, CONF)
+    check_arguments([*arguments, "--help"], CONF)
+    check_arguments(["-m", "pruner=none,random", "ckpt_path=null", "hydra.run.dir=${now:%H}/a"], CONF)
+
+
+def test_weights_and_biases_that_does_not_start(fast, monkeypatch):
+    import wandb
+
+    def fails(*_):
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr("actprune.training.MetricsCSV.log_hyperparams", fails)
+    with pytest.raises(ConfigError, match="does not start .CommError: no route to host.; logger.wandb.offline=true keeps"):
+        run_job(fast())
+
+
+def test_weights_alone_are_nothing_to_go_on_from(fast, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    with pytest.raises(ConfigError, match="weights.ckpt is no whole checkpoint with optimizer state; weights alone are"):
+        run_job(fast(f"ckpt_path={tmp_path / 'weights.ckpt'}"))
+
+
+def test_an_export_that_fails_says_that_training_is_kept(fast, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ExportError("no such operator")
+
+    monkeypatch.setattr("actprune.cli.job.export", fails)
+    with pytest.raises(
+        ExportError, match=r"no such operator; what was trained is kept: resume=.*out export=\[\] goes on without"
+    ):
+        run_job(fast("export=[state_dict]", "pruner=none"))
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_types_are_taken_from_signatures(config):

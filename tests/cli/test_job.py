@@ -51,6 +51,10 @@ def test_main_job(fast, out, capsys):
     record = SurgeryRecord.from_dict(json.loads((out / "surgery_record.json").read_text()))
     assert record.steps[-1]["params_after"] == summary["params_after"]
 
+    last = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2  # also where no epoch since the step was better than the first one
+    assert sum(last["state_dict"][f"net.{name}"].numel() for name, _ in fresh.named_parameters()) == summary["params_after"]
+
     with (out / "metrics.csv").open() as file:
         epochs = [row for row in csv.DictReader(file) if row["val/accuracy"]]
     assert [int(row["prune/params"]) for row in epochs] == [row["params"] for row in summary["history"]]
@@ -107,7 +111,7 @@ def test_goes_on_from_a_checkpoint(fast, out, tmp_path):
 
 
 def test_plan_trains_nothing(fast, out, capsys):
-    assert run_job(fast("task=plan", "budget.params=0.5")) is None
+    assert run_job(fast("task=plan", "budget.params=0.5", "logger=many")) is None
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"config.yaml", "groups.svg"}
     assert "stages.0.0.conv1" in printed
@@ -122,6 +126,14 @@ def test_one_run_of_weights_and_biases_per_job(fast, out):
         run_job(fast("logger=many", f"paths.output_dir={out / folder}"))
         assert wandb.run is None
         assert len(list((out / folder / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_network_of_another_precision_ends_as_any_other(fast, out, no_pictures, precision):
+    """Sizes are counted, and what is exported is compared, on images in the network's own precision."""
+    run_job(fast(f"trainer.precision={precision}", "export=[state_dict]", "logger=none", "pruner=magnitude"))
+    assert json.loads((out / "summary.json").read_text())["params_left"] < 0.4
+    assert list((out / "exported").iterdir())
 
 
 def test_nothing_is_logged_without_loggers(fast, out):

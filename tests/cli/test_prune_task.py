@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import wandb
 
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
+from actprune.cli.output import NUMBERS
 from actprune.core.errors import ConfigError
 from actprune.surgery import load_pruned
 
@@ -27,6 +29,17 @@ def weights(config, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(net.state_dict(), path)
     return path
+
+
+def test_weights_and_biases_get_the_numbers(config, weights, tmp_path, monkeypatch):
+    """The run is the stand-in that wandb itself has for a switched-off one; its summary is what was written."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    seen = []
+    monkeypatch.setattr("actprune.cli.wandb.finish", lambda: seen.append(dict(wandb.run.summary)))
+    run_job(config(*TASK, "logger=wandb", f"weights={weights}"))
+    wandb.finish()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {key: summary[key] for key in NUMBERS}.items() <= seen[0].items()
 
 
 def test_it_loads_prunes_measures_and_writes(config, weights, tmp_path, capsys):

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from actprune.cli.job import run_job
 from actprune.cli.resuming import command_line
 from actprune.core.errors import ConfigError
 from processes import needs_fork, start_run_py
@@ -64,6 +65,17 @@ def test_one_job_goes_on_and_takes_new_settings(command, tmp_path):
     assert not (tmp_path / "runs").exists()
     third = command("resume=run")
     assert "finished already" in third.stdout
+
+
+@pytest.mark.parametrize("held", ["summary.json", "checkpoints/last.ckpt"])
+def test_another_run_is_not_written_over(fast, tmp_path, held):
+    (tmp_path / "out" / held).parent.mkdir(parents=True)
+    (tmp_path / "out" / held).write_text("{}")
+    with pytest.raises(
+        ConfigError, match=f"out holds another run .{held}.: resume=.*out goes on with that one, hydra.run.dir="
+    ):
+        run_job(fast())
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 def test_no_folder_no_run(command):

@@ -34,7 +34,9 @@ def test_sites_that_no_weight_reads_are_left_out():
 @pytest.mark.parametrize("criterion", [FLAP(), Wanda(), BatchNormScale(), Reconstruction()])
 def test_a_group_with_nothing_to_go_by_has_no_score(criterion):
     moments, _ = statistic(0)
-    assert criterion.score(GroupView("g", 4, {"moments": [moments]}, columns=lambda: [None])) is None
+    view = GroupView("g", 4, {"moments": [moments]}, columns=lambda: [None])
+    assert criterion.score(view) is None
+    assert not criterion.may_score(view) or criterion.needs_readers
 
 
 def test_statistics_and_weights_of_different_models_are_refused():

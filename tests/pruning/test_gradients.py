@@ -723,7 +723,7 @@ def test_groups_without_batch_norm_stay_whole(caplog):
 
 def test_the_budget_counts_what_stays_whole():
     with pytest.raises(actprune.core.errors.BudgetError, match=r"and so do 1 groups that the criterion does not score \(3\)"):
-        actprune.prune(half_normed(), torch.randn(2, 8), criterion=criteria.BatchNormScale(), budget=Budget(params=0.2))
+        actprune.Pruner(half_normed(), torch.randn(2, 8), criterion=criteria.BatchNormScale(), budget=Budget(params=0.2))
 
 
 def test_no_group_at_all_is_an_error():
@@ -731,4 +731,4 @@ def test_no_group_at_all_is_an_error():
     with pytest.raises(
         ObservationError, match=r"BatchNormScale scores none of 1 groups: .*choose another criterion.*groups: 0"
     ):
-        actprune.prune(model, torch.randn(2, 8), criterion=criteria.BatchNormScale(), budget=Budget(params=0.6))
+        actprune.Pruner(model, torch.randn(2, 8), criterion=criteria.BatchNormScale(), budget=Budget(params=0.6))

@@ -109,7 +109,7 @@ def test_groups_that_no_plain_weight_reads_have_no_reconstruction_error_and_stay
 def test_reconstruction_without_compensation_says_what_it_needs():
     options = {"criterion": criteria.Reconstruction(), "budget": Budget(params=0.9), "compensation": None}
     with pytest.raises(ObservationError, match=r"scores none of 2 groups: .* pass compensation=LeastSquares\(\)"):
-        actprune.prune(network(), torch.randn(1, 8), [torch.randn(9, 8)], **options)
+        actprune.Pruner(network(), torch.randn(1, 8), **options)
 
 
 def test_without_compensation_the_network_is_as_it_was_cut():

@@ -180,6 +180,8 @@ def test_budgets_out_of_reach():
     model, example = build("ConvBn")
     with pytest.raises(BudgetError, match=r"the smallest reachable is [\d,]+ of [\d,]+: max_ratio=0.5 .* raise the budget"):
         Pruner(model, example, criteria.Random(), Budget(params=0.1), Selection(max_ratio=0.5))
+    with pytest.raises(BudgetError, match="max_ratio=0.9, round_to=64 and locked groups .* or max_ratio or lower round_to"):
+        Pruner(model, example, criteria.Random(), Budget(params=0.5), Selection(round_to=64))
     with pytest.raises(BudgetError, match="no unit may leave: .* max_ratio=0.0"):
         Pruner(model, example, criteria.Random(), Budget(params=0.5), Selection(max_ratio=0.0))
     single = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 3))

@@ -456,6 +456,7 @@ def test_labels_outside_the_classes_raise_once_it_counts(wrong):
         (ClassHistogram, {"bins": 1, "classes": 2}, r"bins=1 must lie in \[2, 65536\]"),
         (ClassHistogram, {"range": "all"}, "range='all' is not known; choose one of layer, unit"),
         (ClassHistogram, {"pool": "max"}, "pool='max' is not known"),
+        *((MapRank, {"shape": it}, "must be .height, width., two whole") for it in (3, [8], [8, 0], [-4, -4], [2.0, 8], "48")),
         (Sensitivity, {"mode": "half"}, "mode='half' is not known; choose one of full, lower_bound"),
     ],
 )

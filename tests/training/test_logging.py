@@ -34,6 +34,15 @@ def test_every_logger_gets_size_and_metric_in_one_call(pruning, trainer, list_lo
     assert [float(call["val_acc"]) for _, call in own] == [call["prune/val_acc"] for _, call in calls]
 
 
+def test_a_metric_that_nobody_logs_is_told_of_once(pruning, trainer, capsys):
+    callback = pruning(monitor="val/acc")
+    trainer(callback).fit(OwnForward(), loader(), loader(32, 1))
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitor=" in line]
+    assert len(said) == 1
+    assert said[0].startswith("monitor='val/acc' was not logged by validation and is left out; it logged")
+    assert all("val/acc" not in row for row in callback.history)
+
+
 def test_metric_is_what_checkpoints_monitor_by_default(pruning, trainer, tmp_path):
     callback = pruning()
     best = ModelCheckpoint(tmp_path, "{epoch}-{prune/step:.0f}", auto_insert_metric_name=False, monitor="val_loss")

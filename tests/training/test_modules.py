@@ -492,3 +492,5 @@ def test_a_module_that_validation_never_runs_is_refused(pruning, trainer):
 def test_a_name_is_not_taken_letter_by_letter(pruning):
     with pytest.raises(ConfigError, match=r"modules='encoder' must be a list of names, e.g. \['encoder'\]"):
         pruning(modules="encoder")
+    with pytest.raises(ConfigError, match=r"modules=\[\] names nothing to prune; leave it at null"):
+        pruning(modules=[])

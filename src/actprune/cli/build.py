@@ -11,7 +11,8 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
@@ -19,6 +20,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from actprune.core.budget import Budget
 from actprune.core.errors import ActPruneError, ConfigError
 
 _PLAIN = (int, float, bool, str, type(None))
@@ -76,6 +78,20 @@ def check(node: Any, key: str) -> None:
         _check_target(target, place)
 
 
+def check_budget(node: Any) -> None:
+    """Refuse a budget that does not say of what it is, and shares of what nothing counts.
+
+    Raises:
+        ConfigError: names what there is.
+    """
+    known = [share.name for share in fields(Budget)]
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"budget={node} must say of what: {' or '.join(f'budget.{name}={node}' for name in known)}")
+    for name in map(str, node):
+        if name not in known:
+            raise ConfigError(f"budget.{name}={node[name]}: nothing counts {name}; it takes {', '.join(known)}")
+
+
 def _targets(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
@@ -104,6 +120,8 @@ def _check_target(node: DictConfig, key: str) -> None:
             raise ConfigError(f"{key}.{name}: {node._target_} has no such argument; {hint}")
         if isinstance(value, (DictConfig, ListConfig)) or name not in hints:
             continue
+        if value is not None and _is_list(hints[name]):
+            raise ConfigError(f"{key}.{name}={value!r} must be a list, e.g. {key}.{name}=[{value}]")
         accepted = _accepted(hints[name])
         if accepted is not None and not any(_fits(value, kind) for kind in accepted):
             raise ConfigError(f"{key}.{name}={value!r} must be {' or '.join(map(_spell, accepted))}")
@@ -147,6 +165,13 @@ def _accepted(hint: Any) -> list[Any] | None:
     if origin is Literal:
         return list(get_args(hint))
     return [hint] if hint in _PLAIN else None
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an annotation takes lists, and nothing plain but None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_origin(part) or part for part in parts if part is not type(None)]
+    return bool(kinds) and all(kind in (Sequence, list, tuple) for kind in kinds)
 
 
 def _fits(value: Any, kind: Any) -> bool:

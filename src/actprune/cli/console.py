@@ -15,6 +15,7 @@ from rich.text import Text
 WIDTH = 100
 
 _FIRST = ("task", "seed", "data", "model", "pruner", "optimizer", "scheduler", "trainer")
+_LOGGED = ("train", "prune")
 _OF_TASKS = ("analyze", "capacity")
 _NOT_ANALYZED = ("pruner", "optimizer", "scheduler", "trainer", "module", "callbacks", "ckpt_path", "export", "optimize")
 _INSIDE = ("schedule", "compensation", "budget")  # shown where they are used: in the pruner
@@ -34,7 +35,7 @@ def print_config(config: DictConfig) -> None:
     table.add_column(overflow="fold")
     folder = str(config.paths.output_dir)
     task = config.task.name
-    unread = {*_OF_TASKS, *(_NOT_ANALYZED if task == "analyze" else ())} - {task}
+    unread = {*_OF_TASKS, *(_NOT_ANALYZED if task == "analyze" else ()), *(() if task in _LOGGED else ("logger",))} - {task}
     for name in (*_FIRST, *(str(name) for name in config if name not in (*_FIRST, *_INSIDE))):
         if name in unread:
             continue

@@ -16,15 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from actprune.cli import analyze, capacity, output, post_training, resuming, wandb
-from actprune.cli.build import build, check, resolved
+from actprune.cli.build import build, check, check_budget, resolved
 from actprune.cli.console import console, print_config
 from actprune.cli.names import describe_run, sweep_name
 from actprune.cli.planning import print_plan
 from actprune.cli.recorder import Recorder
 from actprune.cli.schema import Task
-from actprune.core.errors import ConfigError
-from actprune.training import AtomicCheckpoints, PruningCallback, RandomState
+from actprune.cli.trained import fed
+from actprune.core.errors import ConfigError, ExportError
+from actprune.training import AtomicCheckpoints, PruningCallback, RandomState, SeReNe
 from actprune.training.exporting import check_formats, export
+from actprune.training.storage import goes_on
 
 
 @dataclass
@@ -47,23 +49,30 @@ def run_job(config: DictConfig) -> float | None:
     Raises:
         ActPruneError: the configuration is wrong, data are missing, or the network cannot be pruned as asked.
     """
+    check_budget(config.budget)
     config = resolved(config)
     _quiet()
     summary = resuming.finished(config)
     if summary is not None:
         print(f"finished already: {config.paths.output_dir}")
         return summary[config.optimize]
+    resuming.check_unused(config)
     if config.resume is not None:
         config.ckpt_path = resuming.where_to_go_on(config)
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed} must be at least 0")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed} must be at least 0 and below 2^32")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
+    if config.ckpt_path is not None and not goes_on(Path(config.ckpt_path)):
+        raise ConfigError(
+            f"ckpt_path={config.ckpt_path} is no whole checkpoint with optimizer state; weights alone are model.weights=FILE"
+        )
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
     groups = ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger")
     for key in (*groups, "analyze", "capacity"):
         check(config[key], key)
+    _check_trainer(config.trainer)
     check_formats(list(config.export))
     print_config(config)
     began = time.monotonic()
@@ -84,6 +93,7 @@ def run_job(config: DictConfig) -> float | None:
             return None
         if config.task is Task.prune:
             summary = post_training.prune_network(config, parts.data, _where_it_runs(parts), parts.pruning)
+            output.tell_wandb(parts.trainer.loggers, summary)
             _export(config, parts)
             post_training.show(summary, Path(config.paths.output_dir), console())
             return summary[config.optimize]
@@ -101,7 +111,8 @@ def assemble(config: DictConfig) -> Parts:
     module = build(config.module, "module", net=build(config.model, "model"), **partials)
     pruning = None if config.pruner is None else build(config.pruner, "pruner")
     recorder = Recorder(pruning, folder)
-    loggers = [build(_named(node), f"logger.{name}") for name, node in (config.logger or {}).items()]
+    logs = config.task in (Task.train, Task.prune)  # the others have nothing for a logger
+    loggers = [build(_named(node), f"logger.{name}") for name, node in (config.logger or {}).items() if logs]
     callbacks: list[Callback] = [] if pruning is None else [pruning]
     callbacks += [recorder, RandomState()]
     callbacks += [build(node, f"callbacks.{name}") for name, node in (config.callbacks or {}).items()]
@@ -111,7 +122,7 @@ def assemble(config: DictConfig) -> Parts:
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers, **plugins)
     _refuse_many_sweeps(trainer)
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config))
+        wandb.log_config(logger, OmegaConf.to_container(config))
     return Parts(data, module, pruning, recorder, trainer)
 
 
@@ -150,10 +161,23 @@ def _where_it_runs(parts: Parts) -> nn.Module:
 def _export(config: DictConfig, parts: Parts) -> None:
     if config.export:
         images, _ = next(iter(parts.data.val_dataloader()))
-        files = export(
-            parts.module.get_submodule("net"), images[:2], Path(config.paths.output_dir) / "exported", list(config.export)
-        )
+        net = parts.module.get_submodule("net")
+        folder = Path(config.paths.output_dir)
+        try:
+            files = export(net, fed(net, images[:2]), folder / "exported", list(config.export))
+        except ExportError as error:
+            cure = f"; what was trained is kept: resume={folder} export=[] goes on without" if config.task is Task.train else ""
+            raise ExportError(f"{error}{cure}") from error
         print(f"exported: {', '.join(path.name for path in files.values())}")
+
+
+def _check_trainer(node: Any) -> None:
+    """Refuse what Lightning notices late: in the first epoch, or in the test after the last one."""
+    for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_test_batches"):
+        value = node.get(name)
+        least = "above 0" if name.startswith("limit") else "at least 1"
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ConfigError(f"trainer.{name}={value} must be {least}")
 
 
 def _refuse_many_sweeps(trainer: Trainer) -> None:
@@ -171,6 +195,11 @@ def _refuse_parts(task: Task, pruning: PruningCallback | None) -> None:
             f"pruner.modules={named} names parts of the network, and task={task.name} prunes it whole; leave modules out, or "
             "use task=train"
         )
+    if task in (Task.plan, Task.prune) and isinstance(pruning, SeReNe):
+        raise ConfigError(
+            f"task={task.name} trains nothing, and pruner=serene has units leave that training made small; choose a criterion, "
+            "e.g. pruner=entropy"
+        )
 
 
 def _named(node: Any) -> Any:
@@ -185,7 +214,7 @@ def _quiet() -> None:
     # Lightning 2.6 asks torch's pytree in a way that torch deprecated; nothing a user of either could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # A run that goes on from a checkpoint keeps its own in its own folder: nothing to warn about.
-    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    warnings.filterwarnings("ignore", "The dirpath has changed from|Checkpoint directory .* exists and is not empty")
     # Data sets here are small enough to load in the main process; the hint to use workers would come twice in every
     # run.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

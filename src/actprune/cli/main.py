@@ -12,9 +12,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from actprune.cli import resuming, schema
+from actprune.cli.arguments import check_arguments
 from actprune.cli.job import run_job
 from actprune.core.errors import ActPruneError
 
@@ -30,6 +32,7 @@ def main(config_dir: str | os.PathLike[str]) -> None:
     schema.register()
     try:
         sys.argv[1:] = resuming.command_line(sys.argv[1:])
+        check_arguments(sys.argv[1:], Path(config_dir))
     except ActPruneError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
@@ -43,7 +46,7 @@ def _job(config: DictConfig) -> Any:
         if sweep:  # Hydra tells of the first failed job only, and only when the last one is done
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
         raise JobError(f"{type(error).__name__}: {error}") from error
-    except OSError as error:
+    except (OSError, MisconfigurationException) as error:
         message = (
             f"{type(error).__name__}: {error}; what was written before is intact, resume={config.paths.output_dir} goes on"
         )

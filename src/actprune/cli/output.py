@@ -17,6 +17,7 @@ from rich.console import Console
 
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, net_record, write_json
+from actprune.cli.trained import fed
 from actprune.core.files import atomic_path
 from actprune.core.record import ATTRIBUTE
 from actprune.graph import trace
@@ -104,13 +105,18 @@ def write(
         summary["stopped"] = dict(results.stopped)
         summary["events"] = list(results.events)
     pictures = _draw(folder, summary)
+    tell_wandb(loggers, summary, pictures)
+    write_json(summary, folder / SUMMARY)
+    return summary
+
+
+def tell_wandb(loggers: Sequence[Logger], summary: Mapping[str, Any], pictures: Sequence[Path] = ()) -> None:
+    """Send the numbers of the summary, and pictures, to Weights & Biases where it is among the loggers."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({key: summary[key] for key in (*NUMBERS, "params_before", "macs_before")})
             for picture in pictures:
                 logger.log_image(picture.stem, [str(picture)])
-    write_json(summary, folder / SUMMARY)
-    return summary
 
 
 def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
@@ -122,7 +128,8 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
 
 def _sizes(data: LightningDataModule, module: LightningModule, pruners: Sequence[Pruner]) -> dict[str, Any]:
     images, _ = next(iter(data.val_dataloader()))
-    graph = trace(module.get_submodule("net"), images[:1])
+    net = module.get_submodule("net")
+    graph = trace(net, fed(net, images[:1]))
     after = {"params": graph.params, "macs": graph.macs}
     gone = {unit: sum(getattr(p, f"{unit}_before") - getattr(p, unit) for p in pruners) for unit in after}
     before = {unit: after[unit] + gone[unit] for unit in after}

@@ -13,7 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from actprune.cli.names import sweep_name
 from actprune.cli.output import SUMMARY
+from actprune.cli.schema import Task
 from actprune.core.errors import ConfigError
 from actprune.training import newest_checkpoint
 
@@ -68,6 +70,24 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
     if config.optimize not in summary:
         raise ConfigError(f"{path} has no {config.optimize}; leave optimize as it was when the job ran")
     return summary
+
+
+def check_unused(config: DictConfig) -> None:
+    """Refuse to write a run into the folder of another one: checkpoints and rows of both would be mixed.
+
+    Raises:
+        ConfigError: names what is there.
+    """
+    if config.resume is not None or config.ckpt_path is not None or config.task not in (Task.train, Task.prune):
+        return
+    folder = Path(config.paths.output_dir)
+    for path in (folder / SUMMARY, *sorted(folder.glob("checkpoints/*.ckpt"))):
+        if path.is_file():
+            whole, key = (folder, "run") if sweep_name() is None else (folder.parent, "sweep")
+            raise ConfigError(
+                f"{folder} holds another run ({path.relative_to(folder)}): resume={whole} goes on with that one, "
+                f"hydra.{key}.dir=FOLDER takes this one elsewhere"
+            )
 
 
 def _sweep(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from actprune.core.record import SurgeryRecord
@@ -60,6 +60,11 @@ def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any
     drawn = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist()  # type: ignore[arg-type]
     alike = {name: getattr(loader, name) for name in ("batch_size", "num_workers", "collate_fn")}
     return first_samples(DataLoader(Subset(loader.dataset, drawn), **alike), None)
+
+
+def fed(net: nn.Module, images: Tensor) -> Tensor:
+    """Images as the network takes them: in the precision and on the device of its weights."""
+    return images.to(next(net.parameters()))
 
 
 @torch.no_grad()

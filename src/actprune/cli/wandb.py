@@ -6,9 +6,10 @@ import netrc
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from actprune.core.errors import ConfigError
 
@@ -48,6 +49,23 @@ def wandb_logger(
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B prints that it is of no use
     return logger
+
+
+def log_config(logger: Logger, config: Any) -> None:
+    """Send the configuration to a logger, with which W&B starts its run.
+
+    Raises:
+        ConfigError: W&B cannot start: a key that it does not take, or no network.
+    """
+    try:
+        logger.log_hyperparams(config)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise ConfigError(
+            f"Weights & Biases does not start ({type(error).__name__}: {error}); logger.wandb.offline=true keeps the run on "
+            "disk, logger=csv does without"
+        ) from error
 
 
 def logged_in() -> bool:

@@ -114,6 +114,13 @@ class Criterion(ABC):
         """The statistics to accumulate at every site: key -> constructor taking the number of units (default: none)."""
         return {}
 
+    def may_score(self, view: GroupView) -> bool:
+        """Whether a group may have a score, as far as its weights tell before anything is observed (default: yes).
+
+        Where no group may have one, or those that may are too few for the budget, that is told before training.
+        """
+        return True
+
     @abstractmethod
     def score(self, view: GroupView) -> Tensor | None:
         """Score every unit of a group.

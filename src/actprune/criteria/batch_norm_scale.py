@@ -23,6 +23,10 @@ class BatchNormScale(Criterion):
 
     unscored = "the others go through no batch norm with a scale; choose another criterion for them, e.g. Magnitude()"
 
+    def may_score(self, view: GroupView) -> bool:
+        """Whether there is a batch norm."""
+        return bool(view.norms())
+
     def score(self, view: GroupView) -> Tensor | None:
         """Mean of |gamma|; None where there is no batch norm."""
         norms = view.norms()

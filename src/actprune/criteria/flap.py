@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from actprune.core.views import Criterion, GroupView, Statistic
-from actprune.criteria.reading import score_read
+from actprune.criteria.reading import is_read, score_read
 from actprune.statistics import Moments
 
 
@@ -31,6 +31,10 @@ class FLAP(Criterion):
     def statistics(self) -> dict[str, Callable[[int], Statistic]]:
         """The moments at every site."""
         return {"moments": Moments}
+
+    def may_score(self, view: GroupView) -> bool:
+        """Whether a layer's own weight reads it."""
+        return is_read(view)
 
     def score(self, view: GroupView) -> Tensor | None:
         """Variance times squared norm of the columns."""

@@ -17,10 +17,18 @@ from actprune.statistics import MapRank
 
 @dataclass(frozen=True)
 class HRank(Criterion):
-    """A unit whose maps have low rank leaves first."""
+    """A unit whose maps have low rank leaves first.
+
+    Raises:
+        ConfigError: ``shape`` is no two whole numbers above 0.
+    """
 
     shape: Sequence[int] | None = None
     """(height, width) of the maps; None: they are square."""
+
+    def __post_init__(self) -> None:
+        """Check the shape before any work is done."""
+        MapRank(1, self.shape)
 
     def statistics(self) -> dict[str, Callable[[int], Statistic]]:
         """Mean rank at every site."""

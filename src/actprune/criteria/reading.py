@@ -11,6 +11,11 @@ from actprune.core.views import GroupView, Statistic
 from actprune.criteria.combine import score_sites
 
 
+def is_read(view: GroupView) -> bool:
+    """Whether a layer's own weight reads the group, at any of its sites."""
+    return any(weight is not None for weight in view.columns())
+
+
 def score_read(
     view: GroupView,
     key: str,

@@ -60,7 +60,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]  # torch's advice does not fit
         raise ConfigError(
             f"weights file {file.resolve()} cannot be read as tensors only ({reason}); save model.state_dict() instead"
         ) from error

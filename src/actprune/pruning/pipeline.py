@@ -162,6 +162,7 @@ class Pruner:
 
         Raises:
             BudgetError: locked groups and ``max_ratio`` keep more than the budget.
+            ObservationError: the criterion has nothing to score any group by.
         """
         if not self.graph.unlocked:
             reasons = "; ".join(f"{g.name}: {g.locked}" for g in self.graph.groups[:5])
@@ -171,8 +172,17 @@ class Pruner:
             )
         if self.criterion.threshold is not None:
             return
-        anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in self.graph.unlocked}
+        may = [group for group in self.graph.unlocked if self._may_score(group)]
+        if not may:
+            self._tell_unscored([group.name for group in self.graph.unlocked])
+        anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in may}
         select(self.graph, anything, self.budget.unit, self._target_now(1.0), self.selection, self._original_widths)
+
+    def _may_score(self, group: Group) -> bool:
+        """Whether the criterion may have a score for a group, as far as it is known before anything is observed."""
+        if self.criterion.needs_readers and self.compensation is None and not self.criterion.statistics():
+            return False  # it has nothing else to go by
+        return self.criterion.may_score(self._view(group, None))
 
     @contextmanager
     def observe(self, expected: int | None = None) -> Iterator[Observation]:
@@ -198,22 +208,8 @@ class Pruner:
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
         own = cache(partial(owned, self.model, self.graph))
-        whole = self.graph.left(self.budget.unit)
         for group in self.graph.unlocked:
-            one = self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]}))
-            view = GroupView(
-                name=group.name,
-                size=group.size,
-                statistics=observation.scores.get(group.name, {}) if observation is not None else {},
-                slices=partial(self._slices, group),
-                seed=self.seed + len(self.record.steps),
-                readers=partial(self._readers, observation, group),
-                cost=max(whole - one, 1) / whole,
-                columns=partial(columns_of, self.model, self.graph, group),
-                norms=partial(norms_of, self.model, group),
-                own=partial(_entry, own, group.name),
-            )
-            said = self.criterion.score(view)
+            said = self.criterion.score(self._view(group, observation, own))
             if said is None:
                 continue
             score = said.detach().double().cpu()
@@ -225,6 +221,25 @@ class Pruner:
             found[group.name] = score
         self._tell_unscored([g.name for g in self.graph.unlocked if g.name not in found])
         return found
+
+    def _view(
+        self, group: Group, observation: Observation | None, own: Callable[[], dict[str, list[Tensor]]] = dict
+    ) -> GroupView:
+        """A group as the criterion sees it; ``own``: what the units of every group own."""
+        whole = self.graph.left(self.budget.unit)
+        one = self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]}))
+        return GroupView(
+            name=group.name,
+            size=group.size,
+            statistics=observation.scores.get(group.name, {}) if observation is not None else {},
+            slices=partial(self._slices, group),
+            seed=self.seed + len(self.record.steps),
+            readers=partial(self._readers, observation, group),
+            cost=max(whole - one, 1) / whole,
+            columns=partial(columns_of, self.model, self.graph, group),
+            norms=partial(norms_of, self.model, group),
+            own=partial(_entry, own, group.name),
+        )
 
     def _tell_unscored(self, names: list[str]) -> None:
         if not names:

@@ -97,10 +97,11 @@ def select(
     order = _Order(graph, groups, _order(groups, scores, caps, selection, originals), unit, selection.round_to)
     least = order.cost(len(order))
     if least > target:
+        rounding = f", round_to={selection.round_to}" if selection.round_to > 1 else ""
         raise BudgetError(
             f"the budget asks for {target:,.0f} {unit}, the smallest reachable is {least:,} of {graph.left(unit):,}: "
-            f"max_ratio={selection.max_ratio} and locked groups keep the rest{_unscored(graph, scores)}; raise the budget or "
-            "max_ratio"
+            f"max_ratio={selection.max_ratio}{rounding} and locked groups keep the rest{_unscored(graph, scores)}; raise the "
+            f"budget or max_ratio{' or lower round_to' * bool(rounding)}"
         )
     return order.units(order.first_within(target))
 

@@ -71,7 +71,7 @@ def comparison(
             table.add_row(*line, style="dim" if row.is_baseline else None, end_section=new_block)
         parts += [table, Text()]
     if rows:
-        parts.append(Text(f"Accuracies in %; {SPREAD}.\n{DIFFERENCE}.", style="dim"))
+        parts.append(Text("\n".join(_footnotes(rows)), style="dim"))
     parts += [Text(f"note: {note}", style="yellow") for note in notes]
     parts += [Text(f"not compared: {_problem(problem)}", style="red") for problem in problems]
     return Group(*parts)
@@ -93,7 +93,7 @@ def write_markdown(
         lines += [f"## {_headline(section)}", ""]
         lines += [_markdown_row(header), "|" + " --- |" + " ---: |" * (len(header) - 1)]
         lines += [_markdown_row(line) for line in cells] + [""]
-    lines += [f"Accuracies in %; {SPREAD}. {DIFFERENCE}.", ""]
+    lines += [" ".join(_footnotes(rows)), ""]
     if notes:
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
     if problems:
@@ -184,6 +184,12 @@ def _cells(rows: Sequence[Row], config_apart: bool) -> tuple[list[str], list[lis
     ]
     header = [name for name in lines[0] if any(line[name] for line in lines)]
     return header, [[line[name] for name in header] for line in lines]
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    """What the columns mean that are there."""
+    compared = any(row.difference is not None for row in rows)
+    return [f"Accuracies in %; {SPREAD}.", *([f"{DIFFERENCE}."] if compared else [])]
 
 
 def _accuracy(spread: Spread) -> str:

@@ -28,7 +28,8 @@ class MapRank(Accumulator):
         shape: (H, W) of the maps; None: square.
 
     Raises:
-        ConfigError: a map does not have H x W positions, or is not square when ``shape`` is None.
+        ConfigError: ``shape`` is no two whole numbers above 0; a map does not have H x W positions, or is not square when
+            ``shape`` is None.
     """
 
     whole_maps = True
@@ -36,6 +37,10 @@ class MapRank(Accumulator):
 
     def __init__(self, n_units: int, shape: Sequence[int] | None = None) -> None:
         super().__init__(n_units)
+        if not (shape is None or _is_shape(shape)):
+            raise ConfigError(
+                f"shape={shape!r} must be (height, width), two whole numbers above 0, or null (None): square maps"
+            )
         self.shape = None if shape is None else tuple(shape)
         self.add_state("ranks", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -54,3 +59,11 @@ class MapRank(Accumulator):
     def evaluate(self) -> Tensor:
         """Mean rank, float64 (U,)."""
         return self.ranks / self.n_samples
+
+
+def _is_shape(shape: object) -> bool:
+    return (
+        isinstance(shape, Sequence)
+        and len(shape) == 2
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+    )

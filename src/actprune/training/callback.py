@@ -22,7 +22,7 @@ from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
 from actprune.training.deciding import Plans, carry_out, decide, folded, go_back, regroup
-from actprune.training.events import broke_after_cut, log_gauges, sizes, step_event, step_line, tell, why
+from actprune.training.events import broke_after_cut, log_gauges, measured, say, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
 from actprune.training.guard import Guard, drop_limit, guard_for
@@ -266,7 +266,7 @@ class PruningCallback(Callback):
         self._last_verdict(trainer)
         self.stopped = why(trainer, self.budget, self.pruners.values(), self.guard)
         if self.stopped["reason"] != "budget":
-            pl_module.print(self.stopped["message"])
+            say(pl_module, self.stopped["message"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
@@ -314,8 +314,7 @@ class PruningCallback(Callback):
         """Add a row to the history and to every logger, and let the guard see the metric."""
         row: dict[str, Any] = {"epoch": trainer.current_epoch, **sizes(self.pruners.values())}
         monitor = self.monitor or monitored(trainer)
-        if monitor in trainer.callback_metrics:
-            row[str(monitor)] = float(trainer.callback_metrics[monitor])
+        row |= measured(trainer, self.monitor, monitor, first=not self.history)
         self.history.append(row)
         log_row(trainer, row)
         if self.guard is not None and ends_epoch(trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -72,9 +73,32 @@ def step_line(event: Mapping[str, Any], pruners: Iterable[Pruner]) -> str:
     )
 
 
+def say(task: LightningModule, line: str) -> None:
+    """Print, within 100 columns."""
+    task.print(textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False))
+
+
+def measured(trainer: Trainer, own: str | None, monitor: str | None, first: bool) -> dict[str, float]:
+    """The monitored metric by its name, if validation logged it.
+
+    Args:
+        trainer: holds what was logged.
+        own: the name that the user gave, if any: the console says once, after the first validation, that nothing has it.
+        monitor: the name that is followed.
+        first: whether this is the first validation.
+    """
+    logged = trainer.callback_metrics
+    if monitor is not None and monitor in logged:
+        return {monitor: float(logged[monitor])}
+    if own is not None and first:
+        known = ", ".join(sorted(map(str, logged))) or "nothing"
+        say(trainer.lightning_module, f"monitor={own!r} was not logged by validation and is left out; it logged {known}")
+    return {}
+
+
 def tell(trainer: Trainer, event: Mapping[str, Any], line: str) -> None:
     """Print a step, and send it to every logger: widths of what was cut, and the times."""
-    trainer.lightning_module.print(line)
+    say(trainer.lightning_module, line)
     metrics: dict[str, float] = {f"surgery/width/{group}": after for group, (_, after) in event["widths"].items()}
     metrics |= {f"surgery/{name}_seconds": value for name, value in event["seconds"].items()}
     for logger in trainer.loggers:

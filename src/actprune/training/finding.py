@@ -21,10 +21,12 @@ def names(modules: Sequence[str] | None) -> tuple[str, ...]:
     """The names of modules that a user gave.
 
     Raises:
-        ConfigError: it is one string, which would be taken letter by letter.
+        ConfigError: it is one string, which would be taken letter by letter; or names nothing.
     """
     if isinstance(modules, str):
         raise ConfigError(f"modules={modules!r} must be a list of names, e.g. [{modules!r}]")
+    if modules is not None and not modules:
+        raise ConfigError(f"modules={modules!r} names nothing to prune; leave it at null (None) for the whole network")
     return tuple(modules or ())
 
 

@@ -54,16 +54,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     ``weights_only=False``.
     """
     files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.name.startswith(".")]  # those are half done
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except _BROKEN as error:
-            if "Unsupported global" in str(error):
-                return path
-            continue
-        if isinstance(content, dict) and "optimizer_states" in content:  # others hold weights only
-            return path
-    return None
+    newest_first = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((path for path in newest_first if goes_on(path)), None)
+
+
+def goes_on(path: Path) -> bool:
+    """Whether a file loads as a checkpoint to go on from."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN as error:
+        return "Unsupported global" in str(error) and zipfile.is_zipfile(path)
+    return isinstance(content, dict) and "optimizer_states" in content  # others hold weights only
 
 
 def load_task(kind: type[Task], path: Any, **options: Any) -> Task:

@@ -94,8 +94,12 @@ def return_to_best(trainer: Trainer, values: Mapping[str, Any]) -> None:
 def save_last_again(trainer: Trainer) -> None:
     """Write the last checkpoint anew: the network changed after the epoch that wrote it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.last_model_path:
-            trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        latest = callback.monitor is None and callback.save_top_k == 1  # its one file is that of the last epoch
+        path = callback.last_model_path if callback.save_last else callback.best_model_path if latest else ""
+        if path:
+            trainer.save_checkpoint(path, callback.save_weights_only)
 
 
 def monitored(trainer: Trainer) -> str | None:

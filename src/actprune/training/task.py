@@ -56,7 +56,7 @@ class ClassificationTask(LightningModule):
         self.net = net
         self._optimizer = optimizer
         self._scheduler = scheduler
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._num_classes = label_smoothing, num_classes
         accuracy = MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
         self.train_metrics = accuracy.clone(prefix="train/")
         self.val_metrics = accuracy.clone(prefix="val/")
@@ -68,10 +68,8 @@ class ClassificationTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the training loss of one batch."""
-        images, targets = batch
-        logits = self.net(images)
-        loss = functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
-        self._log_epoch("train", loss, self.train_metrics, logits, targets)
+        loss, logits = self._compared(batch, self._label_smoothing)
+        self._log_epoch("train", loss, self.train_metrics, logits, batch[1])
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -87,17 +85,39 @@ class ClassificationTask(LightningModule):
         return self.net(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and, if there is one, the scheduler."""
-        optimizer = self._optimizer(self.parameters())
+        """Build the optimizer and, if there is one, the scheduler.
+
+        Raises:
+            ConfigError: one of them refuses its settings.
+        """
+        optimizer = _built("optimizer", self._optimizer, self.parameters())
         if self._scheduler is None:
             return {"optimizer": optimizer}
-        schedule = {"scheduler": self._scheduler(optimizer), "interval": "epoch", "monitor": "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        scheduler = _built("scheduler", self._scheduler, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}}
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch) -> None:
+        loss, logits = self._compared(batch, 0.0)
+        self._log_epoch(stage, loss, metrics, logits, batch[1])
+
+    def _compared(self, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch.
+
+        Raises:
+            ConfigError: network, task and data do not have the same number of classes.
+        """
         images, targets = batch
         logits = self.net(images)
-        self._log_epoch(stage, functional.cross_entropy(logits, targets), metrics, logits, targets)
+        cure = "give model, module and data the same num_classes"
+        if logits.shape != (len(targets), self._num_classes):
+            raise ConfigError(
+                f"num_classes={self._num_classes} needs logits of shape {(len(targets), self._num_classes)}, the network gives "
+                f"{tuple(logits.shape)}; {cure}"
+            )
+        try:
+            return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing), logits
+        except IndexError as error:  # on a GPU the driver tells, later
+            raise ConfigError(f"num_classes={self._num_classes} but the data have other classes ({error}); {cure}") from error
 
     def _log_epoch(
         self,
@@ -112,3 +132,10 @@ class ClassificationTask(LightningModule):
         epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": n_samples}
         self.log(f"{stage}/loss", loss.detach(), sync_dist=True, prog_bar=stage == "train", **epoch)
         self.log_dict(metrics, prog_bar=stage == "val", **epoch)
+
+
+def _built(what: str, make: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return make(argument)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}; check its settings") from error
