@@ -19,7 +19,7 @@ from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
 _HEAD_WORDS = ("head", "d_kv", "key_value_proj_dim")
-_WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv")
+_WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv", "d_head", "per_head")
 
 
 def _boundaries(shape: tuple[int, ...]) -> list[int]:
