@@ -47,7 +47,7 @@ class TwoStates(nn.Module):
     def __init__(self):
         super().__init__()
         self.state_dim, self.context_dim = 6, 8
-        self.embed, self.first, self.then = nn.Linear(5, 8), nn.Linear(14, 6), nn.Linear(12, 6)
+        self.embed, self.first, self.other = nn.Linear(5, 8), nn.Linear(14, 6), nn.Linear(12, 6)
         self.head = nn.Linear(14, 3)
 
     def forward(self, x):
@@ -55,7 +55,7 @@ class TwoStates(nn.Module):
         x, context = self.embed(x), x.new_zeros(len(x), self.context_dim)
         for t in range(x.shape[1]):
             a = self.first(torch.cat([a, context], -1)).tanh()
-            b = self.then(torch.cat([a, b], -1)).tanh()
+            b = self.other(torch.cat([a, b], -1)).tanh()
             context = x[:, t] * b.mean(-1, keepdim=True)
         return self.head(torch.cat([b, context], -1))
 
