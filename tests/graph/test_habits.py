@@ -126,6 +126,23 @@ class Ensemble(nn.Module):
         return torch.func.vmap(self.out)(torch.func.vmap(lambda w: F.linear(x, w))(self.members).relu()).mean(0)
 
 
+class NormedHeads(nn.Module):
+    """A norm over every head, as a norm over groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_head, self.embed = 4, nn.Linear(5, 8)
+        self.q, self.k, self.v, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 3)
+        self.norm, self.each = nn.GroupNorm(4, 12), nn.GroupNorm(8, 8)
+
+    def forward(self, x):
+        x = self.each(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.n_head, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) * 0.5).softmax(-1) @ v
+        return self.out(self.norm(y.transpose(1, 2).reshape(b * n, -1))).view(b, n, -1)
+
+
 class Swish(nn.Module):
     def forward(self, x):
         return x * x.sigmoid()
@@ -137,6 +154,7 @@ CASES = {
     "gated": (Gated, TOKENS, [6, 7]),
     "two states": (TwoStates, TOKENS, [8]),
     "relative heads": (RelativeHeads, TOKENS, [4]),
+    "normed heads": (NormedHeads, TOKENS, [4, 8]),
     "latent": (Latent, TOKENS, [8]),
     "correlated": (Correlated, TOKENS, [8]),
     "ensemble": (Ensemble, TOKENS, [7, 8]),

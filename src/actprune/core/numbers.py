@@ -13,7 +13,7 @@ _KINDS = {"Tensor", "number", "float", "Optional[Tensor]", "Optional[number]", "
 _COUNTING = {"arange", "range"}
 # positions and shifts along dimensions that stay: no shape tells
 _PLACES = {"select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
-# of several groups every one leaves evenly: their number stays, and says what is normalised together
+# their number stays where channels leave evenly, and says what is normalised together
 _GROUPS = {"native_group_norm": "group"}
 _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 
