@@ -143,6 +143,25 @@ class NormedHeads(nn.Module):
         return self.out(self.norm(y.transpose(1, 2).reshape(b * n, -1))).view(b, n, -1)
 
 
+class DeltaRule(nn.Module):
+    """A state per head, zero at first, which an ``einsum`` reads before anything is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_head, self.width = 4, 3
+        self.k, self.v, self.out = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        k, v = (f(x).view(b, n, self.n_head, self.width) for f in (self.k, self.v))
+        state, found = torch.zeros(b, self.n_head, self.width, self.width, dtype=x.dtype), []
+        for t in range(n):
+            error = v[:, t] - torch.einsum("bhij,bhj->bhi", state, k[:, t])
+            state = state + torch.einsum("bhi,bhj->bhij", error, k[:, t])
+            found.append(torch.einsum("bhij,bhj->bhi", state, v[:, t]))
+        return self.out(torch.stack(found, 1).flatten(2))
+
+
 class Swish(nn.Module):
     def forward(self, x):
         return x * x.sigmoid()
@@ -155,6 +174,7 @@ CASES = {
     "two states": (TwoStates, TOKENS, [8]),
     "relative heads": (RelativeHeads, TOKENS, [4]),
     "normed heads": (NormedHeads, TOKENS, [4, 8]),
+    "delta rule": (DeltaRule, TOKENS, [4]),
     "latent": (Latent, TOKENS, [8]),
     "correlated": (Correlated, TOKENS, [8]),
     "ensemble": (Ensemble, TOKENS, [7, 8]),

@@ -113,6 +113,8 @@ class TraceState:
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
     exponentials: ByTensor[bool] = field(default_factory=ByTensor)
     """What ``exp`` returned: summed over a dimension it is shared out as by a softmax."""
+    filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
 
     @property

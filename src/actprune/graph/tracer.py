@@ -108,6 +108,7 @@ class ChannelTracer(TorchDispatchMode):
             for ids in filled:
                 if ids is not None:
                     t.may_count(ids)
+                    t.filled[id(ids)] = ids
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
         if name not in CONTRACTIONS or name in _OF_VECTORS:
