@@ -235,6 +235,7 @@ def difference(ours, reference):
     worst = 0.0
     for a, b in zip(ours, reference, strict=True):
         assert a.shape == b.shape
+        assert torch.isfinite(a).all()  # else no difference is larger than none
         assert torch.isfinite(b).all()
         worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)))
     return worst

@@ -143,7 +143,7 @@ class _Checker(TorchDispatchMode):
             before = extents.numbers.get((*call_, number), ())
             changed = repr(given) != repr(before) and call_ not in self._measuring
             if name == "native_group_norm" and changed and expected[0][1] is not None:
-                changed = given != (self._whole_groups(expected[0][1], int(before[0])), *before[1:])
+                changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
             if changed and not any(_is_count(n, given, before) for n in self._summed.each(args) if n is not None):
                 raise NumberError(
                     f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
