@@ -11,8 +11,8 @@ from torch import Tensor
 _KINDS = {"Tensor", "number", "float", "Optional[Tensor]", "Optional[number]", "Optional[float]"}
 # where positions that are counted end says how many there are, which their shape tells
 _COUNTING = {"arange", "range"}
-# positions and shifts along dimensions that stay: no shape tells
-_PLACES = {"select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
+# positions along dimensions that stay, and how many of them are picked: no shape that is predicted tells
+_PLACES = {"topk": "k", "select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
 # their number stays where channels leave evenly, and says what is normalised together
 _GROUPS = {"native_group_norm": "group"}
 _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
