@@ -129,5 +129,7 @@ def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watch
     stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
     for child in module.children():
+        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as the module's own
+            continue
         stack.callback(child.register_forward_pre_hook(pause, prepend=True).remove)
         stack.callback(child.register_forward_hook(resume, always_call=True).remove)

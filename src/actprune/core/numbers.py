@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 _KINDS = {"Tensor", "number", "float", "Optional[Tensor]", "Optional[number]", "Optional[float]"}
-# what counts positions is as long as they are
-_COUNTING = {"arange", "range", "linspace", "logspace", "randint"}
-# of several groups every one leaves evenly: their number stays, and says what is normalised together
+# where positions that are counted end says how many there are, which their shape tells
+_COUNTING = {"arange", "range"}
+# positions along dimensions that stay, and how many of them are picked: no shape that is predicted tells
+_PLACES = {"topk": "k", "select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
+# their number stays where channels leave evenly, and says what is normalised together
 _GROUPS = {"native_group_norm": "group"}
 _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 
@@ -19,9 +21,11 @@ _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 @functools.cache
 def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
     """Where an operator takes numbers: positions and names of its arguments."""
-    arguments = [] if func.overloadpacket.__name__ in _COUNTING else func._schema.arguments
-    groups = _GROUPS.get(func.overloadpacket.__name__)
-    taking = [(i, a.name) for i, a in enumerate(arguments) if str(a.type) in _KINDS or a.name == groups]
+    name = func.overloadpacket.__name__
+    whole = {_GROUPS.get(name), _PLACES.get(name)}
+    left_out = "end" if name in _COUNTING else None
+    arguments = [(i, a) for i, a in enumerate(func._schema.arguments) if a.name != left_out]
+    taking = [(i, a.name) for i, a in arguments if str(a.type) in _KINDS or a.name in whole]
     return frozenset(i for i, _ in taking), frozenset(name for _, name in taking)
 
 

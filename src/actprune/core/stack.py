@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -45,6 +46,8 @@ def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
 
     with ExitStack() as hooks:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its operators count as those of what calls it
+                continue
             hooks.callback(module.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(partial(leave, path)).remove)
         yield stack

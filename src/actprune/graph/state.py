@@ -8,6 +8,7 @@ from itertools import repeat
 from operator import is_not
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -110,6 +111,10 @@ class TraceState:
     _origins: ByTensor[str] = field(default_factory=ByTensor)
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
+    exponentials: ByTensor[bool] = field(default_factory=ByTensor)
+    """What ``exp`` returned: summed over a dimension it is shared out as by a softmax."""
+    filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
 
     @property
@@ -128,6 +133,9 @@ class TraceState:
         if name not in self.tensor_ids:
             self.tensors[name] = tensor
             self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
+            if isinstance(self.modules.get(name.rpartition(".")[0]), torch.jit.ScriptModule):
+                for ids in self.tensor_ids[name]:
+                    self.space.lock(ids, "held by a scripted module")
         self._ids[tensor] = known = list(self.tensor_ids[name])
         self._origins[tensor] = name
         return known
@@ -141,7 +149,10 @@ class TraceState:
         # `parameter.data` is another tensor over the same storage, made without an operator
         if not self.storages or tensor.layout.__str__() != "torch.strided":
             return None
-        return self.storages.get((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())))
+        try:
+            return self.storages.get((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())))
+        except RuntimeError:  # a tensor of ``torch.func``, as a module inside ``vmap`` is given
+            return None
 
     def set(self, tensor: Tensor, ids: Sequence[Ids]) -> None:
         """Remember the ids of an operator's output; a tensor written in place is no longer what it was."""
@@ -243,13 +254,14 @@ class TraceState:
 
     def _plain(self, path: str) -> Iterator[tuple[str, str, object]]:
         for name, value in vars(self.modules[path]).items():
-            if not name.startswith("_") and name != "training":
+            private = name.startswith("_") and (type(value) is not int or self.of_torch(path))
+            if not private and name != "training":
                 yield path, name, value
 
     def integers(self, path: str) -> Iterator[tuple[str, int]]:
         """Yield (name, value) of a module's own integer attributes."""
         for name, value in vars(self.modules[path]).items():
-            if type(value) is int and not name.startswith("_"):
+            if type(value) is int and not (name.startswith("_") and self.of_torch(path)):
                 yield name, value
 
     def shapes(self, path: str, tensor: Tensor) -> Iterator[tuple[str, int]]:

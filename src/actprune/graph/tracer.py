@@ -46,6 +46,12 @@ _FILLED = {
     "new_empty_strided", "empty_strided",
 }  # fmt: skip
 
+# what takes a tensor's shape and leaves its values unread
+_SHAPES_ALONE = {
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
+    "new_empty", "new_empty_strided",
+}  # fmt: skip
+
 
 def _normalises_nothing(t: TraceState) -> SimpleNamespace | None:
     """Input and tensors of the running batch norm if there is no sample: PyTorch then multiplies by ``weight[0]`` instead."""
@@ -77,7 +83,7 @@ class ChannelTracer(TorchDispatchMode):
         t = self.state
         if self._inside:
             if not composite and not t.training:
-                self._number(name, [], ())
+                self._number(name, [], numbers(func, args, kwargs))
             return out
         inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
         self._read(name, inputs)
@@ -102,6 +108,7 @@ class ChannelTracer(TorchDispatchMode):
             for ids in filled:
                 if ids is not None:
                     t.may_count(ids)
+                    t.filled[id(ids)] = ids
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
         if name not in CONTRACTIONS or name in _OF_VECTORS:
@@ -125,7 +132,8 @@ class ChannelTracer(TorchDispatchMode):
         t = self.state
         self._meet_inputs()
         t.where = f"{name} in {t.frames[-1].path or 'the model'}"
-        t.read(inputs)
+        if name not in _SHAPES_ALONE:
+            t.read(inputs)
         for producer in t.producers(inputs):
             producer.readers += 1
 

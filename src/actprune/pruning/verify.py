@@ -91,7 +91,7 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
     tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
     tried: set[tuple[str, object]] = set()
-    known: set[tuple[object, str]] = set()
+    known: set[tuple[object, str, Failure]] = set()
     repairs, graph, failure = _repaired(trials, tied_graph, Repairs(training=training), tried)
     if unneeded := idle(trials, graph, failure):
         repairs, graph, failure = _repaired(trials, tied_graph, dataclasses.replace(repairs, idle=unneeded), tried)
@@ -103,9 +103,10 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
         else:  # what nothing helps is locked, and the rest may still be repaired
             locked = {**repairs.locked, **_stuck(trials, graph, candidates(graph), failure)}
             kind = roles(model)[failure.path], re.sub(r"\d+", "", failure.error.partition(": ")[2])
-            if kind not in known:  # else every repair has been tried for a module like that one
-                tried.clear()
-            known.add(kind)
+            alike = [seen for *of, seen in known if tuple(of) == kind]
+            if all(seen.path == failure.path and seen.error != failure.error for seen in alike):
+                tried.clear()  # else every repair has been tried for a module like that one
+            known.add((*kind, failure))
             repairs = dataclasses.replace(repairs, locked=locked)
         repairs, graph, failure = _repaired(trials, tied_graph, repairs, tried)
     unneeded = repairs.idle | idle(trials, graph, failure)
@@ -265,12 +266,18 @@ def _stuck(trials: Trials, graph: Graph, groups: Sequence[Group], failure: Failu
     suspects = [g for g in groups if _meets(g, failure.path)]
     alone = {g.name: found for g in suspects if (found := trials.failure(graph, [g])) is not None}
     here = {name: found for name, found in alone.items() if found.path == failure.path}
+    at_once = {name: found for name, found in here.items() if found.progress <= failure.progress}
     if alone:
-        return {name: f"the model fails once it is cut: {found.error}" for name, found in (here or alone).items()}
+        return {name: f"the model fails once it is cut: {found.error}" for name, found in (at_once or here or alone).items()}
     middle = len(groups) // 2
+    later: tuple[Sequence[Group], Failure] | None = None  # gets further: another failure, which may have a repair
     for half in (groups[:middle], groups[middle:]):
         if (found := trials.failure(graph, half)) is not None:
-            return _stuck(trials, graph, half, found)
+            if found.progress <= failure.progress:
+                return _stuck(trials, graph, half, found)
+            later = later or (half, found)
+    if later is not None:
+        return _stuck(trials, graph, *later)
     # each half survives alone and both together do not: the later one gives way
     return {g.name: f"the model fails once it is cut with others: {failure.error}" for g in groups[middle:]}
 

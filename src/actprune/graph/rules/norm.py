@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from actprune.graph.ids import Ids
 from actprune.graph.rules.registry import rule
@@ -68,15 +69,28 @@ def _bind_shape(t: TraceState, shape: list[int], x: list[Ids]) -> None:
 
 @rule("native_group_norm")
 def group_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
-    """Every group keeps the same width: position ``i`` of all groups leaves together."""
+    """Every group keeps the same width: position ``i`` of all groups leaves together; or groups that are heads leave whole."""
     x = list(t.ids(a.input))
     for tensor in (a.weight, a.bias):
         if tensor is not None:
             t.tie(x[1], t.ids(tensor)[0])
     if x[1] is not None and a.group > 1:
         rows = x[1].reshape(a.group, -1)
-        t.tie_all(rows[:1], rows)
+        if not _leave_whole(t, rows):
+            t.tie_all(rows[:1], rows)
     t.set(out[0], x)
+
+
+def _leave_whole(t: TraceState, rows: NDArray[np.int64]) -> bool:
+    """Whether every group is one unit already, and the module that counts the groups can count fewer."""
+    path = t.stack[-1]
+    if not isinstance(t.modules[path], nn.GroupNorm) or (rows < 0).any():
+        return False
+    roots = t.space.find(rows)
+    if (roots != roots[:, :1]).any() or len(np.unique(roots)) == 1:
+        return False
+    t.bindings.append(Binding(path, "num_groups", None, rows[:, 0]))
+    return True
 
 
 @rule("_weight_norm_interface")

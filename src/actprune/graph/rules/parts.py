@@ -29,8 +29,11 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
             if parts:
                 whole = ids[dim].reshape(parts, -1)
                 t.tie_all(whole[:1], whole)
+                _bind_sizes(t, out.shape[dim], whole[0])
             else:
-                t.lock(ids[dim], "slice of this dimension by position")
+                t.set(out, [None if d == dim else column for d, column in enumerate(ids)])
+                t.lock_once_read(out, ids[dim], "slice of this dimension by position")
+                return
         ids[dim] = ids[dim][slice(start, stop, a.step)]
     t.set(out, ids)
     if out.shape[dim] == n:

@@ -56,11 +56,31 @@ def fill(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, t.ids(a.input))
 
 
-@rule("hardswish", "rrelu_with_noise", "rsub", "log_sigmoid_forward", "floor_divide")
+@rule("hardswish", "rrelu_with_noise", "rsub", "log_sigmoid_forward", "floor_divide", "_conj", "_neg_view")
 def untagged(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Pointwise operators that PyTorch does not tag."""
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if x.shape == a.input.shape]
     pointwise(t, [a.input], outputs)
+
+
+@rule(
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "fake_quantize_per_channel_affine_cachemask",
+    "_fake_quantize_learnable_per_channel_affine",
+    "_fused_moving_avg_obs_fq_helper",
+)
+def fake_quantize(t: TraceState, a: SimpleNamespace, out: Any) -> None:
+    """Rounded to a grid: one for all, or one per channel of an axis."""
+    ids = t.ids(a.input)
+    axis = getattr(a, "axis", getattr(a, "ch_axis", None))
+    for name in ("scale", "zero_point", "running_min", "running_max"):
+        tensor = getattr(a, name, None)
+        if axis is not None and isinstance(tensor, Tensor) and tensor.shape == a.input.shape[axis : axis + 1]:
+            t.tie(t.ids(tensor)[0], ids[axis])
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        t.set(tensor, ids)
 
 
 _TRIANGLE = "triangle of a matrix"
@@ -90,6 +110,13 @@ def _all_known(ids: Ids) -> bool:
 def prelu(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """One slope for all channels or one per channel."""
     t.set(out, broadcast(t, [a.input, a.weight], tuple(out.shape)))
+
+
+@rule("exp", "exp2")
+def exponential(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Pointwise; what is removed would not be zero."""
+    pointwise(t, [a.input], [out])
+    t.exponentials[out] = True
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")

@@ -27,7 +27,7 @@ _FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether a module runs what PyTorch's recurrent layers run: subclasses do unless they have a forward of their own."""
-    return type(module).forward in _FORWARDS
+    return isinstance(module, nn.RNNBase) and type(module).forward in _FORWARDS
 
 
 @dataclass

@@ -37,11 +37,15 @@ def _dims(a: SimpleNamespace) -> set[int]:
     "logsumexp",
     "any",
     "all",
+    "_is_all_true",
+    "_is_any_true",
 )
 def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Mean, sum, extremes, variance and norms; where an extreme stands is a position, which locks once somebody reads it."""
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
-    x, gone = t.ids(a.input), _dims(a)
+    x, gone = list(t.ids(a.input)), _dims(a)
+    if t.where.startswith("sum ") and a.input in t.exponentials:
+        t.fix(x, gone, "share of a softmax")  # written by hand
     extreme = len(gone) == 1 and t.where.startswith(("max ", "amax ", "min ", "amin "))
     if extreme and any(x[d] is guess for d in gone for guess in t.guesses if guess is not None):
         t.scored.add(t.frames[-1].path)  # of the pieces of every channel: maxout

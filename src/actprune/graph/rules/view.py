@@ -19,7 +19,7 @@ from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
 _HEAD_WORDS = ("head", "d_kv", "key_value_proj_dim")
-_WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv")
+_WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv", "d_head", "per_head")
 
 
 def _boundaries(shape: tuple[int, ...]) -> list[int]:
@@ -131,6 +131,8 @@ def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
         parts[cuttable[0]] = t.space.fresh(factors[cuttable[0]])
     if len(cuttable) > 1:  # what is locked already asks for no more
         cuttable = [axis for axis in cuttable if not t.space.locked(parts[axis])] or cuttable
+        met = [axis for axis in cuttable if id(parts[axis]) not in t.filled]
+        cuttable = met or cuttable[::-1]  # of a state that is zero at first and has met nothing, samples stand first
     for axis in cuttable[1:]:
         t.lock(parts[axis], "merged with another cuttable dimension")
     axis = cuttable[0]
