@@ -123,3 +123,30 @@ def test_groups_that_are_counted_from_a_width_keep_it():
     graph, _ = rehearse(CountedGroups(), torch.randn(2, 5, 4))
     assert [group.size for group in graph.unlocked] == [6], str(graph)
     assert "a number that follows a width" in graph.group("inner").locked
+
+
+class Moved(nn.Module):
+    """Positions are moved by a number, or met at a distance, that is computed from a width."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.inner, self.other, self.outer = nn.Conv1d(5, 12, 1), nn.Conv1d(12, 6, 3), nn.Conv1d(6, 3, 1)
+        self.move = move
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.outer(self.move(self, x))
+
+
+MOVES = {
+    "shift": lambda m, x: m.other(x.roll(x.shape[1] // 3, -1)),
+    "dilation": lambda m, x: nn.functional.conv1d(x, m.other.weight, dilation=x.shape[1] // 4, padding=x.shape[1] // 4),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_how_far_positions_move_keeps_the_width(name):
+    torch.manual_seed(0)
+    graph, _ = rehearse(Moved(MOVES[name]), torch.randn(2, 5, 9))
+    assert [group.size for group in graph.unlocked] == [6], str(graph)
+    assert "a number that follows a width" in graph.group("inner").locked

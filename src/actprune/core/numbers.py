@@ -15,6 +15,8 @@ _COUNTING = {"arange", "range"}
 _PLACES = {"topk": "k", "select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
 # their number stays where channels leave evenly, and says what is normalised together
 _GROUPS = {"native_group_norm": "group"}
+# how far things move along dimensions that stay: lists among the arguments, by position
+_MOVES = {"roll": (1,), "convolution": (3, 4, 5)}
 _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 
 
@@ -34,6 +36,8 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
     if func.overloadpacket.__name__ in _LIFTED:
         made: Tensor = args[0]
         return (made.item(),) if made.numel() == 1 and made.device.type == "cpu" else ()
+    if func.overloadpacket.__name__ in _MOVES:
+        return tuple(n for place in _MOVES[func.overloadpacket.__name__] for n in args[place])
     plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
     named = [(name, x) for name, x in kwargs.items() if type(x) in (int, float, complex)]
     if not plain and not named:
