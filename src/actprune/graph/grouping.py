@@ -50,12 +50,12 @@ class Members(Mapping[Key, NDArray[np.int64]]):
 class Sites(Sequence[Site]):
     """The sites of a group, in order of execution."""
 
-    def __init__(self, meetings: _Meetings, group: int, sites: Sequence[Site]) -> None:
-        self._meetings, self._group, self._sites = meetings, group, sites
+    def __init__(self, reads: _Reads, group: int, sites: Sequence[Site]) -> None:
+        self._reads, self._group, self._sites = reads, group, sites
 
     @functools.cached_property
     def _found(self) -> list[Site]:
-        found = self._meetings.of(self._group)
+        found = self._reads.meetings.of(self._group)
         return [dataclasses.replace(self._sites[number], positions=positions) for number, positions in found]
 
     def __getitem__(self, index: Any) -> Any:
@@ -65,6 +65,18 @@ class Sites(Sequence[Site]):
     def __len__(self) -> int:
         """Number of sites."""
         return len(self._found)
+
+
+class _Reads:
+    """What contractions read, met with the groups once somebody asks for sites."""
+
+    def __init__(self, grouping: _Grouping, columns: Sequence[Column]) -> None:
+        self._grouping, self._columns = grouping, columns
+
+    @functools.cached_property
+    def meetings(self) -> _Meetings:
+        """Where groups and reads meet."""
+        return _Meetings(self._grouping, _Joined(self._columns))
 
 
 def group(
@@ -93,7 +105,7 @@ def group(
     grouping = _Grouping(_signatures(joined, reasons), order, matters)
     members = _Meetings(grouping, joined)
     read = [(site, column) for site, column in zip(sites, reads, strict=True) if site is not None and column is not None]
-    read_at = _Meetings(grouping, _Joined([column for _, column in read]))
+    read_at = _Reads(grouping, [column for _, column in read])
     own_sites = [site for site, _ in read]
     producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
     first_use = {name: i for i, name in enumerate(state.tensor_ids)}
