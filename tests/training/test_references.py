@@ -1,11 +1,17 @@
 """Parameters that the module holds besides its layers: lists of its own, optimizers that it steps itself."""
 
+import weakref
+from collections import namedtuple
+from types import SimpleNamespace
+
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, LightningModule
+from torch import nn
 from torch.nn import functional as F
 
 from actprune.core.budget import Budget
+from actprune.training.references import followed
 from foreign import OneNetwork, loader
 
 
@@ -79,3 +85,44 @@ def test_an_optimizer_that_the_module_steps_itself_follows(guard, pruning, train
     assert set(optimizer.state) == set(module.parameters())
     for parameter, state in optimizer.state.items():
         assert state["momentum_buffer"].shape == parameter.shape
+
+
+class ReadOnly:
+    """Keeps a parameter where its own property, which has no setter, stands in the way."""
+
+    def __init__(self, weight):
+        vars(self)["weight"] = weight
+
+    @property
+    def weight(self):
+        return vars(self)["weight"]
+
+
+class Unbound:
+    """As the proxies of frameworks are, outside what they stand for."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("unbound")
+
+
+Named = namedtuple("Named", "weight")
+
+
+def test_odd_objects_follow_or_are_left_alone():
+    module = LightningModule()
+    module.layer = nn.Linear(3, 3)
+    weight = module.layer.weight
+    gone, kept, shared = ReadOnly(weight), ReadOnly(weight), (weight,)
+    module.one, module.other, module.named = shared, shared, Named(weight)
+    module.gone, module.there, module.kept, module.unbound = weakref.proxy(gone), weakref.proxy(kept), kept, Unbound()
+    far = ReadOnly([weight])
+    module.above, module.zenith = {1: {2: {3: far}}}, far  # met first where nothing deeper is looked at
+    del gone
+    with followed(SimpleNamespace(callbacks=[]), module):
+        module.layer.weight = nn.Parameter(torch.zeros(2, 3))
+    assert module.kept.weight is module.layer.weight
+    assert module.there.weight is module.layer.weight
+    for holder in (module.one, module.other, module.named, module.zenith.weight):
+        assert holder[0] is module.layer.weight
+    assert isinstance(module.named, Named)

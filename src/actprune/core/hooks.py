@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,11 +23,36 @@ Watcher = Callable[[Tensor], Tensor | None]
 """Takes what is read; what it returns, unless None, is read in its place."""
 
 
+class _Stance:
+    """PyTorch's stance is one for the process, and blocks of several threads overlap: the last to end gives it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._forced = threading.Lock(), 0, ExitStack()
+
+    def force(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._forced.enter_context(torch.compiler.set_stance("force_eager"))
+            self._blocks += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                self._forced.close()
+
+
+_STANCE = _Stance()
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
-    with torch.compiler.set_stance("force_eager"):
+    _STANCE.force()
+    try:
         yield
+    finally:
+        _STANCE.release()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A cut gives a layer new parameters, and Lightning's optimizers are told. A list of the parameters to regularise or to clip would
 go on holding the old ones, which no longer train, and nothing would fail: so builtin containers and objects of other people's
-classes follow. What a closure holds is out of reach.
+classes follow. What a closure or a slot holds is out of reach.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from types import ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from actprune.surgery import with_wrapped
 
 _OWN = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
 _DICTS, _LISTS = (dict, OrderedDict, defaultdict), (list, deque)
+_CONTAINERS = frozenset({*_DICTS, *_LISTS, tuple, set})
+_VALUES = frozenset({int, float, complex, bool, str, bytes, type(None)})
 DEEPEST = 4
 """How many containers inside one another are looked through."""
 _PACKAGES = ("builtins", "torch", "lightning", "torchmetrics", "numpy", "actprune")
@@ -40,15 +42,16 @@ def optimizers_of(trainer: Trainer, task: LightningModule) -> list[Optimizer]:
 def followed(trainer: Trainer, task: LightningModule) -> Iterator[None]:
     """After the block, containers hold the parameters and buffers that took the place of others inside it.
 
-    Looked through are the attributes of every module and callback, and lists, tuples, sets, dicts and plain objects in them.
+    Looked through are the attributes of every module and callback, and lists, (named) tuples, sets, dicts and plain objects in
+    them.
     """
     before = _named(task)
     yield
     after = _named(task)
     new = {id(old): after[name] for name, old in before.items() if name in after and after[name] is not old}
-    seen: set[int] = set()
-    for owner in (*task.modules(), *trainer.callbacks):  # type: ignore[attr-defined]
-        _renew(owner, new, seen)
+    renewal = _Renewal(new)
+    for owner in (*task.modules(), *trainer.callbacks) if new else ():  # type: ignore[attr-defined]
+        renewal.attributes(owner)
 
 
 def _named(task: nn.Module) -> dict[str, Tensor]:
@@ -62,47 +65,77 @@ def _attributes(owner: Any) -> dict[str, Any]:
 
 def _leaves(values: Iterable[Any], depth: int = DEEPEST) -> Iterator[Any]:
     for value in values:
-        if type(value) in (*_DICTS, *_LISTS, tuple):
-            if depth:
-                yield from _leaves(value.values() if isinstance(value, dict) else value, depth - 1)
-        else:
+        if type(value) not in _CONTAINERS:
             yield value
+        elif depth:
+            yield from _leaves(value.values() if isinstance(value, dict) else value, depth - 1)
 
 
-def _renew(owner: Any, new: Mapping[int, Tensor], seen: set[int], depth: int = DEEPEST) -> None:
-    for name, value in _attributes(owner).items():
-        renewed = _renewed(value, new, seen, depth)
-        if renewed is not value:
-            object.__setattr__(owner, name, renewed)
+class _Renewal:
+    """Puts new tensors where old ones are held, with everything that holds them looked through once."""
+
+    def __init__(self, new: Mapping[int, Tensor]) -> None:
+        self._new = new
+        self._done: dict[int, tuple[int, Any, Any]] = {}  # how deep was looked, the value (its id stays its own), the result
+
+    def attributes(self, owner: Any, depth: int = DEEPEST) -> None:
+        """Of an object: written past its properties and past what forbids it, for nothing new is said."""
+        for name, value in _attributes(owner).items():
+            renewed = self.of(value, depth)
+            if renewed is not value:
+                vars(owner)[name] = renewed
+
+    def of(self, value: Any, depth: int) -> Any:
+        """The value itself, changed in place where it can be; what takes its place where it cannot."""
+        kind = type(value)
+        if kind in _VALUES:
+            return value
+        if issubclass(kind, Tensor):
+            return self._new.get(id(value), value)
+        known = self._done.get(id(value))
+        if known is not None and known[0] >= depth:
+            return known[2]
+        is_tuple = kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_make"))
+        plain = not is_tuple and kind not in _CONTAINERS
+        if not depth or (plain and not _is_plain(value)) or (is_tuple and all(type(item) in _VALUES for item in value)):
+            return value
+        self._done[id(value)] = (depth, value, value)  # what leads back here stops
+        renewed = self._rebuilt(value, depth - 1) if is_tuple else value
+        if plain:
+            self.attributes(value, depth - 1)
+        elif not is_tuple:
+            self._change(value, depth - 1)
+        self._done[id(value)] = (depth, value, renewed)
+        return renewed
+
+    def _rebuilt(self, value: Any, depth: int) -> Any:
+        items = [self.of(item, depth) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return tuple(items) if type(value) is tuple else type(value)._make(items)
+
+    def _change(self, value: Any, depth: int) -> None:
+        if type(value) in _LISTS:
+            changed = [(place, renewed) for place, item in enumerate(value) if (renewed := self.of(item, depth)) is not item]
+            for place, renewed in changed:
+                value[place] = renewed
+            return
+        is_dict = type(value) in _DICTS
+        content = list(value.items()) if is_dict else [(item, None) for item in value]
+        fresh = [(self.of(key, depth), self.of(item, depth)) for key, item in content]
+        if any(a is not c or b is not d for (a, b), (c, d) in zip(content, fresh, strict=True)):
+            value.clear()
+            value.update(fresh if is_dict else [key for key, _ in fresh])
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is an object of a class that somebody wrote for a training, not one of a package that looks after its own."""
-    known = type(value).__module__.partition(".")[0] in _PACKAGES
-    return not known and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, nn.Module, Optimizer))
-
-
-def _renewed(value: Any, new: Mapping[int, Tensor], seen: set[int], depth: int) -> Any:
-    """The value itself, changed in place where it can be; what takes its place where it cannot."""
-    if isinstance(value, Tensor):
-        return new.get(id(value), value)
-    kind, plain = type(value), _is_plain(value)
-    if not depth or id(value) in seen or not (plain or kind in (*_DICTS, *_LISTS, tuple, set)):
-        return value
-    seen.add(id(value))
-    renewed = partial(_renewed, new=new, seen=seen, depth=depth - 1)
-    if plain:
-        _renew(value, new, seen, depth - 1)
-    elif kind is tuple:
-        items = tuple(renewed(item) for item in value)
-        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    elif kind in _LISTS:
-        for place, item in enumerate(value):
-            value[place] = renewed(item)
-    else:
-        content = list(value.items()) if kind in _DICTS else [(item, None) for item in value]
-        fresh = [(renewed(key), renewed(item)) for key, item in content]
-        if any(a is not c or b is not d for (a, b), (c, d) in zip(content, fresh, strict=True)):
-            value.clear()
-            value.update(fresh if kind in _DICTS else [key for key, _ in fresh])
-    return value
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in _PACKAGES or issubclass(kind, (type, ModuleType, nn.Module, Optimizer)):
+        return False
+    if kind in ProxyTypes:  # what it stands for is held elsewhere, or gone
+        return False
+    try:
+        return type(vars(value)) is dict
+    except Exception:  # it has no attributes, or is a proxy of a kind of its own with nothing behind it
+        return False
