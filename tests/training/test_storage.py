@@ -68,6 +68,27 @@ def test_load_task_takes_hyperparameters_options_and_runs_hooks(run, tmp_path):
     assert record_of(loaded).to_dict() == record_of(module).to_dict()
 
 
+def test_load_task_in_a_constructor_loads_another_one_of_the_class(run, tmp_path):
+    class Taught(OneNetwork):
+        teacher = ()
+
+        def __init__(self, teacher=None):
+            super().__init__()
+            self.save_hyperparameters()
+            if teacher is not None:
+                self.teacher = (load_task(Taught, teacher),)
+
+    run(Taught())
+    last = str(tmp_path / "all" / "last.ckpt")
+    loaded = load_task(Taught, last, teacher=last)
+    assert same(loaded.state_dict(), loaded.teacher[0].state_dict())
+    assert record_of(loaded.model).to_dict() == record_of(loaded.teacher[0].model).to_dict() != {}
+    assert "on_load_checkpoint" not in vars(Taught)
+    with pytest.raises(FileNotFoundError):
+        load_task(Taught, tmp_path / "none.ckpt")
+    assert "on_load_checkpoint" not in vars(Taught)
+
+
 def test_a_loaded_task_is_pruned_on(run, pruning, trainer, tmp_path):
     """A second run starts from the pruned network: its budget counts from the original, and its checkpoints load."""
     module = OneNetwork()

@@ -8,8 +8,12 @@ that cannot be written ends in one message; what was there before is intact.
 from __future__ import annotations
 
 import pickle
+import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,8 @@ from actprune.training.resume import CheckpointHooks
 Task = TypeVar("Task", bound=LightningModule)
 
 _BROKEN = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+_ONE_BY_ONE = threading.RLock()
+_RESHAPED: set[type] = set()
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -78,21 +84,33 @@ def load_task(kind: type[Task], path: Any, **options: Any) -> Task:
     Returns:
         The module in the shape of the checkpoint; it carries its surgery records, and may be trained on with the callback.
     """
-    own = vars(kind).get("on_load_checkpoint")
-
-    def put_back() -> None:
-        if own is not None:
-            kind.on_load_checkpoint = own  # type: ignore[method-assign]
-        elif "on_load_checkpoint" in vars(kind):
-            del kind.on_load_checkpoint
-
-    def reshaping(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        put_back()
-        CheckpointHooks.attach(self).load(checkpoint)
-
-    # on the class, not in a subclass: LightningCLI's checkpoints say which class they are of
-    kind.on_load_checkpoint = reshaping  # type: ignore[method-assign, assignment]
-    try:
+    with _reshaping(kind):
         return kind.load_from_checkpoint(path, **{"weights_only": True, **options})
-    finally:
-        put_back()
+
+
+@contextmanager
+def _reshaping(kind: type[LightningModule]) -> Iterator[None]:
+    """Modules of a class that load a checkpoint inside the block take its shapes first, one block at a time.
+
+    The class itself has the hook, no subclass: LightningCLI's checkpoints say which class they are of.
+    """
+    with _ONE_BY_ONE:
+        if kind in _RESHAPED:  # a teacher of the same class, loaded while the module is made
+            yield
+            return
+        own, original = vars(kind).get("on_load_checkpoint"), kind.on_load_checkpoint
+
+        def load(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+            object.__setattr__(self, "on_load_checkpoint", MethodType(original, self))  # what runs after the reshaping
+            CheckpointHooks.attach(self).load(checkpoint)
+
+        kind.on_load_checkpoint = load  # type: ignore[method-assign, assignment]
+        _RESHAPED.add(kind)
+        try:
+            yield
+        finally:
+            _RESHAPED.remove(kind)
+            if own is None:
+                del kind.on_load_checkpoint
+            else:
+                kind.on_load_checkpoint = own  # type: ignore[method-assign]
