@@ -2,7 +2,6 @@
 
 import weakref
 from collections import namedtuple
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actprune.core.budget import Budget
+from actprune.training import load_task
 from actprune.training.references import followed
 from foreign import OneNetwork, loader
 
@@ -58,6 +58,24 @@ def test_lists_of_parameters_follow(pruning, trainer):
     assert key is module.model[1].running_mean
     assert value is first
     assert other.optimizer.param_groups[0]["params"][0] is first
+
+
+class FromTheStart(OneNetwork):
+    def __init__(self):
+        super().__init__()
+        self.regularised = list(self.model.parameters())
+
+
+def test_lists_of_parameters_follow_a_checkpoint(pruning, trainer, tmp_path):
+    first, resumed = FromTheStart(), FromTheStart()
+    run = trainer(pruning())
+    run.fit(first, loader(), loader(32, 1))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(pruning(), max_epochs=7).fit(resumed, loader(), loader(32, 1), ckpt_path=tmp_path / "last.ckpt")
+    for module in (resumed, load_task(FromTheStart, tmp_path / "last.ckpt")):
+        assert module.model[0].out_channels < OneNetwork().model[0].out_channels
+        for ours, present in zip(module.regularised, module.model.parameters(), strict=True):
+            assert ours is present
 
 
 class OwnOptimizer(OneNetwork):
@@ -119,7 +137,7 @@ def test_odd_objects_follow_or_are_left_alone():
     far = ReadOnly([weight])
     module.above, module.zenith = {1: {2: {3: far}}}, far  # met first where nothing deeper is looked at
     del gone
-    with followed(SimpleNamespace(callbacks=[]), module):
+    with followed(module):
         module.layer.weight = nn.Parameter(torch.zeros(2, 3))
     assert module.kept.weight is module.layer.weight
     assert module.there.weight is module.layer.weight

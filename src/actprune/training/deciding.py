@@ -75,7 +75,7 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
     """
     began = time.perf_counter()
     hooks.remember_original()
-    with torch.inference_mode(False), followed(trainer, hooks.task):
+    with torch.inference_mode(False), followed(hooks.task):
         optimizers = optimizers_of(trainer, hooks.task)
         for path, plan in plans.items():
             copies = copies_of(hooks.task, path, hooks.copies)
@@ -108,7 +108,7 @@ def go_back(trainer: Trainer, hooks: CheckpointHooks, guard: Guard) -> float:
     """Restore the network that the guard kept, after which there is none to go back to; the seconds that it took."""
     assert guard.snapshot is not None
     began = time.perf_counter()
-    with torch.inference_mode(False), followed(trainer, hooks.task):
+    with torch.inference_mode(False), followed(hooks.task):
         guard.snapshot.restore(trainer, hooks)
     guard.snapshot = None
     rewrap(trainer)

@@ -1,8 +1,8 @@
 """What else holds parameters of a network: optimizers that the module steps itself, lists that it or a callback made of them.
 
-A cut gives a layer new parameters, and Lightning's optimizers are told. A list of the parameters to regularise or to clip would
-go on holding the old ones, which no longer train, and nothing would fail: so builtin containers and objects of other people's
-classes follow. What a closure or a slot holds is out of reach.
+A cut, and a checkpoint of another shape, give a layer new parameters, and Lightning's optimizers are told. A list of the
+parameters to regularise or to clip would go on holding the old ones, which no longer train, and nothing would fail: so builtin
+containers and objects of other people's classes follow. What a closure or a slot holds is out of reach.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def optimizers_of(trainer: Trainer, task: LightningModule) -> list[Optimizer]:
 
 
 @contextmanager
-def followed(trainer: Trainer, task: LightningModule) -> Iterator[None]:
+def followed(task: LightningModule) -> Iterator[None]:
     """After the block, containers hold the parameters and buffers that took the place of others inside it.
 
     Looked through are the attributes of every module and callback, and lists, (named) tuples, sets, dicts and plain objects in
@@ -50,7 +50,8 @@ def followed(trainer: Trainer, task: LightningModule) -> Iterator[None]:
     after = _named(task)
     new = {id(old): after[name] for name, old in before.items() if name in after and after[name] is not old}
     renewal = _Renewal(new)
-    for owner in (*task.modules(), *trainer.callbacks) if new else ():  # type: ignore[attr-defined]
+    callbacks = [] if task._trainer is None else task._trainer.callbacks  # type: ignore[attr-defined]
+    for owner in (*task.modules(), *callbacks) if new else ():
         renewal.attributes(owner)
 
 

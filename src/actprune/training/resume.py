@@ -23,6 +23,7 @@ from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
 from actprune.surgery import apply_record
 from actprune.surgery.tensors import follow_hooks
 from actprune.training.copies import copies_of, inside
+from actprune.training.references import followed
 
 KEY = "actprune"
 """Where a Lightning checkpoint carries the surgery records: path of a network -> its record."""
@@ -97,7 +98,8 @@ class CheckpointHooks:
         Raises:
             ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
         """
-        self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
+        with followed(self.task):
+            self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
         self.known = dict(checkpoint.get(KNOWN, {}))
         self._order = checkpoint.get(ORDER, [])
         self._types = [_types(state) for state in checkpoint.get("optimizer_states", [])]
