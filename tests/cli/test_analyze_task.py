@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
-from actprune.cli.trained import drawn_samples, load_network
+from actprune.cli.trained import drawn_samples, fed, load_network
 from actprune.core.errors import ConfigError
 from actprune.report.influence import TABLES
 from actprune.report.influence_plots import PICTURES
@@ -141,3 +141,9 @@ def test_on_a_gpu_it_measures_the_same(config, weights, tmp_path):
     assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-3)
     for name, row in found[0]["effect"].items():
         assert row["spearman"] == pytest.approx(found[1]["effect"][name]["spearman"], abs=0.1)
+
+
+def test_a_network_is_fed_in_its_precision_and_whole_numbers_stay():
+    net = torch.nn.Linear(3, 2).double()
+    assert fed(net, torch.zeros(1, 3)).dtype == torch.float64
+    assert fed(net, torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.int64

@@ -116,6 +116,14 @@ def test_what_hydra_would_not_explain(arguments, match, tmp_path, monkeypatch):
     check_arguments(["-m", "pruner=none,random", "ckpt_path=null", "hydra.run.dir=${now:%H}/a"], CONF)
 
 
+def test_folders_that_hydra_fills_in_are_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    check_arguments(["hydra.run.dir=file${seed}"], CONF)
+    monkeypatch.setattr("os.access", lambda *_: False)  # started where nothing can be written
+    check_arguments(["hydra.run.dir=${oc.env:HOME}/a"], CONF)
+
+
 def test_weights_and_biases_that_does_not_start(fast, monkeypatch):
     import wandb
 

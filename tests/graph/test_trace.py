@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from actprune import trace
 from actprune.core.errors import TraceError
@@ -365,3 +366,18 @@ def test_a_batch_norm_that_sees_no_sample_is_cut_with_its_layer():
     tensors = {name for name, _ in graph.group("b").members}
     assert tensors == {"b.weight", "c.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"}
     assert graph.group("b").locked is None
+
+
+def test_what_belongs_to_a_metric_says_to_which():
+    class Judged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.judges = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), nn.ModuleDict({"last": MeanMetric()})
+            self.judges["last"].features = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+        def forward(self, x):
+            return self.net(x) + self.judges["last"].features(x)
+
+    locked = {group.size: group.locked for group in trace(Judged(), torch.randn(2, 3)).groups}
+    assert locked[5] == "belongs to the metric judges.last"
+    assert locked[8] is None

@@ -36,8 +36,13 @@ def check_arguments(arguments: Sequence[str], config_dir: Path) -> None:
 
 
 def _check_folder(folder: str) -> None:
-    known = Path(folder.partition("${")[0]).absolute()  # what is filled in later is made below
-    there = next(path for path in (known, *known.parents) if path.exists())
+    known, filled_in, _ = folder.partition("${")
+    if filled_in:  # what is not known yet starts inside a folder, or says where everything is
+        known = known.rpartition("/")[0]
+        if not known:
+            return
+    whole = Path(known).absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ConfigError(
             f"nothing can be written to {folder}: {there} is no folder, or read-only; hydra.run.dir=FOLDER "

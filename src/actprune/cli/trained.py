@@ -63,8 +63,9 @@ def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any
 
 
 def fed(net: nn.Module, images: Tensor) -> Tensor:
-    """Images as the network takes them: in the precision and on the device of its weights."""
-    return images.to(next(net.parameters()))
+    """Images as the network takes them: on the device of its weights and, unless they are whole numbers, in their precision."""
+    weight = next(net.parameters())
+    return images.to(weight if images.is_floating_point() else weight.device)
 
 
 @torch.no_grad()
