@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from actprune import trace
 from actprune.core.errors import SurgeryError
 from actprune.pruning.plans import draft
-from actprune.surgery import cut
+from actprune.surgery import cut, with_wrapped
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -118,3 +118,11 @@ def test_state_that_cannot_be_cut_is_refused_and_nothing_changed(spoil):
     with pytest.raises(SurgeryError, match="which rows leave is unknown"):
         cut(model, plan_of(model), optimizers=[optimizer])
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_optimizer_that_knows_what_wraps_it_is_found_once():
+    base = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    outer = Lookahead(base)
+    base.outer = outer
+    assert with_wrapped([base, outer]) == [base, outer]
+    assert with_wrapped([outer]) == [outer, base]

@@ -25,11 +25,16 @@ _AVERAGED = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}  # the Adafactor of tra
 def with_wrapped(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """The optimizers and, after each, those in its attributes, which step the same parameters with a state of their own."""
     found: dict[int, Optimizer] = {}
-    for optimizer in optimizers:
-        if id(optimizer) not in found:
+
+    def visit(optimizer: Optimizer) -> None:
+        if id(optimizer) not in found:  # one inside may know what it is inside of
             found[id(optimizer)] = optimizer
-            inner = with_wrapped(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
-            found |= {id(one): one for one in inner if id(one) not in found}
+            for value in vars(optimizer).values():
+                if isinstance(value, Optimizer):
+                    visit(value)
+
+    for optimizer in optimizers:
+        visit(optimizer)
     return list(found.values())
 
 
