@@ -211,6 +211,7 @@ def test_shapes_restore_tensors_that_are_plain_attributes():
         def __init__(self):
             super().__init__()
             self.first, self.second, self.scale = nn.Linear(3, 8), nn.Linear(8, 2), torch.rand(8)
+            self.bank, self.last = torch.zeros(3), torch.zeros(3)
 
         def forward(self, x):
             return self.second(self.first(x) * self.scale)
@@ -219,9 +220,11 @@ def test_shapes_restore_tensors_that_are_plain_attributes():
     shapes, values, before = Shapes.of(network), copy.deepcopy(network.state_dict()), network(x)
     prune(network, x, criterion=Magnitude(), budget=Budget(units=0.5))
     assert network.scale.shape == (4,)
+    network.bank, network.last = torch.ones(5), None  # as a forward may write them
     shapes.restore(network, record_of(network))
     network.load_state_dict(values)
     assert torch.equal(network(x), before)
+    assert network.bank.tolist() == [1] * 5
 
 
 def test_best_values_restart_at_a_step(pruning, trainer, tmp_path):

@@ -212,8 +212,9 @@ class Shapes:
                     setattr(module, key, type(value)(value))
             known, constants = self.tensors[name], self.constants[name]
             for key, value in constants.items():
-                if key in vars(module) and getattr(module, key).shape != value.shape:
-                    setattr(module, key, value.to(getattr(module, key).device, copy=True))
+                present = vars(module).get(key)  # None, or of another shape, if a forward writes it: then it was not cut
+                if isinstance(present, Tensor) and (f"{name}.{key}" if name else key) in record.removed:
+                    setattr(module, key, value.to(present.device, copy=True))
             for key, value in [*module._parameters.items(), *module._buffers.items()]:
                 if value is None:
                     continue
