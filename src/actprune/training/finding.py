@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.pruning import Pruner
 from actprune.training.copies import check_copies, copies_of
+from actprune.training.events import say
 from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
 from actprune.training.probe import validation_networks
 from actprune.training.replay import is_network_part
@@ -158,7 +159,8 @@ class Finder:
         frozen = [name for name in frozen if name not in self._copies]
         if frozen and len(frozen) < len(parts):
             rest = [name for name in parts if name not in frozen and name not in self._copies]
-            self._task.print(
+            say(
+                self._task,
                 f"all of {type(self._task).__name__} is pruned, also what is frozen ({', '.join(frozen)}); "
-                f"if that is a teacher or a loss, name what is to be pruned: modules={rest}"
+                f"if that is a teacher or a loss, name what is to be pruned: modules={rest}",
             )

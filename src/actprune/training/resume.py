@@ -188,8 +188,10 @@ class Shapes:
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
             tensors[name] = {key: value.shape for key, value in held.items() if value is not None}
-            outside = {**vars(module), **{key: module._buffers.get(key) for key in module._non_persistent_buffers_set}}
-            constants[name] = {key: value.detach().clone() for key, value in outside.items() if isinstance(value, Tensor)}
+            outside = {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
+            constants[name] = {key: value.detach().clone() for key, value in outside.items() if value is not None}
+            # no copies: a cut replaces them, and data may be kept so
+            constants[name] |= {key: value.detach() for key, value in vars(module).items() if isinstance(value, Tensor)}
             attributes[name] = {
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
