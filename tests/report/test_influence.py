@@ -190,3 +190,9 @@ def test_matrix_is_the_agreement(tmp_path):
     np.testing.assert_allclose(axes.images[0].get_array(), agreed.mean)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(agreed.names)
     assert "5 groups" in axes.get_title(loc="left")
+
+
+def test_brackets_in_a_name_are_no_markup():
+    plain = printed(made(3, ["mine_b_"]))
+    assert "mine_b_" in plain
+    assert printed(made(3, ["mine[b]"])) == plain.replace("mine_b_", "mine[b]")
