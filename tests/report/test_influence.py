@@ -195,4 +195,4 @@ def test_matrix_is_the_agreement(tmp_path):
 def test_brackets_in_a_name_are_no_markup():
     plain = printed(made(3, ["mine_b_"]))
     assert "mine_b_" in plain
-    assert printed(made(3, ["mine[b]"])) == plain.replace("mine_b_", "mine[b]")
+    assert printed(made(3, ["mine[b]"])).count("mine[b]") == plain.count("mine_b_")

@@ -44,7 +44,7 @@ def heat_map(influence: Influence, agreement: Agreement, path: str | os.PathLike
     figure = new_figure(2.6 + 0.62 * len(names), 1.9 + 0.24 * max(len(groups), 4))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(len(names) + 1, len(names)))
     means = np.array([[np.mean(g.scores.get(name, [math.nan])) for name in names] + [np.median(g.unit_loss)] for g in groups])
-    low, high = np.nanmin(means, 0), np.nanmax(means, 0)
+    low, high = np.fmin.reduce(means), np.fmax.reduce(means)  # NaN where a statistic scored no group
     scaled = (means - low) / np.where(high > low, high - low, 1)
     one = left.imshow(scaled, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     _label(left, [*names, "loss of a unit"], [group.name for group in groups])
