@@ -159,3 +159,9 @@ def test_long_names_are_not_cut_off(tmp_path):
     boxes = [legend.get_window_extent(renderer) for legend in figure.legends]
     boxes += [axes._left_title.get_window_extent(renderer) for axes in figure.axes]
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_many_baselines_can_be_told_apart(tmp_path):
+    many = [row for k in range(6) for row in rows(criteria=("none",), overrides=(f"optimizer.lr={k}",))]
+    lines = sweep(many, tmp_path / "sweep.png").axes[0].get_lines()
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 6

@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +23,8 @@ ONE_SIZE = 1.08
 """Rows are of one size when the largest has at most this many times the parameters of the smallest."""
 _LEGEND_TITLE = "mean ± standard deviation over seeds (bar, band); faint dots: single seeds"
 _LABEL = 76  # characters of a line of the legend
+_DASHES = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)), (0, (2, 6)))
+"""Of the baselines of one panel; more than these repeat."""
 _GAP = 0.009  # between criteria of the same size, share of the axis
 _DOTS = (0.12, 0.26)  # where single seeds stand right of their mean in a panel of one size, share of a place
 
@@ -77,7 +80,7 @@ def _of_one_size(rows: Sequence[Row]) -> bool:
 def _panel(axes: Axes, section: Section, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]], across: int) -> None:
     pruned = [row for row in rows if not row.is_baseline]
     baselines = [row for row in rows if row.is_baseline]
-    for row, dashes in zip(baselines, cycle(("--", ":", "-.")), strict=False):
+    for row, dashes in zip(baselines, cycle(_DASHES), strict=False):
         _draw_baseline(axes, row, dashes)
     if _of_one_size(rows):
         tidy(axes, grid="y")
@@ -102,7 +105,7 @@ def _panel(axes: Axes, section: Section, rows: Sequence[Row], styles: Mapping[st
     axes.set_title(plain(textwrap.fill(title, across)), color=INK, fontsize=11, loc="left", pad=10)
 
 
-def _draw_baseline(axes: Axes, row: Row, dashes: str) -> None:
+def _draw_baseline(axes: Axes, row: Row, dashes: Any) -> None:
     mean = 100 * row.accuracy.mean
     axes.axhline(mean, color=INK, linewidth=1.2, linestyle=dashes, label=plain(f"{row.label} (unpruned)"), zorder=2)
     if row.accuracy.std is not None:
