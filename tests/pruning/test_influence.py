@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actprune import analyze, criteria
+from actprune.compensation import Mean
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.pruning import EFFECT, RANDOM, GroupInfluence, Influence, Removals, agreement
 from actprune.pruning import influence as module
@@ -191,6 +192,14 @@ def test_pieces_of_another_analysis_are_refused(tmp_path, changed, what):
         analyze(model, DATA[0][0][:1], DATA, VALIDATION, **settings)
     with pytest.raises(ConfigError, match="made from other data"):
         analyze(network(), DATA[0][0][:1], DATA, batches(3), **settings)
+    with pytest.raises(ConfigError, match="made from other judge"):
+        analyze(network(), DATA[0][0][:1], DATA, VALIDATION, **settings, judge=lambda o, t: torch.zeros(len(t), 2))
+    other = network()
+    other[2] = nn.GELU()
+    with pytest.raises(ConfigError, match="made from other modules"):
+        analyze(other, DATA[0][0][:1], DATA, VALIDATION, **settings)
+    with pytest.raises(ConfigError, match="made from other compensation"):
+        analyze(network(), DATA[0][0][:1], DATA, VALIDATION, **settings, compensation=Mean())
 
 
 def test_progress_counts_to_the_end():
@@ -209,6 +218,43 @@ def test_another_judge():
     model = network().eval()
     x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     assert ours.loss == pytest.approx((model(x)[:, 0] - y).square().mean().item(), rel=1e-5)
+
+
+class Named(nn.Module):
+    """A network that returns a mapping, nearly all of whose parameters may not leave."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.table = network(), nn.Parameter(torch.zeros(200_000))
+
+    def forward(self, x):
+        return {"n": torch.arange(len(x)), "logits": self.net(x) + self.table[0]}
+
+
+def test_outputs_in_a_mapping_and_a_network_that_is_mostly_locked(found):
+    ours = analyze(Named(), DATA[0][0][:1], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS)
+    assert ours.loss == found.loss
+    assert [g.unit_loss for g in ours.groups] == [g.unit_loss for g in found.groups]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.float(), r"got targets \(7,\) of torch.float32; pass judge=f"),
+        (lambda y: y[:, None].expand(-1, 2), r"got targets \(7, 2\) of torch.int64; pass judge=f"),
+        (lambda y: y + 1, "targets go from 1 to 3, outputs are of classes 0 to 2"),
+        (lambda y: y * 0 - 100, "targets go from -100 to -100"),
+    ],
+)
+def test_what_a_classifier_is_not_judged_by(change, message):
+    pairs = [(x, change(y)) for x, y in VALIDATION]
+    with pytest.raises(ObservationError, match=message):
+        analyze(network(), DATA[0][0], DATA, pairs, criteria={}, removals=REMOVALS)
+
+
+def test_a_judge_of_another_shape_raises():
+    with pytest.raises(ObservationError, match=r"judge returned \(7,\) of torch.float32; it must return \(N, 2\)"):
+        analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={}, judge=lambda outputs, targets: outputs[:, 0])
 
 
 @pytest.mark.parametrize("validation", [[], [torch.randn(3, 5)]])
@@ -293,6 +339,8 @@ def test_what_cannot_be_ranked_is_not_counted():
     assert said.mean[0][flat] != said.mean[0][flat]
     assert said.n_groups[0][some] == 1
     assert said.mean[0][some] == said.by_group["one"][0][some]
+    assert said.low[0][some] != said.low[0][some]  # one group has no interval over groups
+    assert said.low[0][1] <= said.mean[0][1] <= said.high[0][1]
 
 
 def test_pieces_are_plain_json(tmp_path):

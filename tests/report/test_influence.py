@@ -169,8 +169,10 @@ def test_the_legend_begins_with_what_keeps_most(tmp_path):
 
 def test_a_panel_per_group(tmp_path):
     influence = made(5)
-    titles = [axes.get_title(loc="left") for axes in curves_by_group(influence, tmp_path / "a.png").axes]
-    assert titles[:5] == [f"block{i}.conv (8)" for i in range(5)]
+    panels = curves_by_group(influence, tmp_path / "a.png").axes
+    assert [axes.get_title(loc="left") for axes in panels[:5]] == [f"block{i}.conv (8)" for i in range(5)]
+    labelled = [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels[:5]]
+    assert labelled == [False, True, True, True, True]  # where no panel is below
 
 
 def test_heat_map_shows_means_and_correlations(tmp_path):
@@ -190,3 +192,12 @@ def test_matrix_is_the_agreement(tmp_path):
     np.testing.assert_allclose(axes.images[0].get_array(), agreed.mean)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(agreed.names)
     assert "5 groups" in axes.get_title(loc="left")
+    figure = matrix(agreement(made(1, ())), tmp_path / "b.png")
+    box = figure.axes[0]._left_title.get_window_extent(figure.canvas.get_renderer())
+    assert box.x1 <= figure.bbox.width
+
+
+def test_brackets_in_a_name_are_no_markup():
+    plain = printed(made(3, ["mine_b_"]))
+    assert "mine_b_" in plain
+    assert printed(made(3, ["mine[b]"])).count("mine[b]") == plain.count("mine_b_")

@@ -150,3 +150,18 @@ def test_the_file_is_a_png_of_sensible_size(tmp_path):
 def test_no_row_raises(tmp_path):
     with pytest.raises(ConfigError, match="0 rows to draw"):
         sweep([], tmp_path / "s.png")
+
+
+def test_long_names_are_not_cut_off(tmp_path):
+    long = {"overrides": ("data.root=/a/" + "very/" * 30,), "model": "a_model_" * 7}
+    figure = sweep([*rows(), *rows(data="mnist", **long)], tmp_path / "sweep.png")
+    renderer = figure.canvas.get_renderer()
+    boxes = [legend.get_window_extent(renderer) for legend in figure.legends]
+    boxes += [axes._left_title.get_window_extent(renderer) for axes in figure.axes]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_many_baselines_can_be_told_apart(tmp_path):
+    many = [row for k in range(6) for row in rows(criteria=("none",), overrides=(f"optimizer.lr={k}",))]
+    lines = sweep(many, tmp_path / "sweep.png").axes[0].get_lines()
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 6

@@ -169,3 +169,9 @@ def test_a_long_config_stands_below_its_criterion_and_numbers_stay_whole(tmp_pat
     lines = show(comparison(rows))
     assert sum("90.00 ± 0.00" in line for line in lines) == 2
     assert sum("schedule=one_shot" in line for line in lines) == 1  # has no effect on the baseline
+
+
+def test_brackets_in_a_setting_are_no_markup(tmp_path, make_run):
+    make_run(tmp_path / "0", "mine[b]", 1, 0.9, overrides=["model.of=[a,b]", "x.y=[/]"])
+    text = "".join("\n".join(show(comparison(aggregate(read_runs(tmp_path)[0])[0]))).split())
+    assert all(part in text for part in ("mine[b]", "model.of=[a,b]", "x.y=[/]"))

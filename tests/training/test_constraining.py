@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from actprune.capacity import group_norm, linear_map, lipschitz_constant
+from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of
 from actprune.surgery.tensors import keep_indices, sliced
@@ -148,6 +149,24 @@ def test_together_with_pruning(trainer, pruning):
     assert all(value <= 2.0 * 1.003 for value in constants(module.net).values())
     assert all(value <= 2.0 for value in constants(_with(initial)).values())  # nothing was scaled
     assert all(value <= 6.0 * (1 + 1e-5) for value in distances(module.net, cut).values())
+
+
+def test_a_network_that_was_pruned_before_is_constrained_and_pruned_further(trainer, pruning):
+    module = task()
+    trainer(pruning(budget=Budget(params=0.7))).fit(module, loader(), loader())
+    initial, before = copy.deepcopy(module.net.state_dict()), copy.deepcopy(record_of(module.net).removed)
+    limit = max(constants(module.net).values())
+    trainer(pruning(), CapacityConstraint(lipschitz=2 * limit, distance=1.0)).fit(module, loader(), loader())
+    after = record_of(module.net).removed
+    assert before
+    assert after != before
+    for name, dims in after.items():
+        for dim, gone in dims.items():
+            first = before.get(name, {}).get(dim, [])
+            stayed = [i for i in range(initial[name].shape[dim] + len(first)) if i not in first]
+            keep = torch.tensor([k for k, i in enumerate(stayed) if i not in gone])
+            initial[name] = initial[name].index_select(dim, keep)
+    assert all(value <= 1.0 + 1e-5 for value in distances(module.net, initial).values())
 
 
 def _with(state):

@@ -119,7 +119,7 @@ def _shown() -> Iterator[Callable[[int, int, str], None]]:
     if not sys.stdout.isatty():
         yield lambda done, total, name: print(f"{done}/{total} {name}", flush=True)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)

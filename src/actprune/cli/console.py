@@ -22,9 +22,9 @@ _INSIDE = ("schedule", "compensation", "budget")  # shown where they are used: i
 
 
 def console() -> Console:
-    """A console on the present standard output, at most ``WIDTH`` columns wide."""
+    """A console on the present standard output, at most ``WIDTH`` columns wide; brackets in a text are no markup."""
     probe = Console(file=sys.stdout)
-    return Console(file=sys.stdout, width=min(WIDTH, probe.width) if probe.is_terminal else WIDTH)
+    return Console(file=sys.stdout, width=min(WIDTH, probe.width) if probe.is_terminal else WIDTH, markup=False)
 
 
 @rank_zero_only

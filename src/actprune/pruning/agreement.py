@@ -36,7 +36,7 @@ class Agreement:
     mean: Sequence[Sequence[float]]
     """(K, K); NaN where no group has two different values of both."""
     low: Sequence[Sequence[float]]
-    """Lower end of the 95 % interval."""
+    """Lower end of the 95 % interval; NaN where fewer than two groups are behind the mean."""
     high: Sequence[Sequence[float]]
     n_groups: Sequence[Sequence[int]]
     """Groups behind each mean."""
@@ -64,7 +64,7 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
     known = ~found.isnan()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(max(len(groups), 1), (_RESAMPLES, len(groups)), generator=generator)
-    means = _mean(found[drawn], known[drawn], 1)
+    means = _mean(found[drawn], known[drawn], 1).masked_fill(known.sum(0) < 2, math.nan)  # one group says nothing of others
     low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
     return Agreement(
         names=names,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from actprune.compensation import Compensation, LeastSquares
@@ -26,6 +25,7 @@ from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
 from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.judging import Judge, classification, judged
 from actprune.pruning.panel import Panel
 from actprune.pruning.pieces import Pieces, fingerprint
 from actprune.pruning.pipeline import Pruner
@@ -35,9 +35,6 @@ from actprune.statistics.counter import uniform
 
 RANDOM = "random"
 """Name of the baseline, which is always among the criteria."""
-
-Judge = Callable[[Any, Any], Tensor]
-"""Outputs and targets of a batch -> (N, 2): every sample's loss, and 1 where it is right."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +126,6 @@ class Influence:
     """The same share of every group replaced at once."""
 
 
-def classification(
-    outputs: Tensor,  # (N, classes) logits
-    targets: Tensor,  # (N,)
-) -> Tensor:
-    """Cross entropy and top-1 of every sample, float64 (N, 2)."""
-    losses = functional.cross_entropy(outputs.float(), targets, reduction="none")
-    return torch.stack([losses, outputs.argmax(1) == targets], dim=1).double()
-
-
 def analyze(
     model: nn.Module,
     example_inputs: Example,
@@ -178,10 +166,10 @@ def analyze(
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
     pruner = Pruner(
-        model, example_inputs, panel, Budget(params=0.999), compensation=compensation or LeastSquares(), seed=removals.seed
+        model, example_inputs, panel, Budget(units=0.999), compensation=compensation or LeastSquares(), seed=removals.seed
     )
     groups = [group for group in pruner.graph.unlocked if group.sites]
-    pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs)))
+    pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs), judge, compensation))
     tell = progress or _say_nothing
     total = len(groups) + 2
 
@@ -251,10 +239,10 @@ class _Measure:
                 break
             self.replacement.choose({})
             with prefixed(self.model, list(first), partial(call, self.model, inputs)) as (plain, forward):
-                judged = self._judged(plain, targets)
-                half = (torch.arange(len(judged)) + n) % 2
-                n += len(judged)
-                sums[0].index_add_(0, half, judged)
+                whole = self._judged(plain, targets)
+                half = (torch.arange(len(whole)) + n) % 2
+                n += len(whole)
+                sums[0].index_add_(0, half, whole)
                 for number, units in enumerate(choices, start=1):
                     self.replacement.choose(units)
                     sums[number].index_add_(0, half, self._judged(forward(), targets))
@@ -263,7 +251,7 @@ class _Measure:
 
     def _judged(self, outputs: Any, targets: Any) -> Tensor:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return self.judge(outputs, tree_map_only(Tensor, lambda x: x.to(device), targets)).cpu().double()
+        return judged(self.judge, outputs, tree_map_only(Tensor, lambda x: x.to(device), targets))
 
 
 def _group(

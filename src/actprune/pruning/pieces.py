@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,35 @@ class Pieces:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def fingerprint(model: nn.Module, criteria: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
-    """What an analysis is a function of, with digests in place of tensors."""
+def fingerprint(
+    model: nn.Module, criteria: Mapping[str, Any], settings: Any, data: Any, judge: Callable[..., Any], compensation: Any
+) -> dict[str, Any]:
+    """What an analysis is a function of, with digests in place of tensors; a judge is known by its name and its code."""
     return {
-        "criteria": {name: f"{type(c).__module__}.{type(c).__qualname__}({vars(c)})" for name, c in criteria.items()},
+        "criteria": {name: _spell(criterion) for name, criterion in criteria.items()},
+        "compensation": _spell(compensation),
+        "judge": _digest([_name(judge), *_code(judge)]),
+        "modules": _digest([f"{name}: {module.extra_repr()} {_name(type(module))}" for name, module in model.named_modules()]),
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in vars(settings).items()},
         "weights": _digest(list(model.state_dict().values())),
         "data": _digest(tree_leaves(data)),
     }
+
+
+def _spell(made: Any) -> str:
+    return re.sub(
+        " at 0x[0-9a-f]+", "", f"{_name(type(made))}({getattr(made, '__dict__', '')})"
+    )  # an address is another next time
+
+
+def _code(function: Callable[..., Any]) -> list[Any]:
+    code = getattr(function, "__code__", None)
+    plain = (bool, int, float, str, type(None))
+    return [] if code is None else [code.co_code, code.co_names, [x for x in code.co_consts if isinstance(x, plain)]]
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
 def _digest(leaves: list[Any]) -> str:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # a pipe has no width of its own, and 80 columns would fold the table
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(result)
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False).print(result)
     return 0
 
 

@@ -151,7 +151,7 @@ def _table(title: str, first: str, *others: str) -> Table:
     )
     table.add_column(first, overflow="fold", max_width=26)
     for name in others:
-        table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
+        table.add_column(Text(name), justify="right", overflow="ellipsis", no_wrap=True)
     return table
 
 

@@ -106,13 +106,13 @@ def _groups(influence: Influence) -> Group:
     return Group(Text(title, style="bold"), table)
 
 
-def _accuracies(removals: Sequence[Removal], share: float, whole: float) -> list[str]:
+def _accuracies(removals: Sequence[Removal], share: float, whole: float) -> list[RenderableType]:
     by = {removal.criterion: removal.accuracy for removal in removals if removal.share == share and removal.end != "highest"}
     drawn = by.pop(RANDOM)
     if not by:
         return [points(drawn - whole), "", "", ""]
     best = max(by, key=lambda name: by[name])
-    return [points(drawn - whole), points(by[best] - whole), points(min(by.values()) - whole), best]
+    return [points(drawn - whole), points(by[best] - whole), points(min(by.values()) - whole), Text(best)]
 
 
 def _effects(agreement: Agreement) -> Group:
@@ -126,7 +126,7 @@ def _effects(agreement: Agreement) -> Group:
         low, high = agreement.low[row][k], agreement.high[row][k]
         interval = "-" if math.isnan(low) else f"{_rho(low)} to {_rho(high)}"
         style = "dim" if name == RANDOM else None
-        table.add_row(name, _rho(agreement.mean[row][k]), interval, str(agreement.n_groups[row][k]), style=style)
+        table.add_row(Text(name), _rho(agreement.mean[row][k]), interval, str(agreement.n_groups[row][k]), style=style)
     return Group(Text("Spearman's rho with the effect of removing one unit · mean over groups", style="bold"), table)
 
 

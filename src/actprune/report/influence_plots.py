@@ -44,7 +44,7 @@ def heat_map(influence: Influence, agreement: Agreement, path: str | os.PathLike
     figure = new_figure(2.6 + 0.62 * len(names), 1.9 + 0.24 * max(len(groups), 4))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(len(names) + 1, len(names)))
     means = np.array([[np.mean(g.scores.get(name, [math.nan])) for name in names] + [np.median(g.unit_loss)] for g in groups])
-    low, high = np.nanmin(means, 0), np.nanmax(means, 0)
+    low, high = np.fmin.reduce(means), np.fmax.reduce(means)  # NaN where a statistic scored no group
     scaled = (means - low) / np.where(high > low, high - low, 1)
     one = left.imshow(scaled, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     _label(left, [*names, "loss of a unit"], [group.name for group in groups])
@@ -99,6 +99,8 @@ def curves_by_group(influence: Influence, path: str | os.PathLike[str]) -> Figur
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     for axes in list(panels.flat)[len(influence.groups) :]:
         axes.set_axis_off()
+    for axes in list(panels.flat)[:-across][len(influence.groups) - across :]:
+        axes.tick_params(labelbottom=True)  # nothing is drawn below
     figure.supxlabel("share of the group, lowest first, %", color=INK, fontsize=9)
     figure.supylabel("accuracy, %", color=INK, fontsize=9)
     _legend(figure, panels[0][0], "outside upper center", max(2, 3 * across // 2))
@@ -118,7 +120,8 @@ def matrix(agreement: Agreement, path: str | os.PathLike[str]) -> Figure:
         text = "·" if math.isnan(value) else str(round(100 * value))
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if abs(value) > 0.6 else INK)
     groups = max(map(max, agreement.n_groups))
-    axes.set_title(f"Spearman's rho in hundredths, mean over {groups} groups", color=INK, fontsize=9, loc="left")
+    title = f"Spearman's rho in hundredths,\nmean over {groups} group{'s' * (groups != 1)}"
+    axes.set_title(title, color=INK, fontsize=9, loc="left")
     figure.colorbar(image, shrink=0.7).ax.tick_params(labelsize=7, colors=INK)
     save(figure, path)
     return figure

@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,6 +22,9 @@ from actprune.report.text import count, percent
 ONE_SIZE = 1.08
 """Rows are of one size when the largest has at most this many times the parameters of the smallest."""
 _LEGEND_TITLE = "mean ± standard deviation over seeds (bar, band); faint dots: single seeds"
+_LABEL = 76  # characters of a line of the legend
+_DASHES = ("--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)), (0, (2, 6)))
+"""Of the baselines of one panel; more than these repeat."""
 _GAP = 0.009  # between criteria of the same size, share of the axis
 _DOTS = (0.12, 0.26)  # where single seeds stand right of their mean in a panel of one size, share of a place
 
@@ -50,13 +54,15 @@ def sweep(rows: Sequence[Row], path: str | os.PathLike[str]) -> Figure:
     lines = math.ceil(len(sections) / columns)
     widest = max((len(members) for members in sections.values() if _of_one_size(members)), default=0)
     width = columns * max(7.4 if columns == 1 else 5.6, 1.3 * widest)
-    legend_labels = [*labels, *{f"{row.label} (unpruned)": None for row in rows if row.is_baseline}]
+    legend_labels = [_fold(label) for label in labels] + [
+        *{_fold(f"{row.label} (unpruned)"): None for row in rows if row.is_baseline}
+    ]
     legend_columns = _legend_columns(legend_labels, width)
-    legend_lines = math.ceil(len(legend_labels) / legend_columns)
+    legend_lines = math.ceil(sum(1 + label.count("\n") for label in legend_labels) / legend_columns)
     figure = new_figure(width, 4.6 * lines + 0.19 * (legend_lines - 1))
     panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for axes, (section, members) in zip(panels, sections.items(), strict=False):
-        _panel(axes, section, members, styles)
+        _panel(axes, section, members, styles, _characters(width / columns - 0.6, 11))
     for axes in panels[len(sections) :]:
         axes.remove()
     _legend(figure, panels[: len(sections)], legend_columns)
@@ -71,10 +77,10 @@ def _of_one_size(rows: Sequence[Row]) -> bool:
     return bool(sizes) and max(sizes) <= ONE_SIZE * min(sizes) and len({row.label for row in pruned}) == len(pruned)
 
 
-def _panel(axes: Axes, section: Section, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]]) -> None:
+def _panel(axes: Axes, section: Section, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]], across: int) -> None:
     pruned = [row for row in rows if not row.is_baseline]
     baselines = [row for row in rows if row.is_baseline]
-    for row, dashes in zip(baselines, cycle(("--", ":", "-.")), strict=False):
+    for row, dashes in zip(baselines, cycle(_DASHES), strict=False):
         _draw_baseline(axes, row, dashes)
     if _of_one_size(rows):
         tidy(axes, grid="y")
@@ -96,10 +102,10 @@ def _panel(axes: Axes, section: Section, rows: Sequence[Row], styles: Mapping[st
     accuracy_axis(axes, "test accuracy, %")
     seeds = max(len(row.seeds) for row in rows)
     title = f"{describe(section)} · {short(section.params_before)} parameters before · {seeds} seed{'s' * (seeds > 1)}"
-    axes.set_title(plain(title), color=INK, fontsize=11, loc="left", pad=10)
+    axes.set_title(plain(textwrap.fill(title, across)), color=INK, fontsize=11, loc="left", pad=10)
 
 
-def _draw_baseline(axes: Axes, row: Row, dashes: str) -> None:
+def _draw_baseline(axes: Axes, row: Row, dashes: Any) -> None:
     mean = 100 * row.accuracy.mean
     axes.axhline(mean, color=INK, linewidth=1.2, linestyle=dashes, label=plain(f"{row.label} (unpruned)"), zorder=2)
     if row.accuracy.std is not None:
@@ -156,8 +162,18 @@ def _beside(axes: Axes, params: Sequence[float], shift: float) -> list[float]:
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    needed = [0.6 + 0.075 * len(label) for label in labels]  # inches: line and gaps, text of 9 points
+    needed = [0.6 + 0.075 * max(map(len, label.split("\n"))) for label in labels]  # inches: line and gaps, text of 9 points
     return len(labels) if sum(needed) <= width else max(1, int(width / max(needed)))
+
+
+def _fold(label: str) -> str:
+    """A label of the legend; one that is wider than the narrowest figure goes on below."""
+    return textwrap.fill(label, _LABEL)
+
+
+def _characters(inches: float, points: float) -> int:
+    """How many of them fit, about."""
+    return int(inches / (0.0077 * points))
 
 
 def _legend(figure: Figure, panels: Sequence[Axes], columns: int) -> None:
@@ -166,7 +182,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], columns: int) -> None:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
     legend = figure.legend(
         list(handles.values()),
-        list(handles),
+        [_fold(label) for label in handles],
         loc="outside lower center",
         ncols=columns,
         frameon=False,

@@ -68,7 +68,7 @@ def comparison(
         for i, (row, line) in enumerate(zip(members, cells, strict=True)):
             after = members[min(i + 1, len(members) - 1)]
             new_block = (row.is_baseline, row.config, row.budget) != (after.is_baseline, after.config, after.budget)
-            table.add_row(*line, style="dim" if row.is_baseline else None, end_section=new_block)
+            table.add_row(*map(Text, line), style="dim" if row.is_baseline else None, end_section=new_block)
         parts += [table, Text()]
     if rows:
         parts.append(Text("\n".join(_footnotes(rows)), style="dim"))

@@ -61,6 +61,8 @@ class CapacityConstraint(Callback):
         self.lipschitz, self.distance, self.every = lipschitz, distance, every
         self.modules = names(modules)
         self._initial: dict[str, Tensor] = {}
+        self._removed: dict[str, dict[int, list[int]]] = {}
+        """Path of a layer -> dimension -> positions of the original that were gone when its initialisation was taken."""
         self._sizes: dict[str, tuple[int, ...]] = {}
         """Path of a layer -> positions that it reads, (*size) of a convolution's map."""
         self._scaled = False
@@ -69,7 +71,7 @@ class CapacityConstraint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run."""
         if stage == "fit" and trainer.current_epoch == 0:
-            self._initial, self._sizes, self._scaled = {}, {}, False
+            self._initial, self._removed, self._sizes, self._scaled = {}, {}, {}, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the initialisation, and watch what layers read.
@@ -86,7 +88,7 @@ class CapacityConstraint(Callback):
         if not layers:
             raise ConfigError("no convolution or linear layer with a plain weight was found; name other modules")
         if not self._initial:
-            self._initial = {path: layer.weight.detach().clone() for path, layer in layers.items()}  # type: ignore[operator]
+            self._begin_at(pl_module, layers)
         for path, layer in layers.items():
             if isinstance(layer, CONVOLUTIONS):
                 self._hooks.append(layer.register_forward_pre_hook(self._watch(path), with_kwargs=True))
@@ -98,7 +100,7 @@ class CapacityConstraint(Callback):
         for path, layer in self._known(pl_module):
             placed = linear_map(layer, self._shape(path, layer))
             layer.weight.data.copy_(scaled(placed, self.lipschitz, tolerance=_TOLERANCE))
-            self._initial[path] = layer.weight.detach().clone()  # type: ignore[operator]
+        self._begin_at(pl_module, dict(self._known(pl_module)))
         self._scaled = True
 
     def on_train_batch_end(
@@ -129,14 +131,11 @@ class CapacityConstraint(Callback):
         Raises:
             ConfigError: a layer has another shape than its initialisation, cut as the surgery records say.
         """
-        removed = {
-            f"{path}.{name}".lstrip("."): dims
-            for path, module in pl_module.named_modules()
-            for name, dims in record_of(module).removed.items()
-        }
+        removed = _removed(pl_module)
         for path, layer in self._known(pl_module):
             initial = self._initial[path].to(layer.weight)  # type: ignore[arg-type]
-            gone = removed.get(f"{path}.weight", {})
+            before = self._removed.get(path, {})
+            gone = {dim: _since(places, before.get(dim, [])) for dim, places in removed.get(path, {}).items()}
             initial = sliced(initial, {dim: keep_indices(initial.shape[dim], places) for dim, places in gone.items()})
             if initial.shape != layer.weight.shape:
                 raise ConfigError(
@@ -149,12 +148,19 @@ class CapacityConstraint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The initialisation and the sizes that layers read."""
-        return {"initial": self._initial, "sizes": self._sizes, "scaled": self._scaled}
+        return {"initial": self._initial, "removed": self._removed, "sizes": self._sizes, "scaled": self._scaled}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on against the initialisation of the checkpoint."""
         self._initial, self._scaled = dict(state_dict["initial"]), state_dict["scaled"]
+        self._removed = dict(state_dict.get("removed", {}))
         self._sizes = {path: tuple(size) for path, size in state_dict["sizes"].items()}
+
+    def _begin_at(self, pl_module: LightningModule, layers: Mapping[str, Any]) -> None:
+        """Take these weights as the initialisation; a network may have been cut before."""
+        removed = _removed(pl_module)
+        self._initial |= {path: layer.weight.detach().clone() for path, layer in layers.items()}
+        self._removed |= {path: removed[path] for path in layers if path in removed}
 
     def _layers(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Module]]:
         for name in self.modules:
@@ -184,6 +190,21 @@ class CapacityConstraint(Callback):
             self._sizes[path] = tuple(read.shape[2 - module.weight.dim() :])
 
         return watch
+
+
+def _removed(pl_module: LightningModule) -> dict[str, dict[int, list[int]]]:
+    """Path of every layer whose weight was cut -> dimension -> positions of the original that are gone."""
+    return {
+        f"{path}.{name}".lstrip(".").removesuffix(".weight"): {dim: list(places) for dim, places in dims.items()}
+        for path, module in pl_module.named_modules()
+        for name, dims in record_of(module).removed.items()
+        if name.rpartition(".")[2] == "weight"
+    }
+
+
+def _since(gone: Sequence[int], before: Sequence[int]) -> list[int]:
+    """What left after ``before``, in positions of what stayed then."""
+    return [place - sum(other < place for other in before) for place in gone if place not in before]
 
 
 def initial_weights(checkpoint: Any) -> dict[str, Tensor]:
