@@ -326,7 +326,7 @@ class Student(Adam):
 
 def test_frozen_parts_are_named_before_they_are_cut(pruning, trainer, capsys):
     fit(Student(), pruning(), trainer, max_epochs=2)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "all of Student is pruned, also what is frozen (teacher); if that is a teacher or a loss" in said
     assert "name what is to be pruned: modules=['student']" in said
     module = Student()
