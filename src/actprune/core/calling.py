@@ -105,7 +105,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     _put_back(getattr(module, name), content)
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
-                if not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
 

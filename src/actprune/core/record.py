@@ -10,6 +10,7 @@ from torch import nn
 
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan, Positions
+from actprune.core.wrappers import unwrapped
 
 ATTRIBUTE = "_surgery_record"
 """Name under which a pruned model carries its record."""
@@ -102,5 +103,14 @@ class SurgeryRecord:
 
 
 def record_of(model: nn.Module) -> SurgeryRecord:
-    """The record that a model carries; an empty one where it was never pruned."""
-    return getattr(model, ATTRIBUTE, None) or SurgeryRecord()
+    """The record that a model carries, or the module inside a wrapper; an empty one where it was never pruned."""
+    return getattr(unwrapped(model), ATTRIBUTE, None) or SurgeryRecord()
+
+
+def carry(model: nn.Module, record: SurgeryRecord | None) -> None:
+    """Let a model carry a record, or none; of a wrapper it is the module inside."""
+    inside = unwrapped(model)
+    if record is not None:
+        setattr(inside, ATTRIBUTE, record)
+    elif ATTRIBUTE in vars(inside):
+        delattr(inside, ATTRIBUTE)
