@@ -29,7 +29,7 @@ def assert_as_it_was(model, twin, optimizer, state):
         assert {k: v for k, v in vars(a).items() if isinstance(v, plain)} == {
             k: v for k, v in vars(b).items() if isinstance(v, plain)
         }
-        assert not (a._forward_hooks or a._forward_pre_hooks)
+        assert not {**a._forward_hooks, **a._forward_pre_hooks}
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(moments(optimizer), state, strict=True))

@@ -116,7 +116,8 @@ def finish(
         whole = together(model, batches, how.memory)
         if whole is None:
             _LOG.warning(
-                "calibration batches are not tensors with one row per sample, all of one size and of any number: no sequential refit"
+                "calibration batches are not tensors with one row per sample, all of one size and of any number: "
+                "no sequential refit"
             )
         else:
             done = refit(model, original, graph, plan, whole, how)
