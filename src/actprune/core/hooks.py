@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from actprune.core.switches import EAGER, PLAIN_ATTENTION
 
 CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d"})
 """Operators that count as one contraction each, in the order in which a module runs them."""
@@ -25,7 +26,7 @@ Watcher = Callable[[Tensor], Tensor | None]
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
-    with torch.compiler.set_stance("force_eager"):
+    with EAGER.turned():
         yield
 
 
@@ -95,11 +96,8 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
     if not watchers:
         yield
         return
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        stack.enter_context(PLAIN_ATTENTION.turned())
         for path, wanted in watchers.items():
             _watch_module(model.get_submodule(path), wanted, stack)
         yield
