@@ -49,9 +49,10 @@ def test_the_last_thread_out_puts_back(use):
         compiled.append(1)
         return graph
 
+    model, other = nn.Dropout(), nn.Linear(2, 2)
     before = switches()
     if use == "undisturbed":
-        overlapping(undisturbed(nn.Dropout()), undisturbed(nn.Linear(2, 2)))
+        overlapping(undisturbed(model), undisturbed(other))
     else:
         overlapping(uncompiled(), uncompiled())
     assert switches() == before
