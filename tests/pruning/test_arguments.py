@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from actprune import Budget, Pruner, Selection, criteria, prune
+from actprune import Budget, Pruner, Selection, criteria, prune, trace
 from actprune.compensation import Mean
 from actprune.core.errors import ConfigError, ObservationError, SurgeryError, TraceError
 from actprune.core.record import record_of
@@ -127,3 +127,25 @@ def test_an_observation_from_before_the_last_cut():
     pruner.execute(pruner.plan(observation, 0.5))
     with pytest.raises(ObservationError, match="the model was cut since: observe it again"):
         pruner.plan(observation)
+
+
+def test_an_optimizer_of_another_model_is_told(caplog):
+    model, example = build("ConvBn")
+    other = torch.optim.SGD(build("ConvBn")[0].parameters(), lr=0.1)
+    prune(model, example, criterion=criteria.Magnitude(), budget=HALF, optimizers=[other])
+    assert "SGD trains no parameter of Sequential, so it does not follow the cut" in caplog.text
+
+
+@pytest.mark.parametrize("samples", [1, 2, 6])
+def test_macs_are_a_share_of_the_original_whatever_example_later_steps_have(samples):
+    """The same budget is met by the first step already, and a lower one means the same share of the same call."""
+    model, example = build("ConvBn")
+    other = torch.randn(samples, *example.shape[1:])
+    before = trace(model, other).macs
+    prune(model, example, criterion=criteria.Magnitude(), budget=Budget(macs=0.6))
+    assert len(prune(model, other, criterion=criteria.Magnitude(), budget=Budget(macs=0.6)).steps) == 1
+    pruner = Pruner(model, other, criteria.Magnitude(), Budget(macs=0.3), compensation=None)
+    assert pruner.macs_before == before
+    pruner.execute(pruner.plan(None))
+    assert 0.1 * before < trace(model, other).macs <= 0.3 * before
+    assert Pruner(model, example, criteria.Magnitude(), Budget(macs=0.3)).macs_before == trace(build("ConvBn")[0], example).macs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -96,6 +97,17 @@ class SurgeryRecord:
             widths={name: list(pair) for name, pair in state["widths"].items()},
             steps=[dict(step) for step in state["steps"]],
         )
+
+    def macs_before(self, macs: int) -> int:
+        """Multiply-adds before any pruning of a call that takes ``macs`` now.
+
+        What every step left of its own example's: exact for that example and for batches of another size, in proportion for
+        an example of another resolution, which may weigh layers differently.
+        """
+        whole = Fraction(macs)
+        for step in self.steps:
+            whole *= Fraction(step["macs_before"], step["macs_after"]) if step["macs_after"] else 1
+        return round(whole)
 
     def __bool__(self) -> bool:
         """Whether anything was removed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from typing import Any
 
@@ -18,6 +19,7 @@ from actprune.core.views import Criterion
 from actprune.graph import Graph
 from actprune.pruning.select import Selection
 
+_LOG = logging.getLogger(__name__)
 _KINDS: dict[str, tuple[type, bool, str]] = {
     "criterion": (Criterion, False, "an instance, e.g. criterion=actprune.criteria.Entropy()"),
     "budget": (Budget, False, "e.g. budget=actprune.Budget(params=0.4)"),
@@ -93,6 +95,17 @@ def check_wrapper(model: Any) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         raise TraceError("DistributedDataParallel reduces the parameters it was built with; prune model.module, then wrap it")
+
+
+def tell_strangers(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Say which optimizers train nothing of the model: those of a copy, or from before the last cut, do not follow."""
+    known = {id(parameter) for parameter in model.parameters()}
+    for one in optimizers:
+        if not any(id(parameter) in known for group in one.param_groups for parameter in group["params"]):
+            _LOG.warning(
+                "%s trains no parameter of %s, so it does not follow the cut; make it of this model's parameters",
+                type(one).__name__, type(model).__name__,
+            )  # fmt: skip
 
 
 def optimizers_of(given: Any) -> list[Optimizer]:

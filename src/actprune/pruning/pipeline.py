@@ -90,8 +90,8 @@ class Pruner:
         first = record.steps[0] if record.steps else None
         self.params_before = first["params_before"] if first else self.graph.params
         """Parameters of the model before any pruning."""
-        self.macs_before = first["macs_before"] if first else self.graph.macs
-        """Multiply-adds of one call on the example before any pruning."""
+        self.macs_before = record.macs_before(self.graph.macs)
+        """Multiply-adds of one call on the example before any pruning; in proportion where another example was used then."""
         self.graph = self._without_unseen(self.graph)
         widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
         self._original_widths: dict[str, int] = widths if known is None else dict(known["widths"])
