@@ -100,3 +100,28 @@ def test_files_and_records_of_another_kind(tmp_path):
     with pytest.raises(ConfigError, match="record is of type dict; pass what prune returned, or SurgeryRecord.from_dict"):
         apply_record(fresh, record.to_dict())
     assert not record_of(fresh)
+
+
+def test_tied_weights_of_a_model_without_values_stay_tied(tmp_path):
+    def tied():
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 20))
+        model[3].weight = model[0].weight
+        return model
+
+    model, x = tied(), torch.randint(0, 20, (2, 4))
+    prune(model, x, criterion=criteria.Magnitude(), budget=Budget(params=0.8))
+    path = save_pruned(model, tmp_path / "pruned.pt")
+    with torch.device("meta"):
+        fresh = tied()
+    load_pruned(fresh, path)
+    assert fresh[3].weight is fresh[0].weight
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_part_that_was_pruned_by_itself_is_saved_by_itself(tmp_path):
+    part, example = build("ConvBn")
+    whole = nn.Sequential(part, nn.Identity())
+    prune(part, example, **OPTIONS)
+    with pytest.raises(SurgeryError, match=r"0 of Sequential was pruned by itself.*model.get_submodule\('0'\)"):
+        save_pruned(whole, tmp_path / "pruned.pt")
+    assert not list(tmp_path.iterdir())

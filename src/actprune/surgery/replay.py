@@ -99,8 +99,15 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: the folder cannot be written.
+        SurgeryError: a part was pruned by itself, and the whole does not know of it.
     """
     model = unwrapped(model)
+    part = next((path for path, module in model.named_modules() if record_of(module)), None)
+    if part is not None and not record_of(model):
+        raise SurgeryError(
+            f"{part} of {type(model).__name__} was pruned by itself and the whole carries no record, so the file could not be "
+            f"loaded; save_pruned the part, model.get_submodule({part!r})"
+        )
     with atomic_path(path) as temporary:
         content = {"format": _FORMAT, "state_dict": model.state_dict(), "surgery_record": record_of(model).to_dict()}
         torch.save(content, temporary)
@@ -137,7 +144,13 @@ def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     if empty is not None:
         raise SurgeryError(f"{empty} is on the meta device and no state dict holds its values; build the model on cpu")
     apply_record(inside, record)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in inside.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     inside.load_state_dict(holds, assign=any(tensor.is_meta for tensor in inside.state_dict().values()))
+    for first, *others in names.values():  # assigned one by one, tied weights would have come apart
+        for path, _, leaf in (name.rpartition(".") for name in others):
+            setattr(inside.get_submodule(path), leaf, inside.get_parameter(first))
     return fresh_model
 
 
