@@ -19,7 +19,7 @@ from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, net_record, write_json
 from actprune.cli.trained import fed
 from actprune.core.files import atomic_path
-from actprune.core.record import ATTRIBUTE
+from actprune.core.record import carry
 from actprune.graph import trace
 from actprune.pruning import Pruner
 from actprune.report import before_after, params_vs_accuracy
@@ -98,7 +98,7 @@ def write(
     }
     if pruners:
         record = net_record(pruners)
-        setattr(module.net, ATTRIBUTE, record)  # of all its pruned parts
+        carry(module.get_submodule("net"), record)  # of all its pruned parts
         save_pruned(module.get_submodule("net"), folder / CHECKPOINT)
         write_json(record.to_dict(), folder / RECORD)
         summary["widths"] = [list(row) for pruner in pruners.values() for row in pruner.widths()]

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from actprune.core.hooks import uncompiled
+from actprune.core.switches import GENERATOR, PLAIN_ATTENTION
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]"
 """A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``lambda model: ...``."""
@@ -83,8 +83,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         _unwatch(module)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        stack.enter_context(GENERATOR.turned())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -92,20 +92,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(uncompiled())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(PLAIN_ATTENTION.turned())
         model.eval()
         try:
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
             for module, held in attributes.items():
                 _put_back(vars(module), held)
                 for name, content in registered[module].items():
                     _put_back(getattr(module, name), content)
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
-                if not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
 

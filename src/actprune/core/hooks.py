@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from actprune.core.switches import EAGER, PLAIN_ATTENTION
 
 CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d"})
 """Operators that count as one contraction each, in the order in which a module runs them."""
@@ -23,36 +23,11 @@ Watcher = Callable[[Tensor], Tensor | None]
 """Takes what is read; what it returns, unless None, is read in its place."""
 
 
-class _Stance:
-    """PyTorch's stance is one for the process, and blocks of several threads overlap: the last to end gives it back."""
-
-    def __init__(self) -> None:
-        self._lock, self._blocks, self._forced = threading.Lock(), 0, ExitStack()
-
-    def force(self) -> None:
-        with self._lock:
-            if not self._blocks:
-                self._forced.enter_context(torch.compiler.set_stance("force_eager"))
-            self._blocks += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if not self._blocks:
-                self._forced.close()
-
-
-_STANCE = _Stance()
-
-
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
-    _STANCE.force()
-    try:
+    with EAGER.turned():
         yield
-    finally:
-        _STANCE.release()
 
 
 @contextmanager
@@ -121,11 +96,8 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
     if not watchers:
         yield
         return
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        stack.enter_context(PLAIN_ATTENTION.turned())
         for path, wanted in watchers.items():
             _watch_module(model.get_submodule(path), wanted, stack)
         yield

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan, Positions
+from actprune.core.wrappers import unwrapped
 
 ATTRIBUTE = "_surgery_record"
 """Name under which a pruned model carries its record."""
@@ -96,11 +98,31 @@ class SurgeryRecord:
             steps=[dict(step) for step in state["steps"]],
         )
 
+    def macs_before(self, macs: int) -> int:
+        """Multiply-adds before any pruning of a call that takes ``macs`` now.
+
+        What every step left of its own example's: exact for that example and for batches of another size, in proportion for
+        an example of another resolution, which may weigh layers differently.
+        """
+        whole = Fraction(macs)
+        for step in self.steps:
+            whole *= Fraction(step["macs_before"], step["macs_after"]) if step["macs_after"] else 1
+        return round(whole)
+
     def __bool__(self) -> bool:
         """Whether anything was removed."""
         return bool(self.removed)
 
 
 def record_of(model: nn.Module) -> SurgeryRecord:
-    """The record that a model carries; an empty one where it was never pruned."""
-    return getattr(model, ATTRIBUTE, None) or SurgeryRecord()
+    """The record that a model carries, or the module inside a wrapper; an empty one where it was never pruned."""
+    return getattr(unwrapped(model), ATTRIBUTE, None) or SurgeryRecord()
+
+
+def carry(model: nn.Module, record: SurgeryRecord | None) -> None:
+    """Let a model carry a record, or none; of a wrapper it is the module inside."""
+    inside = unwrapped(model)
+    if record is not None:
+        setattr(inside, ATTRIBUTE, record)
+    elif ATTRIBUTE in vars(inside):
+        delattr(inside, ATTRIBUTE)

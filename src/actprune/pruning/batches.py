@@ -45,6 +45,11 @@ def pairs_of(data: Iterable[Any], example: Example) -> Iterator[Pair]:
             targets = targets_of(batch)
             if isinstance(example, Mapping):
                 batch = {key: value for key, value in batch.items() if key in example or key not in LABEL_KEYS}
+        if isinstance(batch, Tensor) and isinstance(example, Tensor) and batch.shape == example.shape[1:]:
+            raise ObservationError(
+                f"data yields {tuple(batch.shape)}, one sample of the example's {tuple(example.shape)}; batch them, e.g. "
+                "torch.utils.data.DataLoader(dataset, batch_size=64)"
+            )
         # a loader makes lists of tuples
         yield tuple(batch) if isinstance(batch, list) and not isinstance(example, list) else batch, targets
 
@@ -98,7 +103,7 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
                 observation.differentiate(outputs, partial(_loss, measure, outputs, targets))
             except ActPruneError:
                 raise
-            except (RuntimeError, TypeError, ValueError) as error:
+            except Exception as error:
                 raise TraceError(
                     f"the model failed on a batch of data: {type(error).__name__}: {error}; data must yield what the "
                     "model takes, or (inputs, targets)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -16,6 +17,7 @@ from actprune.core.calling import Example, call, undisturbed
 from actprune.core.plan import Plan
 from actprune.graph import Graph
 from actprune.pruning.sequential import refit
+from actprune.surgery import Transaction
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,10 +63,13 @@ def held(
 
 
 def _most(model: nn.Module, batch: Example, memory: int) -> int:
-    """How many samples a sequential refit takes; 0 where batches cannot be joined."""
+    """How many samples a sequential refit takes; 0 where batches cannot be joined, or the model insists on a number of them."""
     if not _joinable(batch):
         return 0
-    return max(1, memory // bytes_per_sample(model, tree_map(lambda x: x[:2], batch)))
+    try:
+        return max(1, memory // bytes_per_sample(model, tree_map(lambda x: x[:2], batch)))
+    except Exception:  # the model is known to take the batch: it insists on its number of samples
+        return 0
 
 
 def _joinable(batch: Example) -> bool:
@@ -72,6 +77,26 @@ def _joinable(batch: Example) -> bool:
         return False
     n = batch_size(batch)
     return all(isinstance(x, Tensor) and x.dim() > 0 and len(x) == n for x in tree_leaves(batch))
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, original: nn.Module, changes: Transaction) -> Iterator[None]:
+    """Whatever the block raises, a model that was cut is as it was before.
+
+    Args:
+        model: the model after a plan was executed.
+        original: a copy of it from before.
+        changes: what takes the cut back.
+    """
+    try:
+        yield
+    except BaseException:
+        changes.roll_back()
+        with torch.inference_mode(False), torch.no_grad():
+            kept = zip((*model.parameters(), *model.buffers()), (*original.parameters(), *original.buffers()), strict=True)
+            for now, before in kept:
+                now.copy_(before)
+        raise
 
 
 def finish(
@@ -90,7 +115,10 @@ def finish(
     if how.refit == "sequential":
         whole = together(model, batches, how.memory)
         if whole is None:
-            _LOG.warning("calibration batches are not tensors with one row per sample: no sequential refit")
+            _LOG.warning(
+                "calibration batches are not tensors with one row per sample, all of one size and of any number: "
+                "no sequential refit"
+            )
         else:
             done = refit(model, original, graph, plan, whole, how)
             _LOG.info("refitted %d layers in execution order on %d samples", len(done.layers), done.n_samples)
@@ -108,12 +136,22 @@ def together(model: nn.Module, batches: Sequence[Example], memory: int) -> Examp
     """
     if not all(_joinable(batch) for batch in batches):
         return None
+    if len({_row(batch) for batch in batches}) > 1:
+        return None
     limit = _most(model, batches[0], memory)
+    if not limit:
+        return None
     if limit < sum(batch_size(batch) for batch in batches):
         _LOG.warning("the sequential refit takes the first %d samples: more need over %d bytes", limit, memory)
     spec = tree_flatten(batches[0])[1]
     joined = [torch.cat(parts)[:limit] for parts in zip(*(tree_leaves(batch) for batch in batches), strict=True)]
     return tree_unflatten(joined, spec)
+
+
+def _row(batch: Example) -> tuple[Any, ...]:
+    """What batches agree in that can be joined: how they are nested, and the shape of a sample."""
+    leaves, spec = tree_flatten(batch)
+    return (str(spec), *(tuple(leaf.shape[1:]) for leaf in leaves))
 
 
 def bytes_per_sample(model: nn.Module, batch: Example) -> int:
@@ -133,7 +171,7 @@ def bytes_per_sample(model: nn.Module, batch: Example) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return -(-largest // batch_size(batch))
+    return -(-largest // max(1, batch_size(batch)))
 
 
 def batch_size(inputs: Example) -> int:

@@ -57,6 +57,7 @@ class Observation:
         self._model = model
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
+        self._widths = {group.name: group.size for group in graph.unlocked}
         self._rows = Rows(model, self._sampling)
         self._next_id = 0
         self._paused = self._needs_labels = self._began = False
@@ -276,12 +277,21 @@ class Observation:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             all_reduce(self._statistics(), group)
 
-    def check(self) -> None:
-        """Raise if nothing was seen, or anything that is not finite.
+    def check(self, graph: Graph) -> None:
+        """Raise if nothing was seen, or anything that is not finite, or if the model was cut since.
+
+        Args:
+            graph: the channel graph of the model as it is.
 
         Raises:
-            ObservationError: names the site and the first batch.
+            ObservationError: names the site and the first batch, or the group that has another width now.
         """
+        now = {group.name: group.size for group in graph.groups}
+        for name, before in self._widths.items():
+            if now.get(name, before) != before:
+                raise ObservationError(
+                    f"group {name!r} has {now[name]} units, {before} were observed; the model was cut since: observe it again"
+                )
         for statistic in self._statistics():
             try:
                 statistic.check()  # type: ignore[operator]

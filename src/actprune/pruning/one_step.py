@@ -15,8 +15,10 @@ from actprune.core.calling import Example
 from actprune.core.errors import ObservationError
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
+from actprune.core.wrappers import unwrapped
+from actprune.pruning.arguments import check_arguments, check_data, check_wrapper, optimizers_of, tell_strangers
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
-from actprune.pruning.finishing import finish, has_finish, held
+from actprune.pruning.finishing import all_or_nothing, finish, has_finish, held
 from actprune.pruning.gradients import Loss
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.select import Selection
@@ -33,14 +35,14 @@ def prune(
     budget: Budget,
     selection: Selection | None = None,
     compensation: Compensation | None = _REFIT,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
     loss: Loss | None = None,
 ) -> SurgeryRecord:
     """Prune a model in place, in one step, without training.
 
     Args:
-        model: any module.
+        model: any module; of one that is compiled or wrapped by ``DataParallel`` the module inside is pruned.
         example_inputs: what the model takes, see ``trace``.
         data: batches to observe, each as the model takes it, a pair of inputs and targets, or a mapping with targets under
             ``labels``, ``label``, ``targets``, ``target`` or ``y``; targets are for criteria of labels or of the loss. Not
@@ -62,8 +64,14 @@ def prune(
         BudgetError: the budget is out of reach.
         ConfigError: the loss is needed, is not given and is no classification.
         ObservationError: data or labels are missing, or activations are NaN or infinite.
-        SurgeryError: the cut model does not run; it was put back as it was.
+        SurgeryError: the cut model does not run.
+
+    Whatever is raised, model and optimizers are as they were.
     """
+    check_arguments(criterion=criterion, budget=budget, selection=selection, compensation=compensation, seed=seed)
+    check_wrapper(model)
+    model, trained = unwrapped(model), optimizers_of(optimizers)
+    tell_strangers(model, trained)
     if data is None and compensation is not None and compensation is not _REFIT:
         raise ObservationError(
             f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
@@ -74,11 +82,13 @@ def prune(
     if data is None:
         plan, batches = pruner.plan(None), list[Example]()
     else:
+        check_data(data)
         pairs, batches = held(pairs_of(data, example_inputs), model, compensation, example_inputs)
         plan = pruner.plan(observe_pairs(pruner, pairs, loss, expected_samples(data, example_inputs)))
     if plan is not None:
         original = copy.deepcopy(model) if batches else None
-        pruner.execute(plan, optimizers)
+        changes = pruner.execute(plan, trained)
         if original is not None and has_finish(compensation):
-            finish(model, original, pruner.graph, plan, batches, compensation)
+            with all_or_nothing(model, original, changes):
+                finish(model, original, pruner.graph, plan, batches, compensation)
     return pruner.record

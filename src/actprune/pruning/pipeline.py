@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
 from actprune.core.calling import Example
-from actprune.core.errors import BudgetError, ObservationError
+from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
-from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
+from actprune.core.record import SurgeryRecord, carry, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
+from actprune.pruning.arguments import check_arguments, check_example, check_model, check_unchanged, optimizers_of
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
@@ -29,7 +30,7 @@ from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
 from actprune.statistics import Density, check_positions, enough
-from actprune.surgery import cut
+from actprune.surgery import Transaction, cut
 from actprune.surgery.tensors import lookup
 
 _LOG = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Pruner:
     Raises:
         TraceError: the model fails on the example inputs.
         BudgetError: no unit may leave, or the budget is out of reach.
+        ConfigError: an argument is of another kind.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class Pruner:
         positions: int | Literal["auto"] | None = "auto",
         known: Mapping[str, Any] | None = None,
     ) -> None:
+        check_model(model)
+        check_example(example_inputs)
+        check_arguments(criterion=criterion, budget=budget, selection=selection, compensation=compensation, seed=seed)
         self.model = model
         self.example_inputs = example_inputs
         self.criterion = criterion
@@ -85,8 +90,8 @@ class Pruner:
         first = record.steps[0] if record.steps else None
         self.params_before = first["params_before"] if first else self.graph.params
         """Parameters of the model before any pruning."""
-        self.macs_before = first["macs_before"] if first else self.graph.macs
-        """Multiply-adds of one call on the example before any pruning."""
+        self.macs_before = record.macs_before(self.graph.macs)
+        """Multiply-adds of one call on the example before any pruning; in proportion where another example was used then."""
         self.graph = self._without_unseen(self.graph)
         widths = {g.name: record.widths.get(g.name, [g.size])[0] for g in self.graph.unlocked}
         self._original_widths: dict[str, int] = widths if known is None else dict(known["widths"])
@@ -203,7 +208,7 @@ class Pruner:
             ObservationError: the criterion needs activations that were not observed, scores are not finite, or there are none.
         """
         if observation is not None:
-            observation.check()
+            observation.check(self.graph)
         elif self.criterion.statistics():
             raise ObservationError(f"{type(self.criterion).__name__} scores activations; observe validation batches first")
         found = {}
@@ -275,8 +280,13 @@ class Pruner:
 
         Raises:
             BudgetError: the target is out of reach.
+            ConfigError: ``due`` is outside [0, 1].
             ObservationError: activations are missing or not finite.
+            SurgeryError: the model was changed since it was traced.
         """
+        if not 0 <= due <= 1:
+            raise ConfigError(f"due={due!r} must be the share of the whole reduction that is due now, in [0, 1]")
+        check_unchanged(self.model, self.graph)
         if self.compensation is not None and observation is None:
             raise ObservationError(
                 f"{type(self.compensation).__name__} compensation needs activations; observe validation batches first, "
@@ -300,19 +310,30 @@ class Pruner:
             selection = dataclasses.replace(selection, normalise="none")
         return select(self.graph, scores, unit, self._target_now(due), selection, originals)
 
-    def execute(self, plan: Plan, optimizers: Iterable[Optimizer] = ()) -> None:
+    def execute(self, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> Transaction:
         """Cut the model and the optimizers' state; extend the record; trace anew.
 
+        Returns:
+            What takes the cut back, as long as nothing else was done to the model; this pruner is of no use after that.
+
         Raises:
-            SurgeryError: the cut model does not run; model and optimizers are as they were.
+            SurgeryError: the cut model does not run; model and optimizers are as they were. Or the model was changed since it
+                was traced.
         """
+        check_unchanged(self.model, self.graph)
         shapes = {name: tuple(lookup(self.model, name).shape) for name in plan.removed}
         sizes = {g.name: g.size for g in self.graph.groups}
-        cut(self.model, plan, self.example_inputs, optimizers)
-        record = SurgeryRecord.from_dict(self.record.to_dict())
-        record.extend(plan, shapes, sizes)
-        setattr(self.model, ATTRIBUTE, record)
-        self.graph = self._traced()
+        changes = cut(self.model, plan, self.example_inputs, optimizers_of(optimizers))
+        try:
+            changes.did(partial(carry, self.model, self.record if self.record.steps else None))
+            record = SurgeryRecord.from_dict(self.record.to_dict())
+            record.extend(plan, shapes, sizes)
+            carry(self.model, record)
+            self.graph = self._traced()
+        except BaseException:
+            changes.roll_back()
+            raise
+        return changes
 
 
 def _entry(of_groups: Callable[[], Mapping[str, list[Tensor]]], name: str) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -18,13 +19,16 @@ from actprune.core.budget import Budget
 from actprune.core.calling import Example, evaluating, undisturbed
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
+from actprune.core.wrappers import unwrapped
+from actprune.pruning.arguments import check_arguments, check_data, check_wrapper
 from actprune.pruning.batches import observe_pairs, pairs_of
-from actprune.pruning.finishing import finish, has_finish
+from actprune.pruning.finishing import all_or_nothing, finish, has_finish
 from actprune.pruning.gradients import Loss
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.select import Selection
 from actprune.surgery import cut
 
+_LOG = logging.getLogger(__name__)
 LATENCY_BATCHES = (1, 64)
 _REPEATS = 9
 _REFIT = LeastSquares()
@@ -49,7 +53,8 @@ class PostTraining:
     macs: tuple[int, int]
     """Multiply-adds of one call on the example, before and after."""
     latency: dict[int, tuple[float, float]]
-    """Samples per batch -> milliseconds per batch before and after; empty where the example is no single tensor."""
+    """Samples per batch -> milliseconds per batch before and after; without what the model does not take, so empty where the
+    example is no single tensor."""
 
 
 def prune_trained(
@@ -74,7 +79,7 @@ def prune_trained(
         data: calibration batches, as ``prune`` takes them.
         criterion: scores units.
         budget: what is left.
-        evaluate: the model's quality, e.g. its accuracy; called three times, on the model in evaluation mode.
+        evaluate: the model's quality, e.g. its accuracy; called three times at most, on the model in evaluation mode.
         selection: how units of different groups compete.
         compensation: what is folded into the layers that stay; None: nothing.
         seed: seed of criteria that draw.
@@ -86,30 +91,37 @@ def prune_trained(
 
     Raises:
         ActPruneError: as ``prune``.
+
+    Whatever is raised, the model is as it was.
     """
+    check_data(data)
+    check_arguments(criterion=criterion, budget=budget, selection=selection, compensation=compensation, seed=seed)
+    check_wrapper(model)
+    model = unwrapped(model)
     pairs = list(pairs_of(data, example_inputs))
+    before = _evaluated(model, evaluate)
     original = copy.deepcopy(model)
-    before = _evaluated(original, evaluate)
     began = time.monotonic()
     pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation, seed, positions)
     plan = pruner.plan(observe_pairs(pruner, pairs, loss))
     seconds = time.monotonic() - began
     sizes = (pruner.params, pruner.macs)
-    plain = before
+    plain = after = before
     if plan is not None:
         uncompensated = copy.deepcopy(model)
         cut(uncompensated, dataclasses.replace(plan, shifts={}, new_biases={}), example_inputs)
         plain = _evaluated(uncompensated, evaluate)
         began = time.monotonic()
-        pruner.execute(plan)
-        if has_finish(compensation):
-            finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)
-        seconds += time.monotonic() - began
+        with all_or_nothing(model, original, pruner.execute(plan)):
+            if has_finish(compensation):
+                finish(model, original, pruner.graph, plan, [x for x, _ in pairs], compensation)
+            seconds += time.monotonic() - began
+            after = _evaluated(model, evaluate)
     return PostTraining(
         record=pruner.record,
         score_before=before,
         score_cut=plain,
-        score_after=_evaluated(model, evaluate),
+        score_after=after,
         seconds=seconds,
         params=(sizes[0], pruner.params),
         macs=(sizes[1], pruner.macs),
@@ -130,9 +142,13 @@ def _latency(before: nn.Module, after: nn.Module, example: Example) -> dict[int,
     for size in LATENCY_BATCHES:
         batch = example[:1].expand(size, *example.shape[1:]).contiguous()
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_REPEATS):
-            for model, taken in zip((before, after), times, strict=True):
-                taken.append(_milliseconds(model, batch))
+        try:
+            for _ in range(_REPEATS):
+                for model, taken in zip((before, after), times, strict=True):
+                    taken.append(_milliseconds(model, batch))
+        except Exception as error:  # the work is done: what was measured of it is no reason to lose it
+            _LOG.warning("no latency with %d samples: %s: %s", size, type(error).__name__, error)
+            continue
         found[size] = (statistics.median(times[0]), statistics.median(times[1]))
     return found
 

@@ -9,6 +9,7 @@ unit's worth. A criterion with a threshold says itself which units leave; there 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,11 @@ class Selection:
             raise ConfigError(f"selection scope={self.scope!r} is not known; choose one of {', '.join(_SCOPES)}")
         if self.normalise is not None and self.normalise not in _NORMALISERS:
             raise ConfigError(f"selection normalise={self.normalise!r} is not known; choose one of {', '.join(_NORMALISERS)}")
-        if not 0 <= self.max_ratio < 1:
-            raise ConfigError(f"selection max_ratio={self.max_ratio} must be in [0, 1), the share that may leave")
-        if self.round_to < 1:
-            raise ConfigError(f"selection round_to={self.round_to} must be at least 1")
+        if not isinstance(self.max_ratio, numbers.Real) or not 0 <= self.max_ratio < 1:
+            raise ConfigError(f"selection max_ratio={self.max_ratio!r} must be in [0, 1), the share that may leave, e.g. 0.9")
+        whole = isinstance(self.round_to, numbers.Integral) and not isinstance(self.round_to, bool)
+        if not whole or self.round_to < 1:
+            raise ConfigError(f"selection round_to={self.round_to!r} must be at least 1, a whole number, e.g. 8")
 
 
 def removable(group: Group, original: int, max_ratio: float) -> int:

@@ -23,7 +23,7 @@ from actprune.surgery.tensors import Holders, keep_indices, lookup, sliced, smal
 from actprune.surgery.transaction import Transaction, transaction
 
 
-def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers: Iterable[Optimizer] = ()) -> None:
+def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers: Iterable[Optimizer] = ()) -> Transaction:
     """Execute a plan in place.
 
     Args:
@@ -32,6 +32,9 @@ def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers
         example: example inputs for one forward that proves the cut model runs; None skips it.
         optimizers: optimizers that train the model's parameters.
 
+    Returns:
+        What takes the cut back; values that are written to later stay written.
+
     Raises:
         SurgeryError: the plan does not fit, or the cut model does not run; model and optimizers are as they were.
     """
@@ -39,6 +42,7 @@ def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers
         _apply(model, plan, optimizers_.with_wrapped(optimizers), changes)
         if example is not None:
             _prove(model, example)
+    return changes
 
 
 @contextmanager

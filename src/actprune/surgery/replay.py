@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.files import atomic_path
 from actprune.core.plan import Plan
-from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
+from actprune.core.record import SurgeryRecord, carry, record_of
+from actprune.core.wrappers import PREFIXES, unwrapped
 from actprune.surgery.cut import cut, rehearsed
 from actprune.surgery.tensors import lookup
 
@@ -23,7 +25,7 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
     """Cut a fresh model of the original shape as ``record`` says, in place; its values stay what they are.
 
     Args:
-        model: a model of the original architecture, not pruned.
+        model: a model of the original architecture, not pruned; compiled or wrapped for several devices, or not.
         record: what ``prune`` returned, or ``SurgeryRecord.from_dict`` of a file.
 
     Returns:
@@ -31,10 +33,35 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
 
     Raises:
         SurgeryError: the model does not have the tensors or the original shapes that the record names.
+        ConfigError: ``record`` is none.
     """
-    cut(model, _plan(model, record))
-    setattr(model, ATTRIBUTE, SurgeryRecord.from_dict(record.to_dict()))
+    if not isinstance(record, SurgeryRecord):
+        raise ConfigError(
+            f"record is of type {type(record).__name__}; pass what prune returned, or SurgeryRecord.from_dict(dictionary)"
+        )
+    named_alike = any(p[:-1] in model._modules and all(name.startswith(p) for name in record.shapes) for p in PREFIXES)
+    part = model if named_alike else unwrapped(model)
+    record = _as_inside(part, record)
+    cut(part, _plan(part, record))
+    carry(part, record)
     return model
+
+
+def _as_inside(inside: nn.Module, record: SurgeryRecord) -> SurgeryRecord:
+    """A copy of the record with names of the module inside a wrapper, where it was made of the wrapper."""
+    state = record.to_dict()
+    prefix = _foreign_prefix(inside, state["shapes"])
+    while prefix:
+        for key in ("removed", "shapes", "attributes", "widths"):
+            state[key] = {name.removeprefix(prefix): value for name, value in state[key].items()}
+        state["biases"] = [path.removeprefix(prefix) for path in state["biases"]]
+        prefix = _foreign_prefix(inside, state["shapes"])
+    return SurgeryRecord.from_dict(state)
+
+
+def _foreign_prefix(inside: nn.Module, names: Iterable[str]) -> str:
+    """What a wrapper put before all of these names, if the module inside has no such child; else nothing."""
+    return next((p for p in PREFIXES if names and p[:-1] not in inside._modules and all(n.startswith(p) for n in names)), "")
 
 
 def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
@@ -68,9 +95,19 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the state dict and the surgery record that the model carries; the file is whole or absent.
 
+    Of a model that is compiled or wrapped for several devices it is the module inside that is written.
+
     Raises:
         OSError: the folder cannot be written.
+        SurgeryError: a part was pruned by itself, and the whole does not know of it.
     """
+    model = unwrapped(model)
+    part = next((path for path, module in model.named_modules() if record_of(module)), None)
+    if part is not None and not record_of(model):
+        raise SurgeryError(
+            f"{part} of {type(model).__name__} was pruned by itself and the whole carries no record, so the file could not be "
+            f"loaded; save_pruned the part, model.get_submodule({part!r})"
+        )
     with atomic_path(path) as temporary:
         content = {"format": _FORMAT, "state_dict": model.state_dict(), "surgery_record": record_of(model).to_dict()}
         torch.save(content, temporary)
@@ -80,28 +117,61 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Cut a fresh model as the file says and load its values, in place (``weights_only=True``).
 
+    A model on the meta device takes the file's tensors, on the CPU.
+
     Raises:
         ConfigError: the file is not one that ``save_pruned`` wrote.
         SurgeryError: the model is not of the original architecture; it is as it was.
     """
-    device = next((p.device for p in fresh_model.parameters()), torch.device("cpu"))
-    content: Any = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ConfigError(f"{path} was not written by save_pruned; pass its state dict to load_state_dict instead")
-    record = SurgeryRecord.from_dict(content["surgery_record"])
-    with rehearsed(fresh_model, _plan(fresh_model, record)):
-        ours, theirs = _shapes(fresh_model.state_dict()), _shapes(content["state_dict"])
+    inside = unwrapped(fresh_model)
+    content, holds = _read(inside, path)
+    record = _as_inside(inside, SurgeryRecord.from_dict(content["surgery_record"]))
+    prefix = _foreign_prefix(inside, holds)
+    while prefix:
+        holds = {name.removeprefix(prefix): value for name, value in holds.items()}
+        prefix = _foreign_prefix(inside, holds)
+    with rehearsed(inside, _plan(inside, record)):
+        ours, theirs = _shapes(inside.state_dict()), _shapes(holds)
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]
         raise SurgeryError(
-            f"{path} holds another architecture than {type(fresh_model).__name__}: {len(differing)} tensors differ, {name} is "
+            f"{path} holds another architecture than {type(inside).__name__}: {len(differing)} tensors differ, {name} is "
             f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here; build the model with the settings it was "
             "pruned with"
         )
-    apply_record(fresh_model, record)
-    fresh_model.load_state_dict(content["state_dict"])
+    empty = next((name for name, tensor in inside.named_buffers() if tensor.is_meta and name not in ours), None)
+    if empty is not None:
+        raise SurgeryError(f"{empty} is on the meta device and no state dict holds its values; build the model on cpu")
+    apply_record(inside, record)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in inside.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    inside.load_state_dict(holds, assign=any(tensor.is_meta for tensor in inside.state_dict().values()))
+    for first, *others in names.values():  # assigned one by one, tied weights would have come apart
+        for path, _, leaf in (name.rpartition(".") for name in others):
+            setattr(inside.get_submodule(path), leaf, inside.get_parameter(first))
     return fresh_model
+
+
+def _read(inside: nn.Module, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``save_pruned`` wrote, and the state dict in it."""
+    device = next((p.device for p in inside.parameters() if not p.is_meta), torch.device("cpu"))
+    try:
+        content: Any = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a whole model that was pickled, or no file of torch's at all: many kinds
+        raise ConfigError(
+            f"{path} cannot be read ({type(error).__name__}): save_pruned did not write it, or it is damaged; pass a file of "
+            "save_pruned"
+        ) from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, str) and found != _FORMAT and found.startswith(_FORMAT.rpartition(".")[0]):
+        raise ConfigError(f"{path} has the format {found}, this actprune reads {_FORMAT}; use the version that wrote it")
+    if found != _FORMAT:
+        raise ConfigError(f"{path} was not written by save_pruned; pass its state dict to load_state_dict instead")
+    return content, content["state_dict"]
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

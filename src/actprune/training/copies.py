@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
-from actprune.core.record import ATTRIBUTE, SurgeryRecord
+from actprune.core.record import SurgeryRecord, carry
 from actprune.surgery import cut
 
 Value = TypeVar("Value")
@@ -46,7 +46,7 @@ class Copy:
             SurgeryError: the copy does not have the network's shapes.
         """
         cut(self.module, self.of_plan(plan), optimizers=optimizers)
-        setattr(self.module, ATTRIBUTE, self.of_record(record))
+        carry(self.module, self.of_record(record))
 
     def of_plan(self, plan: Plan) -> Plan:
         """What of a plan concerns the part that is mirrored."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from actprune.core.errors import ConfigError
-from actprune.core.record import ATTRIBUTE, SurgeryRecord, record_of
+from actprune.core.record import SurgeryRecord, carry, record_of
 from actprune.surgery import apply_record
 from actprune.surgery.tensors import follow_hooks
 from actprune.training.copies import copies_of, inside
@@ -156,7 +156,7 @@ class CheckpointHooks:
                     "load the checkpoint into a module of the original shape"
                 )
             shapes.restore(network, present)
-            delattr(network, ATTRIBUTE)
+            carry(network, None)
         if wanted:
             apply_record(network, wanted)
 

@@ -1,0 +1,61 @@
+"""Switches that hold for the whole process: of several threads the first one in turns them, the last one out puts them back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Switch:
+    """A context manager that many blocks may be in at once, in any order of leaving.
+
+    Args:
+        turn: makes the context manager that turns the switch, and puts it back at its end.
+    """
+
+    def __init__(self, turn: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._turn = turn
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._turned: AbstractContextManager[Any] | None = None
+
+    @contextmanager
+    def turned(self) -> Iterator[None]:
+        """The switch is turned inside the block."""
+        with self._lock:
+            if not self._inside:
+                self._turned = self._turn()
+                self._turned.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside and self._turned is not None:
+                    self._turned.__exit__(None, None, None)
+                    self._turned = None
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+PLAIN_ATTENTION = Switch(_plain_attention)
+"""No fused kernel for attention: every product in it is an operator that can be seen."""
+EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
+"""What is compiled runs eagerly."""
+GENERATOR = Switch(lambda: torch.random.fork_rng(devices=[]))
+"""The CPU's random numbers go on afterwards as if none had been drawn."""

@@ -1,0 +1,20 @@
+"""Wrappers that call one module and hold nothing of their own: what is pruned, named and saved is the module inside."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+PREFIXES = ("_orig_mod.", "module.")
+"""What wrappers put before the names of the module inside: ``torch.compile``, and the parallel ones."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile(model)``, ``DataParallel`` and ``DistributedDataParallel``; any other as it is."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(inside := model._modules.get("_orig_mod"), nn.Module):
+            model = inside
+        else:
+            return model
