@@ -6,6 +6,7 @@ is started anew, and a function cannot be run.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import runpy
@@ -90,6 +91,20 @@ class Fork:
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def apart(test):
+    """Run a test in a process of its own: compiling starts threads, after which forks of this process cannot train."""
+
+    @functools.wraps(test)
+    def forked(*args, **kwargs):
+        if FORKS:
+            done = Fork(functools.partial(test, *args, **kwargs), folder=os.getcwd()).wait()
+            assert done.returncode == 0, done.stderr
+        else:
+            test(*args, **kwargs)
+
+    return forked
 
 
 def run_py(*arguments, folder, **environment):

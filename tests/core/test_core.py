@@ -1,7 +1,6 @@
 """Budget, files, calling, watching, records: what every room leans on."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from actprune import Budget
 from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError, SurgeryError, TraceError
 from actprune.core.files import atomic_path
-from actprune.core.hooks import uncompiled, watch_inputs, watch_operands
+from actprune.core.hooks import watch_inputs, watch_operands
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord
 from actprune.core.stack import module_stack
@@ -184,26 +183,3 @@ def test_a_record_composes_by_hand():
     assert record.widths == {"g": [6, 2]}
     assert record.biases == ["m"]
     assert SurgeryRecord.from_dict(record.to_dict()) == record
-
-
-def test_what_is_compiled_may_run_so_again_once_blocks_of_two_threads_are_over():
-    started, ended = threading.Event(), threading.Event()
-
-    def overlapping():
-        with uncompiled():
-            started.set()
-            ended.wait()
-
-    ran = []
-    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: ran.append(graph) or graph.forward)
-    other = threading.Thread(target=overlapping)
-    with uncompiled():
-        other.start()
-        started.wait()
-        compiled(torch.ones(2))
-    compiled(torch.ones(2))
-    ended.set()
-    other.join()
-    assert not ran
-    compiled(torch.ones(2))
-    assert len(ran) == 1

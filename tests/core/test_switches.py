@@ -10,6 +10,7 @@ from actprune import Budget, criteria, prune
 from actprune.core.calling import undisturbed
 from actprune.core.hooks import uncompiled
 from actprune.core.switches import Switch
+from processes import apart
 from zoo import build
 
 
@@ -42,6 +43,7 @@ def switches():
 
 
 @pytest.mark.parametrize("use", ["undisturbed", "uncompiled"])
+@apart
 def test_the_last_thread_out_puts_back(use):
     compiled = []
 

@@ -11,6 +11,7 @@ from actprune import Budget, Pruner, criteria
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
 from actprune.statistics import Density, enough, every_second, sample_positions
+from processes import apart
 from zoo import Attention, build
 
 
@@ -485,6 +486,7 @@ def test_an_image_without_a_batch_dimension():
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["wrapped", "in place"])
+@apart
 def test_compiled_modules_are_observed_and_pruned(whole):
     """Hooks inside compiled code do not fire, so observation runs eagerly; scores equal those of the plain model."""
     x = torch.randn(8, 5)
