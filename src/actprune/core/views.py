@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -87,14 +88,19 @@ class GroupView:
     """Seed of this run and step, for criteria that draw."""
     readers: Callable[[], list[Reader]] = list
     """The layers that read the group, where compensation observed their second moments; for criteria with ``needs_readers``."""
-    cost: float = 1.0
-    """Share of the budgeted quantity (MACs, parameters or units) that one unit frees in the model as it is."""
+    frees: Callable[[], float] = lambda: 1.0
+    """Computes ``cost``, which few criteria ask for."""
     columns: Callable[[], list[Tensor | None]] = list
     """The weights that read each unit, (U, n_elements) for every site in order; None where no layer's own weight reads it."""
     norms: Callable[[], list[Tensor]] = list
     """The scales gamma of the batch norms that the units go through, one (U, k) per norm."""
     own: Callable[[], list[Tensor]] = list
     """The elements that belong to each unit and to no other, (U, n_elements) per parameter: with all of them 0 it is off."""
+
+    @cached_property
+    def cost(self) -> float:
+        """Share of the budgeted quantity (MACs, parameters or units) that one unit frees in the model as it is."""
+        return self.frees()
 
 
 class Criterion(ABC):

@@ -108,7 +108,7 @@ def tell_strangers(model: nn.Module, optimizers: list[Optimizer]) -> None:
             )  # fmt: skip
 
 
-def optimizers_of(given: Any) -> list[Optimizer]:
+def as_optimizers(given: Any) -> list[Optimizer]:
     """The optimizers as a list; one alone will do.
 
     Raises:

@@ -16,7 +16,7 @@ from actprune.core.errors import ObservationError
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
 from actprune.core.wrappers import unwrapped
-from actprune.pruning.arguments import check_arguments, check_data, check_wrapper, optimizers_of, tell_strangers
+from actprune.pruning.arguments import as_optimizers, check_arguments, check_data, check_wrapper, tell_strangers
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.pruning.finishing import all_or_nothing, finish, has_finish, held
 from actprune.pruning.gradients import Loss
@@ -70,7 +70,7 @@ def prune(
     """
     check_arguments(criterion=criterion, budget=budget, selection=selection, compensation=compensation, seed=seed)
     check_wrapper(model)
-    model, trained = unwrapped(model), optimizers_of(optimizers)
+    model, trained = unwrapped(model), as_optimizers(optimizers)
     tell_strangers(model, trained)
     if data is None and compensation is not None and compensation is not _REFIT:
         raise ObservationError(

@@ -22,7 +22,7 @@ from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry, record_of
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
-from actprune.pruning.arguments import check_arguments, check_example, check_model, check_unchanged, optimizers_of
+from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
@@ -231,8 +231,6 @@ class Pruner:
         self, group: Group, observation: Observation | None, own: Callable[[], dict[str, list[Tensor]]] = dict
     ) -> GroupView:
         """A group as the criterion sees it; ``own``: what the units of every group own."""
-        whole = self.graph.left(self.budget.unit)
-        one = self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]}))
         return GroupView(
             name=group.name,
             size=group.size,
@@ -240,11 +238,16 @@ class Pruner:
             slices=partial(self._slices, group),
             seed=self.seed + len(self.record.steps),
             readers=partial(self._readers, observation, group),
-            cost=max(whole - one, 1) / whole,
+            frees=partial(self._freed, group),
             columns=partial(columns_of, self.model, self.graph, group),
             norms=partial(norms_of, self.model, group),
             own=partial(_entry, own, group.name),
         )
+
+    def _freed(self, group: Group) -> float:
+        """Share of the budgeted quantity that one unit frees."""
+        whole = self.graph.left(self.budget.unit)
+        return max(whole - self.graph.left(self.budget.unit, self.graph.removed({group.name: [0]})), 1) / whole
 
     def _tell_unscored(self, names: list[str]) -> None:
         if not names:
@@ -323,7 +326,7 @@ class Pruner:
         check_unchanged(self.model, self.graph)
         shapes = {name: tuple(lookup(self.model, name).shape) for name in plan.removed}
         sizes = {g.name: g.size for g in self.graph.groups}
-        changes = cut(self.model, plan, self.example_inputs, optimizers_of(optimizers))
+        changes = cut(self.model, plan, self.example_inputs, as_optimizers(optimizers))
         try:
             changes.did(partial(carry, self.model, self.record if self.record.steps else None))
             record = SurgeryRecord.from_dict(self.record.to_dict())
