@@ -63,7 +63,7 @@ def run_job(config: DictConfig) -> float | None:
         raise ConfigError(f"seed={config.seed} must be at least 0 and below 2^32")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={config.ckpt_path} does not exist; runs keep theirs in OUTPUT_DIR/checkpoints")
-    if config.ckpt_path is not None and not goes_on(Path(config.ckpt_path)):
+    if config.resume is None and config.ckpt_path is not None and not goes_on(Path(config.ckpt_path)):  # else it was tried
         raise ConfigError(
             f"ckpt_path={config.ckpt_path} is no whole checkpoint with optimizer state; weights alone are model.weights=FILE"
         )

@@ -33,14 +33,15 @@ def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
 
 def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float | complex, ...]:
     """What an ATen operator is given, in order; the value itself where a number is made a tensor (``torch.tensor(3)``)."""
-    if func.overloadpacket.__name__ in _LIFTED:
+    name = func.overloadpacket.__name__
+    if name in _LIFTED:
         made: Tensor = args[0]
         return (made.item(),) if made.numel() == 1 and made.device.type == "cpu" else ()
-    if func.overloadpacket.__name__ in _MOVES:
-        return tuple(n for place in _MOVES[func.overloadpacket.__name__] for n in args[place])
+    if name in _MOVES:
+        return tuple(n for place in _MOVES[name] for n in args[place])
     plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
-    named = [(name, x) for name, x in kwargs.items() if type(x) in (int, float, complex)]
+    named = [(key, x) for key, x in kwargs.items() if type(x) in (int, float, complex)]
     if not plain and not named:
         return ()
     positions, names = _places(func)
-    return (*(x for i, x in plain if i in positions), *(x for name, x in named if name in names))
+    return (*(x for i, x in plain if i in positions), *(x for key, x in named if key in names))

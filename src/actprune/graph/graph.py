@@ -53,6 +53,11 @@ class Consumer:
     operand: int
     dim: int
 
+    @property
+    def reads_own_weight(self) -> bool:
+        """Whether the weight is what its module calls ``weight``."""
+        return self.weight == (f"{self.module}.weight" if self.module else "weight")
+
 
 @dataclass(frozen=True)
 class Group:

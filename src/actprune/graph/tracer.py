@@ -47,10 +47,9 @@ _FILLED = {
 }  # fmt: skip
 
 # what takes a tensor's shape and leaves its values unread
-_SHAPES_ALONE = {
-    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
-    "new_empty", "new_empty_strided",
-}  # fmt: skip
+_SHAPES_ALONE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"} | {
+    name for name in _FILLED if name.startswith("new_")
+}
 
 
 def _normalises_nothing(t: TraceState) -> SimpleNamespace | None:

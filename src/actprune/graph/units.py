@@ -43,10 +43,9 @@ class _Classes:
 def build(state: TraceState, model: nn.Module) -> Graph:
     """Turn a trace into a channel graph; networks inside metrics measure the model: they are neither cut nor counted."""
     metrics = tuple(f"{path}." for path, module in model.named_modules() if path and isinstance(module, Metric))
-    for name, dims in state.tensor_ids.items():
-        of = next((metric for metric in metrics if name.startswith(metric)), None)
-        for ids in dims if of is not None else ():
-            state.space.lock(ids, f"belongs to the metric {of[:-1]}")  # type: ignore[index]
+    for metric in metrics:
+        for ids in (ids for name, dims in state.tensor_ids.items() if name.startswith(metric) for ids in dims):
+            state.space.lock(ids, f"belongs to the metric {metric[:-1]}")
     _agree(state)
     classes = _Classes(state)
     n = len(classes.roots)

@@ -315,7 +315,7 @@ def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
 def takes_bias(model: nn.Module, consumer: Consumer) -> bool:
     """Whether a layer without a bias adds one once it is given one: a forward of its own may not ask for any."""
     module = model.get_submodule(consumer.module)
-    own = consumer.weight == (f"{consumer.module}.weight" if consumer.module else "weight") and runs_torch_forward(module)
+    own = consumer.reads_own_weight and runs_torch_forward(module)
     return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
 
 

@@ -72,9 +72,8 @@ def fingerprint(
 
 
 def _spell(made: Any) -> str:
-    return re.sub(
-        " at 0x[0-9a-f]+", "", f"{_name(type(made))}({getattr(made, '__dict__', '')})"
-    )  # an address is another next time
+    spelled = f"{_name(type(made))}({getattr(made, '__dict__', '')})"
+    return re.sub(" at 0x[0-9a-f]+", "", spelled)  # an address is another next time
 
 
 def _code(function: Callable[..., Any]) -> list[Any]:

@@ -107,7 +107,7 @@ def _layers(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[_Layer]:
     for order, consumer in enumerate(graph.consumers):
         module = modules[consumer.module]
         plain = type(module) is nn.Linear or (isinstance(module, Conv) and reads_patches(module, module.weight))
-        own = consumer.ordinal is None and consumer.weight == (f"{consumer.module}.weight" if consumer.module else "weight")
+        own = consumer.ordinal is None and consumer.reads_own_weight
         if plain and own and runs[consumer.weight] == 1:
             yield _Layer(
                 consumer.module,

@@ -56,10 +56,10 @@ def check(optimizer: Optimizer, old: Tensor) -> None:
     """
     if isinstance(optimizer, LBFGS):
         return
+    # where the shape decides what is kept, a narrower parameter would have something else
+    by_shape = any("min_dim_size_to_factor" in group for group in optimizer.param_groups)
     for key, value in optimizer.state.get(old, {}).items():
         for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1):
-            # where the shape decides what is kept, a narrower parameter would have something else
-            by_shape = any("min_dim_size_to_factor" in group for group in optimizer.param_groups)
             dims = _dims(optimizer, key, tensor, old) if tensor is value else None
             if dims is None or (by_shape and tensor.shape != old.shape):
                 raise SurgeryError(

@@ -51,17 +51,18 @@ def _as_inside(inside: nn.Module, record: SurgeryRecord) -> SurgeryRecord:
     """A copy of the record with names of the module inside a wrapper, where it was made of the wrapper."""
     state = record.to_dict()
     prefix = _foreign_prefix(inside, state["shapes"])
-    while prefix:
-        for key in ("removed", "shapes", "attributes", "widths"):
-            state[key] = {name.removeprefix(prefix): value for name, value in state[key].items()}
-        state["biases"] = [path.removeprefix(prefix) for path in state["biases"]]
-        prefix = _foreign_prefix(inside, state["shapes"])
+    for key in ("removed", "shapes", "attributes", "widths"):
+        state[key] = {name.removeprefix(prefix): value for name, value in state[key].items()}
+    state["biases"] = [path.removeprefix(prefix) for path in state["biases"]]
     return SurgeryRecord.from_dict(state)
 
 
 def _foreign_prefix(inside: nn.Module, names: Iterable[str]) -> str:
-    """What a wrapper put before all of these names, if the module inside has no such child; else nothing."""
-    return next((p for p in PREFIXES if names and p[:-1] not in inside._modules and all(n.startswith(p) for n in names)), "")
+    """What wrappers put before all of these names, if the module inside has no such children; else nothing."""
+    foreign, found = [p for p in PREFIXES if p[:-1] not in inside._modules], ""
+    while names and (outer := next((p for p in foreign if all(n.startswith(found + p) for n in names)), "")):
+        found += outer
+    return found
 
 
 def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
@@ -127,9 +128,7 @@ def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     content, holds = _read(inside, path)
     record = _as_inside(inside, SurgeryRecord.from_dict(content["surgery_record"]))
     prefix = _foreign_prefix(inside, holds)
-    while prefix:
-        holds = {name.removeprefix(prefix): value for name, value in holds.items()}
-        prefix = _foreign_prefix(inside, holds)
+    holds = {name.removeprefix(prefix): value for name, value in holds.items()}
     with rehearsed(inside, _plan(inside, record)):
         ours, theirs = _shapes(inside.state_dict()), _shapes(holds)
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

@@ -10,6 +10,7 @@ When units are pruned meanwhile, the initialisation is cut like the network, as 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,10 +98,11 @@ class CapacityConstraint(Callback):
         """Scale the initialisation to the limit once sizes are known: right before the first step."""
         if self._scaled or self.lipschitz is None:
             return
-        for path, layer in self._known(pl_module):
+        layers = dict(self._known(pl_module))
+        for path, layer in layers.items():
             placed = linear_map(layer, self._shape(path, layer))
             layer.weight.data.copy_(scaled(placed, self.lipschitz, tolerance=_TOLERANCE))
-        self._begin_at(pl_module, dict(self._known(pl_module)))
+        self._begin_at(pl_module, layers)
         self._scaled = True
 
     def on_train_batch_end(
@@ -204,7 +206,8 @@ def _removed(pl_module: LightningModule) -> dict[str, dict[int, list[int]]]:
 
 def _since(gone: Sequence[int], before: Sequence[int]) -> list[int]:
     """What left after ``before``, in positions of what stayed then."""
-    return [place - sum(other < place for other in before) for place in gone if place not in before]
+    ordered, known = sorted(before), set(before)
+    return [place - bisect_left(ordered, place) for place in gone if place not in known]
 
 
 def initial_weights(checkpoint: Any) -> dict[str, Tensor]:

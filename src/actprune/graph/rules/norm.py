@@ -14,6 +14,14 @@ from actprune.graph.rules.registry import rule
 from actprune.graph.state import Binding, TraceState
 
 
+def tie_along(t: TraceState, a: SimpleNamespace, dim: int, *names: str) -> None:
+    """Tie the arguments that hold one number per position of a dimension of the input to those positions."""
+    for name in names:
+        tensor = getattr(a, name, None)
+        if isinstance(tensor, Tensor) and tensor.shape == a.input.shape[dim : dim + 1]:
+            t.tie(t.ids(a.input)[dim], t.ids(tensor)[0])
+
+
 @rule(
     "native_batch_norm",
     "_native_batch_norm_legit",
@@ -25,10 +33,7 @@ from actprune.graph.state import Binding, TraceState
 def batch_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Channels are dimension 1; each is normalised alone."""
     x = t.ids(a.input)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(a, name, None)
-        if isinstance(tensor, Tensor):
-            t.tie(x[1], t.ids(tensor)[0])
+    tie_along(t, a, 1, "weight", "bias", "running_mean", "running_var")
     t.set(out[0], x)
     if x[1] is not None:
         # instance norm sees (1, N C) here: its C ids stand there N times
@@ -71,9 +76,7 @@ def _bind_shape(t: TraceState, shape: list[int], x: list[Ids]) -> None:
 def group_norm(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Every group keeps the same width: position ``i`` of all groups leaves together; or groups that are heads leave whole."""
     x = list(t.ids(a.input))
-    for tensor in (a.weight, a.bias):
-        if tensor is not None:
-            t.tie(x[1], t.ids(tensor)[0])
+    tie_along(t, a, 1, "weight", "bias")
     if x[1] is not None and a.group > 1:
         rows = x[1].reshape(a.group, -1)
         if not _leave_whole(t, rows):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from actprune.graph.ids import Ids
+from actprune.graph.rules.norm import tie_along
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -75,10 +76,8 @@ def fake_quantize(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Rounded to a grid: one for all, or one per channel of an axis."""
     ids = t.ids(a.input)
     axis = getattr(a, "axis", getattr(a, "ch_axis", None))
-    for name in ("scale", "zero_point", "running_min", "running_max"):
-        tensor = getattr(a, name, None)
-        if axis is not None and isinstance(tensor, Tensor) and tensor.shape == a.input.shape[axis : axis + 1]:
-            t.tie(t.ids(tensor)[0], ids[axis])
+    if axis is not None:
+        tie_along(t, a, axis, "scale", "zero_point", "running_min", "running_max")
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
         t.set(tensor, ids)
 
