@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -53,9 +54,22 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+@contextmanager
+def _kept() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 PLAIN_ATTENTION = Switch(_plain_attention)
 """No fused kernel for attention: every product in it is an operator that can be seen."""
 EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
 """What is compiled runs eagerly."""
 GENERATOR = Switch(lambda: torch.random.fork_rng(devices=[]))
 """The CPU's random numbers go on afterwards as if none had been drawn."""
+GARBAGE = Switch(_kept)
+"""No search for cycles of garbage: one looks through every object there is, and making thousands that stay sets off many."""

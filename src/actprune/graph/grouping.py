@@ -27,12 +27,12 @@ Key = tuple[str, int]
 class Members(Mapping[Key, NDArray[np.int64]]):
     """(parameter or buffer, dimension) -> (n_units, k) positions that leave with each unit of a group."""
 
-    def __init__(self, meetings: _Meetings, group: int, keys: Sequence[Key]) -> None:
-        self._meetings, self._group, self._keys = meetings, group, keys
+    def __init__(self, met: _Met, group: int, keys: Sequence[Key]) -> None:
+        self._met, self._group, self._keys = met, group, keys
 
     @functools.cached_property
     def _found(self) -> dict[Key, NDArray[np.int64]]:
-        return {self._keys[column]: positions for column, positions in self._meetings.of(self._group)}
+        return {self._keys[column]: positions for column, positions in self._met.meetings.of(self._group)}
 
     def __getitem__(self, key: Key) -> NDArray[np.int64]:
         """Positions along one dimension."""
@@ -50,12 +50,12 @@ class Members(Mapping[Key, NDArray[np.int64]]):
 class Sites(Sequence[Site]):
     """The sites of a group, in order of execution."""
 
-    def __init__(self, reads: _Reads, group: int, sites: Sequence[Site]) -> None:
-        self._reads, self._group, self._sites = reads, group, sites
+    def __init__(self, met: _Met, group: int, sites: Sequence[Site]) -> None:
+        self._met, self._group, self._sites = met, group, sites
 
     @functools.cached_property
     def _found(self) -> list[Site]:
-        found = self._reads.meetings.of(self._group)
+        found = self._met.meetings.of(self._group)
         return [dataclasses.replace(self._sites[number], positions=positions) for number, positions in found]
 
     def __getitem__(self, index: Any) -> Any:
@@ -67,15 +67,15 @@ class Sites(Sequence[Site]):
         return len(self._found)
 
 
-class _Reads:
-    """What contractions read, met with the groups once somebody asks for sites."""
+class _Met:
+    """Columns that groups meet; where, is found once somebody asks."""
 
     def __init__(self, grouping: _Grouping, columns: Sequence[Column]) -> None:
         self._grouping, self._columns = grouping, columns
 
     @functools.cached_property
     def meetings(self) -> _Meetings:
-        """Where groups and reads meet."""
+        """Where groups and columns meet."""
         return _Meetings(self._grouping, _Joined(self._columns))
 
 
@@ -103,17 +103,16 @@ def group(
     raw = [state.tensor_ids[name][dim] for name, dim in keys]
     np.minimum.at(order, joined.classes, np.concatenate([*raw, joined.empty])[joined.known])
     grouping = _Grouping(_signatures(joined, reasons), order, matters)
-    members = _Meetings(grouping, joined)
+    members = _Met(grouping, list(columns.values()))
     read = [(site, column) for site, column in zip(sites, reads, strict=True) if site is not None and column is not None]
-    read_at = _Reads(grouping, [column for _, column in read])
+    read_at = _Met(grouping, [column for _, column in read])
     own_sites = [site for site, _ in read]
     producing = {c.weight: 1 - c.weight_reads for c in state.contractions if c.weight is not None}
-    first_use = {name: i for i, name in enumerate(state.tensor_ids)}
-    preferred = np.array([(producing.get(name) != dim) * len(first_use) + first_use[name] for name, dim in keys], np.int64)
+    named_by = joined.first(np.array([producing.get(name) == dim for name, dim in keys], bool), len(reasons))
     used: dict[str, int] = defaultdict(int)
     groups = []
     for number, classes in enumerate(grouping.classes):
-        name = _named(keys[members.least(number, preferred)])
+        name = _named(keys[named_by[classes[0]]])
         used[name] += 1
         groups.append(
             Group(
@@ -146,7 +145,19 @@ class _Joined:
         """Where the known positions stand among all."""
         self.classes = every[self.known]
         self.column = np.repeat(np.arange(self.n), sizes)[self.known]
-        self.position = self.known - (np.cumsum(sizes) - sizes)[self.column] if self.n else self.empty
+        self._before = np.append(0, np.cumsum(sizes))
+
+    def positions(self) -> NDArray[np.int64]:
+        """Where every known position stands in its column."""
+        return self.known - self._before[self.column]
+
+    def first(self, preferred: NDArray[np.bool_], n: int) -> NDArray[np.int64]:
+        """The first column that holds each of ``n`` classes; the first preferred one, if there is one."""
+        found = np.zeros(n, np.int64)
+        for chosen in (slice(None), np.flatnonzero(preferred[self.column])):
+            # backwards, for of several values the last one stays
+            found[self.classes[chosen][::-1]] = self.column[chosen][::-1]
+        return found
 
 
 def _signatures(joined: _Joined, reasons: list[str | None]) -> NDArray[np.uint64]:
@@ -205,7 +216,7 @@ class _Meetings:
         key += place
         # positions stay in order, for the sort is stable
         order = np.argsort(key, kind="stable")
-        self._positions = joined.position[inside[order]]
+        self._positions = joined.positions()[inside[order]]
         key = key[order]
         units = _runs(key)
         pairs = key[units] // max(len(grouping.place), 1)
@@ -219,17 +230,9 @@ class _Meetings:
         self._even = (met == self._size) & (most * self._size == np.diff(self._start))
         self._bounds = np.searchsorted(of_group, np.arange(len(grouping.classes) + 1))
 
-    def _numbers(self, group: int) -> NDArray[np.int64]:
-        start, stop = self._bounds[group], self._bounds[group + 1]
-        return start + np.flatnonzero(self._even[start:stop])
-
     def of(self, group: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield (column, (n_units, k) positions) for every column that a group meets."""
-        for number in self._numbers(group):
+        start, stop = self._bounds[group], self._bounds[group + 1]
+        for number in start + np.flatnonzero(self._even[start:stop]):
             found = self._positions[self._start[number] : self._start[number + 1]]
             yield int(self._column[number]), found.reshape(self._size[number], -1)
-
-    def least(self, group: int, ranks: NDArray[np.int64]) -> int:
-        """Of the columns that a group meets, the one of the smallest rank."""
-        columns = self._column[self._numbers(group)]
-        return int(columns[ranks[columns].argmin()])

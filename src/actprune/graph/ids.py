@@ -70,18 +70,24 @@ class IdSpace:
             return
         if a is b:
             return
-        self.lock(a[b == FIXED], reason)
-        self.lock(b[a == FIXED], reason)
-        both = (a >= 0) & (b >= 0)
-        left, right = self.find(a[both]), self.find(b[both])
+        if (a < 0).any() or (b < 0).any():
+            self.lock(a[b == FIXED], reason)
+            self.lock(b[a == FIXED], reason)
+            both = (a >= 0) & (b >= 0)
+            a, b = a[both], b[both]
+        left, right = self.find(a), self.find(b)
         while True:
             differ = left != right
             if not differ.any():
                 return
             left, right = left[differ], right[differ]
-            # several smaller roots may claim the same larger one: the smallest wins now, the loop ties the others
-            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
-            left, right = self.find(left), self.find(right)
+            less, more = np.minimum(left, right), np.maximum(left, right)
+            # several smaller roots may claim the same larger one: one of them gets it, the others are tied in turn
+            self._parent[more] = less
+            lost = self._parent[more] != less
+            if not lost.any():
+                return
+            left, right = self.find(less[lost]), self.find(more[lost])
 
     def lock(self, ids: Ids, reason: str) -> None:
         """Forbid cutting these ids; the first reason given to a class is the one reported."""

@@ -142,8 +142,8 @@ class TraceState:
 
     def ids_of(self, tensors: Sequence[Tensor]) -> list[list[Ids]]:
         """The same of many tensors: a concatenation of hundreds is mostly questions."""
-        known = self._ids.each(tensors)
-        return [ids if ids is not None else self.ids(tensor) for tensor, ids in zip(tensors, known, strict=True)]
+        known = [ids for ids in self._ids.each(tensors) if ids]
+        return known if len(known) == len(tensors) else [self.ids(tensor) for tensor in tensors]
 
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator

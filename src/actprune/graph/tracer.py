@@ -22,6 +22,7 @@ from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
+from actprune.core.switches import GARBAGE
 from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
@@ -204,9 +205,10 @@ def run(model: nn.Module, example: Example, training: bool = False) -> TraceStat
     Raises:
         TraceError: the model fails on the example.
     """
-    state = _run(model, example, frozenset(), training)
-    attention = frozenset(state.guessed & state.scored)
-    return _run(model, example, attention, training) if attention else state
+    with GARBAGE.turned():
+        state = _run(model, example, frozenset(), training)
+        attention = frozenset(state.guessed & state.scored)
+        return _run(model, example, attention, training) if attention else state
 
 
 def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bool) -> TraceState:

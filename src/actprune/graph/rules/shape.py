@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import is_
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,11 +101,12 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         every = t.ids_of(tensors)
     dim = a.dim % out.dim()
     result: list[Ids] = []
-    for d in range(out.dim()):
-        columns = [ids[d] for ids in every]
+    for d, columns in enumerate(zip(*every, strict=True)):
         if d != dim:
             result.append(t.meet(columns))
-        elif all(ids is None for ids in columns):
+        elif not any(map(is_, columns, itertools.repeat(None))):
+            result.append(np.concatenate(columns))
+        elif all(map(is_, columns, itertools.repeat(None))):
             result.append(None)
         else:
             filled = [np.full(x.shape[d], FIXED) if ids is None else ids for x, ids in zip(tensors, columns, strict=True)]
