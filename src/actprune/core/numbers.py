@@ -12,11 +12,21 @@ _KINDS = {"Tensor", "number", "float", "Optional[Tensor]", "Optional[number]", "
 # where positions that are counted end says how many there are, which their shape tells
 _COUNTING = {"arange", "range"}
 # positions along dimensions that stay, and how many of them are picked: no shape that is predicted tells
-_PLACES = {"topk": "k", "select": "index", "tril": "diagonal", "triu": "diagonal", "diagonal": "offset"}
+_PLACES = {
+    "topk": {"k"}, "select": {"index"}, "tril": {"diagonal"}, "triu": {"diagonal"}, "diagonal": {"offset"},
+    "slice": {"start", "step"}, "narrow_copy": {"start"}, "unfold": {"size", "step"}, "as_strided": {"storage_offset"},
+    "slice_scatter": {"start", "step"}, "select_scatter": {"index"}, "diagonal_scatter": {"offset"},
+}  # fmt: skip
 # their number stays where channels leave evenly, and says what is normalised together
-_GROUPS = {"native_group_norm": "group"}
-# how far things move along dimensions that stay: lists among the arguments, by position
-_MOVES = {"roll": (1,), "convolution": (3, 4, 5)}
+_GROUPS = {"native_group_norm": {"group"}}
+# how far things move along dimensions that stay, and what windows over them meet: lists among the arguments, by position
+_MOVES = {
+    "roll": (1,), "convolution": (3, 4, 5), "constant_pad_nd": (1,), "im2col": (1, 2, 3, 4),
+    **{f"{side}ion_pad{n}d": (1,) for side in ("reflect", "replicat") for n in (1, 2, 3)},
+    **{name: (1, 2, 3) for name in ("avg_pool1d", "avg_pool2d", "avg_pool3d")},
+    **{f"max_pool{n}d_with_indices": (1, 2, 3, 4) for n in (2, 3)},
+}  # fmt: skip
+_FEW = 64
 _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 
 
@@ -24,7 +34,7 @@ _LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
 def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
     """Where an operator takes numbers: positions and names of its arguments."""
     name = func.overloadpacket.__name__
-    whole = {_GROUPS.get(name), _PLACES.get(name)}
+    whole = _GROUPS.get(name, set()) | _PLACES.get(name, set())
     left_out = "end" if name in _COUNTING else None
     arguments = [(i, a) for i, a in enumerate(func._schema.arguments) if a.name != left_out]
     taking = [(i, a.name) for i, a in arguments if str(a.type) in _KINDS or a.name in whole]
@@ -32,13 +42,13 @@ def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
 
 
 def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float | complex, ...]:
-    """What an ATen operator is given, in order; the value itself where a number is made a tensor (``torch.tensor(3)``)."""
+    """What an ATen operator is given, in order; the values themselves where a few numbers are made a tensor."""
     name = func.overloadpacket.__name__
     if name in _LIFTED:
         made: Tensor = args[0]
-        return (made.item(),) if made.numel() == 1 and made.device.type == "cpu" else ()
+        return tuple(made.flatten().tolist()) if made.numel() <= _FEW and made.device.type == "cpu" else ()
     if name in _MOVES:
-        return tuple(n for place in _MOVES[name] for n in args[place])
+        return tuple(n for place in _MOVES[name] for n in (*args, *[()] * place)[place])
     plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
     named = [(key, x) for key, x in kwargs.items() if type(x) in (int, float, complex)]
     if not plain and not named:

@@ -1,4 +1,4 @@
-"""What the trace predicts of every operator's output: which class stands where along every dimension."""
+"""What the trace predicts of every operator: which class stands where along every dimension, and what no cut changes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
         self,
         produced: Mapping[Place, tuple[str, Sequence[Sequence[Ids]]]],
         numbers: Mapping[Place, tuple[float | complex, ...]],
+        lengths: Mapping[Place, tuple[tuple[int, ...] | None, ...]],
+        skipped: Mapping[Place, Ids],
         classes: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     ) -> None:
-        self._produced, self._classes = produced, classes
+        self._produced, self._skipped, self._classes = produced, skipped, classes
         self.numbers = numbers
         """Place -> the numbers that an operator computed with, if any: no cut changes them."""
+        self.lengths = lengths
+        """Place -> the shape of each output; None: nothing is known of it."""
         self._known: dict[int, NDArray[np.int64] | None] = {}
 
     def __getitem__(self, place: Place) -> tuple[str, tuple[Dims, ...]]:
@@ -48,7 +52,24 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
 
     def __reduce__(self) -> Any:
         """A copy looks everything up anew: what is known is known by identity."""
-        return Extents, (self._produced, self.numbers, self._classes)
+        return Extents, (self._produced, self.numbers, self.lengths, self._skipped, self._classes)
+
+    def fixed(self, place: Place) -> Iterator[tuple[int, int, int]]:
+        """Yield (output, dimension, extent) of every dimension that no cut changes."""
+        outputs = self._produced[place][1]
+        for number, (dims, shape) in enumerate(zip(outputs, self.lengths[place], strict=True)):
+            for dim, (ids, extent) in enumerate(zip(dims, shape or (), strict=False)):
+                if ids is None:
+                    yield number, dim, extent
+
+    def counts_skipped(self, place: Place) -> bool:
+        """Whether a window's numbers are positions among what is cut, and not the same in every cut."""
+        return place in self._skipped
+
+    def skipped(self, place: Place) -> NDArray[np.int64] | None:
+        """Classes of the positions before such a window; None where that is not known."""
+        ids = self._skipped[place]
+        return None if ids is None or (ids == FREE).any() else self._classes(ids)
 
     def _column(self, ids: Ids) -> NDArray[np.int64] | None:
         """Classes of ids; broadcast dimensions follow others and say nothing."""

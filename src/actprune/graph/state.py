@@ -100,6 +100,10 @@ class TraceState:
     """(module, call, operator) -> the operator's name, and for each of its outputs the ids of every dimension."""
     numbers: dict[tuple[str, int, int], tuple[float | complex, ...]] = field(default_factory=dict)
     """(module, call, operator) -> the numbers that it was given, if any."""
+    lengths: dict[tuple[str, int, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
+    """(module, call, operator) -> shapes of its outputs, None where no rule said what they are."""
+    skipped: dict[tuple[str, int, int], Ids] = field(default_factory=dict)
+    """(module, call, operator) -> ids before a window along what may be cut; None where the numbers follow otherwise."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     frames: list[Frame] = field(default_factory=lambda: [Frame("")])
@@ -121,6 +125,17 @@ class TraceState:
     def stack(self) -> list[str]:
         """Paths of the running modules, outermost first."""
         return [frame.path for frame in self.frames]
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """(module, call, operator) of what runs."""
+        frame = self.frames[-1]
+        return frame.path, frame.call, frame.operators
+
+    def skips(self, ids: Ids) -> None:
+        """What runs begins behind these positions of what may be cut; None: its numbers follow otherwise."""
+        if not self.training:  # whose operators are not numbered
+            self.skipped[self.place] = ids
 
     def ids(self, tensor: Tensor) -> list[Ids]:
         """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed."""
@@ -144,6 +159,10 @@ class TraceState:
         """The same of many tensors: a concatenation of hundreds is mostly questions."""
         known = [ids for ids in self._ids.each(tensors) if ids]
         return known if len(known) == len(tensors) else [self.ids(tensor) for tensor in tensors]
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether a rule has said what a tensor is."""
+        return tensor in self._ids
 
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator

@@ -83,6 +83,7 @@ class ChannelTracer(TorchDispatchMode):
         t = self.state
         if self._inside:
             if not composite and not t.training:
+                t.skips(None)
                 self._number(name, [], numbers(func, args, kwargs))
             return out
         inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
@@ -114,7 +115,7 @@ class ChannelTracer(TorchDispatchMode):
         if name not in CONTRACTIONS or name in _OF_VECTORS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
-            self._number(name, [t.ids(x) for x in outputs], numbers(func, args, kwargs))
+            self._number(name, outputs, numbers(func, args, kwargs))
         return out
 
     def whole(self, function: Any, args: Any, inputs: list[Tensor], follow: Callable[[Any], None]) -> Any:
@@ -137,14 +138,15 @@ class ChannelTracer(TorchDispatchMode):
         for producer in t.producers(inputs):
             producer.readers += 1
 
-    def _number(self, name: str, produced: list[list[Ids]], given: tuple[float | complex, ...]) -> None:
+    def _number(self, name: str, outputs: list[Tensor], given: tuple[float | complex, ...]) -> None:
         """Remember an operator by its place in its module's call."""
-        frame = self.state.frames[-1]
-        place = frame.path, frame.call, frame.operators
-        self.state.produced_ids[place] = name, produced
+        t = self.state
+        place = t.place
+        t.lengths[place] = tuple(tuple(x.shape) if t.known(x) else None for x in outputs)
+        t.produced_ids[place] = name, [t.ids(x) for x in outputs]
         if given:
-            self.state.numbers[place] = given
-        frame.operators += 1
+            t.numbers[place] = given
+        t.frames[-1].operators += 1
 
     def _meet_inputs(self) -> None:
         """Integers of a module may be what it asks of its inputs' extents."""

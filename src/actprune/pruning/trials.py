@@ -21,6 +21,7 @@ from actprune.core.hooks import decomposed
 from actprune.core.numbers import numbers
 from actprune.core.stack import Frame, module_stack
 from actprune.graph import Graph, Group
+from actprune.graph.extents import Place
 from actprune.graph.weak import ByTensor
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
@@ -100,6 +101,7 @@ class _Checker(TorchDispatchMode):
     A reshape that infers an extent can take a wrong one without failing, and so can a scale that is computed from an extent.
     Calls that run other operators than the traced one did (data decide, or a module changed its class) are let through from
     there on; so are numbers where a call has read one off a tensor, and those that make a mean of a sum: a mean of what stays.
+    Dimensions that stay keep their extents, unless data decide: a number that is read, how many values a mask picks.
     """
 
     def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
@@ -113,6 +115,7 @@ class _Checker(TorchDispatchMode):
         self._astray: set[tuple[str, int]] = set()
         self._measuring: set[tuple[str, int]] = set()
         self._summed: ByTensor[int] = ByTensor()
+        self._decided: ByTensor[bool] = ByTensor()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
@@ -124,7 +127,11 @@ class _Checker(TorchDispatchMode):
         if composite:
             return out
         if self._compares:
+            frame = self._stack[-1]
             self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
+            if torch.Tag.dynamic_output_shape in func.tags and _by_data(args):
+                self._measuring.add((frame.path, frame.call))
+                self._decided[out if isinstance(out, Tensor) else out[0]] = True
         self.n += 1  # an operator that gave a wrong shape was not got past
         return out
 
@@ -139,8 +146,14 @@ class _Checker(TorchDispatchMode):
             self._measuring.add(call_)
         if ran in _SUMS and out.numel():
             self._summed[out] = args[0].numel() // out.numel()
-        if call_ not in self._astray:
-            before = extents.numbers.get((*call_, number), ())
+        if call_ in self._astray:
+            for tensor in _tensors(out):
+                self._decided[tensor] = True
+        else:
+            place = (*call_, number)
+            before = extents.numbers.get(place, ())
+            if extents.counts_skipped(place):
+                given, before = self._window(args, extents.skipped(place))
             changed = repr(given) != repr(before) and call_ not in self._measuring
             if name == "native_group_norm" and changed and expected[0][1] is not None:
                 changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
@@ -148,8 +161,9 @@ class _Checker(TorchDispatchMode):
                 raise NumberError(
                     f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
                 )
-            for tensor, dims in zip((x for x in tree_leaves(out) if isinstance(x, Tensor)), expected, strict=False):
+            for tensor, dims in zip(_tensors(out), expected, strict=False):
                 self._compare(name, tensor, dims)
+            self._compare_fixed(place, args, _tensors(out))
 
     def _asked(self, args: Sequence[Any]) -> None:
         """A view to several wrong extents needs as many repairs, each of which makes one right."""
@@ -169,6 +183,46 @@ class _Checker(TorchDispatchMode):
                 self.right = sum(n == e for n, e in zip(tensor.shape, due, strict=True))
                 raise ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
 
+    def _compare_fixed(self, place: Place, args: Any, outputs: list[Tensor]) -> None:
+        """Extents that no cut changes; what data decide is let through, with all that is computed from it."""
+        extents = self._graph.extents
+        unknown = None in extents.lengths[place]
+        wrong = [
+            (outputs[i], dim, extent)
+            for i, dim, extent in extents.fixed(place)
+            if i < len(outputs) and dim < outputs[i].dim() and outputs[i].shape[dim] != extent
+            if not _only_moved(outputs[i].shape, self._due(place, i))
+        ]
+        if not wrong and not (unknown and len(self._decided)):
+            return
+        if place[:2] in self._measuring or any(self._decided.each(_tensors(args))):
+            for tensor in outputs:
+                self._decided[tensor] = True
+        elif wrong:
+            tensor, dim, extent = wrong[0]
+            shape = tuple(tensor.shape)
+            raise ShapeError(
+                f"{extents[place][0]} gives shape {shape}, with {shape[dim]} for {extent}: an extent that follows a width"
+            )
+
+    def _due(self, place: Place, output: int) -> list[int | None]:
+        """Extents of an output, None where nothing is known."""
+        extents = self._graph.extents
+        due = [None if column is None else self._extent(column) for column in extents[place][1][output]]
+        for i, dim, extent in extents.fixed(place):
+            if i == output:
+                due[dim] = extent
+        return due
+
+    def _window(
+        self, args: Sequence[Any], skipped: NDArray[np.int64] | None
+    ) -> tuple[tuple[float | complex, ...], tuple[float | complex, ...]]:
+        """Where a window begins along what is cut, and how many of the positions before it stay."""
+        if skipped is None:
+            return (), ()
+        x, dim, start = (*args, 0, None)[:3]
+        return (slice(start, None).indices(x.shape[dim])[0],), (int(self._stays[skipped].sum()),)
+
     def _whole_groups(self, column: NDArray[np.int64], groups: int) -> int:
         """How many of the groups of a norm stay, where they are units: else all of them do."""
         rows = column.reshape(groups, -1)
@@ -179,6 +233,16 @@ class _Checker(TorchDispatchMode):
         if id(column) not in self._kept:
             self._kept[id(column)] = int(self._stays[column].sum())
         return self._kept[id(column)]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _by_data(args: Sequence[Any]) -> bool:
+    """Whether values say how many are picked: of an index only those of a mask do."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
+    return indices is None or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from actprune.core.calling import Example, undisturbed
+from actprune.core.errors import TraceError
 from actprune.graph import Follower, Graph, Group, Trace, twice
 from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
@@ -261,6 +262,8 @@ def with_locks(graph: Graph, reasons: Mapping[str, str]) -> Graph:
 
 def _stuck(trials: Trials, graph: Graph, groups: Sequence[Group], failure: Failure) -> dict[str, str]:
     """Of groups that fail together some that cannot be cut: those that fail alone, there first, else what halves show."""
+    if not groups:
+        raise TraceError(f"the model, though nothing is cut, does not do what it did when it was traced: {failure.error}")
     if len(groups) == 1:
         return {groups[0].name: f"the model fails once it is cut: {failure.error}"}
     suspects = [g for g in groups if _meets(g, failure.path)]

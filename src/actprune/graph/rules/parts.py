@@ -22,15 +22,18 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     ids = list(t.ids(a.input))
     n, dim = a.input.shape[a.dim], a.dim
     start, stop, _ = slice(a.start, a.end, a.step).indices(n)
+    if (whole := ids[dim]) is not None:
+        t.skips(whole[:start])
     if out.shape[dim] != n and ids[dim] is not None:
         parts = _parts(n, start, stop) if a.step == 1 else 0
         evenly = parts == 2 or (parts and start > 0 and stop < n)
         if evenly or a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}):
             if parts:
-                whole = ids[dim].reshape(parts, -1)
-                t.tie_all(whole[:1], whole)
-                _bind_sizes(t, out.shape[dim], whole[0])
+                rows = ids[dim].reshape(parts, -1)
+                t.tie_all(rows[:1], rows)
+                _bind_sizes(t, out.shape[dim], rows[0])
             else:
+                t.skips(None)
                 t.set(out, [None if d == dim else column for d, column in enumerate(ids)])
                 t.lock_once_read(out, ids[dim], "slice of this dimension by position")
                 return

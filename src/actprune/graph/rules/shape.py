@@ -149,6 +149,7 @@ def pad(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         ids = result[dim]
         if before == after == 0 or ids is None:
             continue
+        t.skips(None)
         if before < 0 or after < 0:
             t.lock(ids, "negative padding")
             result[dim] = None
