@@ -29,6 +29,11 @@ class Frame:
     met: bool = False
     """Whether the call's inputs were looked at."""
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """(module, call, operator) of the next operator."""
+        return self.path, self.call, self.operators
+
 
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[list[Frame]]:

@@ -126,16 +126,10 @@ class TraceState:
         """Paths of the running modules, outermost first."""
         return [frame.path for frame in self.frames]
 
-    @property
-    def place(self) -> tuple[str, int, int]:
-        """(module, call, operator) of what runs."""
-        frame = self.frames[-1]
-        return frame.path, frame.call, frame.operators
-
     def skips(self, ids: Ids) -> None:
         """What runs begins behind these positions of what may be cut; None: its numbers follow otherwise."""
         if not self.training:  # whose operators are not numbered
-            self.skipped[self.place] = ids
+            self.skipped[self.frames[-1].place] = ids
 
     def ids(self, tensor: Tensor) -> list[Ids]:
         """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed."""

@@ -141,7 +141,7 @@ class ChannelTracer(TorchDispatchMode):
     def _number(self, name: str, outputs: list[Tensor], given: tuple[float | complex, ...]) -> None:
         """Remember an operator by its place in its module's call."""
         t = self.state
-        place = t.place
+        place = t.frames[-1].place
         t.lengths[place] = tuple(tuple(x.shape) if t.known(x) else None for x in outputs)
         t.produced_ids[place] = name, [t.ids(x) for x in outputs]
         if given:

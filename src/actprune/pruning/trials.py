@@ -137,9 +137,10 @@ class _Checker(TorchDispatchMode):
 
     def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
         frame, extents = self._stack[-1], self._graph.extents
-        call_, number = (frame.path, frame.call), frame.operators
+        place = frame.place
+        call_ = place[:2]
         frame.operators += 1
-        name, expected = extents.get((*call_, number), ("", ()))
+        name, expected = extents.get(place, ("", ()))
         if name != ran:
             self._astray.add(call_)
         if ran == "_local_scalar_dense":
@@ -150,7 +151,6 @@ class _Checker(TorchDispatchMode):
             for tensor in _tensors(out):
                 self._decided[tensor] = True
         else:
-            place = (*call_, number)
             before = extents.numbers.get(place, ())
             if extents.counts_skipped(place):
                 given, before = self._window(args, extents.skipped(place))
@@ -169,7 +169,7 @@ class _Checker(TorchDispatchMode):
         """A view to several wrong extents needs as many repairs, each of which makes one right."""
         frame = self._stack[-1]
         sizes = next((x for x in args[1:] if isinstance(x, (list, tuple)) and all(type(n) is int for n in x)), ())
-        _, expected = self._graph.extents.get((frame.path, frame.call, frame.operators), ("", ()))
+        _, expected = self._graph.extents.get(frame.place, ("", ()))
         if expected and len(expected[0]) == len(sizes) and (frame.path, frame.call) not in self._astray:
             known = ((n, column) for n, column in zip(sizes, expected[0], strict=True) if column is not None)
             self.right = sum(n == self._extent(column) for n, column in known)
