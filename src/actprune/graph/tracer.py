@@ -23,7 +23,6 @@ from actprune.core.hooks import CONTRACTIONS, decomposed
 from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
-from actprune.graph.ids import Ids
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
