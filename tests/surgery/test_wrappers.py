@@ -116,12 +116,3 @@ def test_tied_weights_of_a_model_without_values_stay_tied(tmp_path):
     load_pruned(fresh, path)
     assert fresh[3].weight is fresh[0].weight
     assert torch.equal(fresh(x), model(x))
-
-
-def test_a_part_that_was_pruned_by_itself_is_saved_by_itself(tmp_path):
-    part, example = build("ConvBn")
-    whole = nn.Sequential(part, nn.Identity())
-    prune(part, example, **OPTIONS)
-    with pytest.raises(SurgeryError, match=r"0 of Sequential was pruned by itself.*model.get_submodule\('0'\)"):
-        save_pruned(whole, tmp_path / "pruned.pt")
-    assert not list(tmp_path.iterdir())

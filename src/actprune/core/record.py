@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -42,19 +42,7 @@ class SurgeryRecord:
             shapes: shapes before the plan, of every tensor it cuts.
             sizes: widths before the plan, of every group it cuts.
         """
-        given = {f"{path}.bias" if path else "bias" for path in self.biases}  # these have no original; they follow the weight
-        for name, dims in plan.removed.items():
-            if name in given:
-                continue
-            known = self.removed.setdefault(name, {})
-            original = self.shapes.setdefault(name, list(shapes[name]))
-            for dim, positions in dims.items():
-                gone = set(known.get(dim, ()))
-                kept = [i for i in range(original[dim]) if i not in gone]
-                known[dim] = sorted(gone | {kept[i] for i in positions})
-        for path, values in plan.attributes.items():
-            self.attributes.setdefault(path, {}).update(values)
-        self.biases += [path for path in plan.new_biases if path not in self.biases]
+        self._remove(plan.removed, shapes, plan.attributes, plan.new_biases)
         for group, n in plan.groups.items():
             before = self.widths.setdefault(group, [sizes[group], sizes[group]])
             before[1] -= n
@@ -67,6 +55,55 @@ class SurgeryRecord:
                 "groups": dict(plan.groups),
             }
         )
+
+    def absorb(self, path: str, part: SurgeryRecord) -> None:
+        """Take over what was removed from a part by itself, last; budgets and widths of the whole do not count it."""
+        inside = f"{path}.".__add__
+        self._remove(
+            {inside(name): dims for name, dims in part.removed.items()},
+            {inside(name): shape for name, shape in part.shapes.items()},
+            {inside(name).rstrip("."): values for name, values in part.attributes.items()},
+            [inside(name).rstrip(".") for name in part.biases],
+        )
+
+    def beyond(self, earlier: SurgeryRecord) -> Positions | None:
+        """What was removed after ``earlier``, in positions of what it left; None if this record does not go on from there."""
+        found: dict[str, dict[int, list[int]]] = {}
+        if not earlier.removed.keys() <= self.removed.keys():
+            return None
+        for name, dims in self.removed.items():
+            gone = earlier.removed.get(name, {})
+            if not gone.keys() <= dims.keys() or self.shapes[name] != earlier.shapes.get(name, self.shapes[name]):
+                return None
+            for dim, positions in dims.items():
+                before = set(gone.get(dim, ()))
+                if not before <= set(positions):
+                    return None
+                place = {p: i for i, p in enumerate(p for p in range(self.shapes[name][dim]) if p not in before)}
+                if rest := [place[p] for p in positions if p not in before]:
+                    found.setdefault(name, {})[dim] = rest
+        return found
+
+    def _remove(
+        self,
+        removed: Positions,
+        shapes: Mapping[str, Sequence[int]],
+        attributes: Mapping[str, Mapping[str, Any]],
+        biases: Iterable[str],
+    ) -> None:
+        given = {f"{path}.bias" if path else "bias" for path in self.biases}  # these have no original; they follow the weight
+        for name, dims in removed.items():
+            if name in given:
+                continue
+            known = self.removed.setdefault(name, {})
+            original = self.shapes.setdefault(name, list(shapes[name]))
+            for dim, positions in dims.items():
+                gone = set(known.get(dim, ()))
+                kept = [i for i in range(original[dim]) if i not in gone]
+                known[dim] = sorted(gone | {kept[i] for i in positions})
+        for path, values in attributes.items():
+            self.attributes.setdefault(path, {}).update(values)
+        self.biases += [path for path in biases if path not in self.biases]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; dimensions become strings, so that JSON keeps them."""
@@ -126,3 +163,17 @@ def carry(model: nn.Module, record: SurgeryRecord | None) -> None:
         setattr(inside, ATTRIBUTE, record)
     elif ATTRIBUTE in vars(inside):
         delattr(inside, ATTRIBUTE)
+
+
+def parts_of(model: nn.Module) -> dict[str, SurgeryRecord]:
+    """Path -> record of every part that was pruned by itself, outer parts first."""
+    named = unwrapped(model).named_modules()
+    return {path: record for path, module in named if path and (record := vars(module).get(ATTRIBUTE))}
+
+
+def whole_record(model: nn.Module) -> SurgeryRecord:
+    """A copy of the record that a model carries, with those of its parts."""
+    record = SurgeryRecord.from_dict(record_of(model).to_dict())
+    for path, part in parts_of(model).items():
+        record.absorb(path, part)
+    return record

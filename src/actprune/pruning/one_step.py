@@ -9,21 +9,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from actprune.compensation import Compensation, LeastSquares
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.calling import Example
 from actprune.core.errors import ObservationError
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
 from actprune.core.wrappers import unwrapped
-from actprune.pruning.arguments import as_optimizers, check_arguments, check_data, check_wrapper, tell_strangers
+from actprune.pruning.arguments import REFIT, as_optimizers, check_arguments, check_data, check_wrapper, tell_strangers
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.pruning.finishing import all_or_nothing, finish, has_finish, held
 from actprune.pruning.gradients import Loss
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.select import Selection
-
-_REFIT = LeastSquares()
 
 
 def prune(
@@ -34,7 +32,7 @@ def prune(
     criterion: Criterion,
     budget: Budget,
     selection: Selection | None = None,
-    compensation: Compensation | None = _REFIT,
+    compensation: Compensation | None = REFIT,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
     loss: Loss | None = None,
@@ -72,7 +70,7 @@ def prune(
     check_wrapper(model)
     model, trained = unwrapped(model), as_optimizers(optimizers)
     tell_strangers(model, trained)
-    if data is None and compensation is not None and compensation is not _REFIT:
+    if data is None and compensation is not None and compensation is not REFIT:
         raise ObservationError(
             f"{type(compensation).__name__} compensation needs activations: pass data=, an iterable of input batches"
         )

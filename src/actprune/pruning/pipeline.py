@@ -19,7 +19,7 @@ from actprune.core.budget import Budget
 from actprune.core.calling import Example
 from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
-from actprune.core.record import SurgeryRecord, carry, record_of
+from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
@@ -325,11 +325,13 @@ class Pruner:
         """
         check_unchanged(self.model, self.graph)
         shapes = {name: tuple(lookup(self.model, name).shape) for name in plan.removed}
-        sizes = {g.name: g.size for g in self.graph.groups}
+        sizes, record = {g.name: g.size for g in self.graph.groups}, whole_record(self.model)
         changes = cut(self.model, plan, self.example_inputs, as_optimizers(optimizers))
         try:
+            for path, part in parts_of(self.model).items():  # what was pruned by itself is a part of the whole now
+                changes.did(partial(carry, self.model.get_submodule(path), part))
+                carry(self.model.get_submodule(path), None)
             changes.did(partial(carry, self.model, self.record if self.record.steps else None))
-            record = SurgeryRecord.from_dict(self.record.to_dict())
             record.extend(plan, shapes, sizes)
             carry(self.model, record)
             self.graph = self._traced()

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actprune.compensation import Compensation, LeastSquares
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, evaluating, undisturbed
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
 from actprune.core.wrappers import unwrapped
-from actprune.pruning.arguments import check_arguments, check_data, check_wrapper
+from actprune.pruning.arguments import REFIT, check_arguments, check_data, check_wrapper
 from actprune.pruning.batches import observe_pairs, pairs_of
 from actprune.pruning.finishing import all_or_nothing, finish, has_finish
 from actprune.pruning.gradients import Loss
@@ -31,7 +31,6 @@ from actprune.surgery import cut
 _LOG = logging.getLogger(__name__)
 LATENCY_BATCHES = (1, 64)
 _REPEATS = 9
-_REFIT = LeastSquares()
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def prune_trained(
     budget: Budget,
     evaluate: Callable[[nn.Module], float],
     selection: Selection | None = None,
-    compensation: Compensation | None = _REFIT,
+    compensation: Compensation | None = REFIT,
     seed: int = 0,
     positions: int | Literal["auto"] | None = "auto",
     loss: Loss | None = None,

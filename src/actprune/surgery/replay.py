@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.files import atomic_path
 from actprune.core.plan import Plan
-from actprune.core.record import SurgeryRecord, carry, record_of
+from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
 from actprune.core.wrappers import PREFIXES, unwrapped
 from actprune.surgery.cut import cut, rehearsed
 from actprune.surgery.tensors import lookup
@@ -32,7 +33,8 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
         The same model, which now carries the record.
 
     Raises:
-        SurgeryError: the model does not have the tensors or the original shapes that the record names.
+        SurgeryError: the model does not have the tensors or the original shapes that the record names. Parts that were pruned
+            before the model was may be so already.
         ConfigError: ``record`` is none.
     """
     if not isinstance(record, SurgeryRecord):
@@ -43,6 +45,8 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
     part = model if named_alike else unwrapped(model)
     record = _as_inside(part, record)
     cut(part, _plan(part, record))
+    for path in parts_of(part):
+        carry(part.get_submodule(path), None)
     carry(part, record)
     return model
 
@@ -69,6 +73,16 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
     """Everything that a record says, as one plan for a fresh model."""
     if record_of(model):
         raise SurgeryError("the model is pruned already; apply a record to a fresh model of the original shape")
+    removed, done = record.removed, whole_record(model)
+    if done and (rest := record.beyond(done)) is not None:
+        removed, record = (
+            rest,
+            dataclasses.replace(record, shapes={}, biases=[p for p in record.biases if p not in done.biases]),
+        )
+        for path in done.biases:  # which no record knows the original of: they follow the weight
+            transposed = isinstance(model.get_submodule(path), nn.modules.conv._ConvTransposeNd)
+            if gone := removed.get(f"{path}.weight", {}).get(int(transposed)):
+                removed[f"{path}.bias"] = {0: gone}
     for name, shape in record.shapes.items():
         found = list(lookup(model, name).shape)
         if found != shape:
@@ -82,7 +96,7 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
         weight = lookup(model, f"{path}.weight" if path else "weight")
         biases[path] = torch.zeros(int(getattr(module, "out_channels", weight.shape[0])))  # type: ignore[arg-type]
     return Plan(
-        removed=record.removed,
+        removed=removed,
         groups={},
         attributes=record.attributes,
         params_before=0,
@@ -94,23 +108,16 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the state dict and the surgery record that the model carries; the file is whole or absent.
+    """Write the state dict and the surgery record that the model and its parts carry; the file is whole or absent.
 
     Of a model that is compiled or wrapped for several devices it is the module inside that is written.
 
     Raises:
         OSError: the folder cannot be written.
-        SurgeryError: a part was pruned by itself, and the whole does not know of it.
     """
     model = unwrapped(model)
-    part = next((path for path, module in model.named_modules() if record_of(module)), None)
-    if part is not None and not record_of(model):
-        raise SurgeryError(
-            f"{part} of {type(model).__name__} was pruned by itself and the whole carries no record, so the file could not be "
-            f"loaded; save_pruned the part, model.get_submodule({part!r})"
-        )
     with atomic_path(path) as temporary:
-        content = {"format": _FORMAT, "state_dict": model.state_dict(), "surgery_record": record_of(model).to_dict()}
+        content = {"format": _FORMAT, "state_dict": model.state_dict(), "surgery_record": whole_record(model).to_dict()}
         torch.save(content, temporary)
     return Path(path)
 

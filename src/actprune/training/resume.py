@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from actprune.core.errors import ConfigError
-from actprune.core.record import SurgeryRecord, carry, record_of
+from actprune.core.record import SurgeryRecord, carry, parts_of, record_of
 from actprune.surgery import apply_record
 from actprune.surgery.tensors import follow_hooks
 from actprune.training.copies import copies_of, inside
@@ -180,6 +180,8 @@ class Shapes:
     """Module name -> attribute name -> int, or tuple or list of ints."""
     constants: dict[str, dict[str, Tensor]]
     """Module name -> name -> value, of the buffers that no state dict holds and of tensors that are plain attributes."""
+    records: dict[str, SurgeryRecord]
+    """Module name -> record, of parts that were pruned by themselves."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Shapes:
@@ -195,14 +197,16 @@ class Shapes:
             attributes[name] = {
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
-        return cls(tensors, attributes, constants)
+        return cls(tensors, attributes, constants, parts_of(network))
 
     def inside(self, part: str) -> Shapes:
         """The shapes of a part of the network."""
-        return Shapes(inside(self.tensors, part), inside(self.attributes, part), inside(self.constants, part))
+        return Shapes(*(inside(named, part) for named in (self.tensors, self.attributes, self.constants, self.records)))
 
     def restore(self, network: nn.Module, record: SurgeryRecord) -> None:
         """Give a cut network its original shapes again; what changes holds nothing until weights are loaded."""
+        for name, own in self.records.items():
+            carry(network.get_submodule(name), own)
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
         for name, module in network.named_modules():
             if name not in self.tensors:  # a metric that came later
