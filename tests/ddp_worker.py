@@ -4,9 +4,11 @@ As a script, SETTINGS FOLDER: a JSON list of settings, one run after the other i
 """
 
 import json
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -17,7 +19,7 @@ from actprune import criteria
 from actprune.core.budget import Budget
 from actprune.core.record import record_of
 from actprune.schedule import Schedule
-from actprune.training import PruningCallback, SeReNe, SpawnedDDP
+from actprune.training import PruningCallback, RandomState, SeReNe, SpawnedDDP
 from foreign import OwnForward, dataset, loader
 
 SILENT = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -136,6 +138,39 @@ def observe(settings, folder):
     torch.save(found, folder / f"{settings['name']}-{trainer.global_rank}.pt")
 
 
+class Drawing(OwnForward):
+    """Draws from every generator in each batch; each process from its own seed."""
+
+    def __init__(self, seeded):
+        super().__init__()
+        self.seeded, self.drawn = seeded, []
+
+    def on_train_start(self):
+        if self.seeded:
+            seed_everything(self.global_rank, verbose=False)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+
+class KeepDrawn(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_fit_end(self, trainer, pl_module):
+        torch.save(pl_module.drawn, f"{self.path}-{trainer.global_rank}.pt")
+
+
+def draw(settings, folder):
+    """A whole run, and one that goes on in its middle."""
+    for name, checkpoint in (("whole", None), ("resumed", folder / "whole" / "epoch=1.ckpt")):
+        seed_everything(0, verbose=False)
+        callbacks = [RandomState(), ModelCheckpoint(folder / name, "{epoch}", save_top_k=-1), KeepDrawn(folder / name)]
+        trainer = Trainer(devices=settings["devices"], strategy=strategy(settings), max_epochs=4, callbacks=callbacks,
+                          default_root_dir=folder, limit_train_batches=2, **SILENT)  # fmt: skip
+        trainer.fit(Drawing(checkpoint is None), loader(64, batch_size=8), loader(16, 1), ckpt_path=checkpoint)
+
+
 def watch(pruning, kept):
     """Keep the values of the statistics that a step is decided by."""
     decide = pruning.on_validation_end
@@ -150,7 +185,7 @@ def watch(pruning, kept):
     pruning.on_validation_end = spy
 
 
-RUNS = {"train": train, "as usual": train_as_usual, "observe": observe}
+RUNS = {"train": train, "as usual": train_as_usual, "observe": observe, "draw": draw}
 
 
 def main(listed, folder):

@@ -52,6 +52,11 @@ JOBS = {
     "no epoch to validate": (
         ["trainer.check_val_every_n_epoch=0"], ConfigError, "trainer.check_val_every_n_epoch=0 must be at least 1"),
     "no batch norm": (["pruner=batch_norm_scale", "model=mlp"], ObservationError, "BatchNormScale scores none of 2 groups"),
+    "processes": (["trainer.devices=100000"], ConfigError, "would start 100000 processes, this machine has .* at most"),
+    "processes of ddp": (
+        ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices='100000'"], ConfigError, "start 100000 processes"),
+    "name to ignore": (["pruner.selection.ignore=head"], ConfigError, r"pruner.selection.ignore='head' must be a list"),
+    "nothing to ignore": (["pruner.selection.ignore=[haed]"], ConfigError, "selection ignore='haed' matches no module"),
     "judged by": (["optimize=accuracy"], ConfigError, "optimize=accuracy must be one of val_accuracy"),
     "plan without training": (["task=plan", "pruner=serene"], ConfigError, "task=plan trains nothing, and pruner=serene"),
     "plan of nothing": (["task=plan", "pruner=none"], ConfigError, "nothing to plan"),

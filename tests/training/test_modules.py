@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from actprune.core.budget import Budget
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.core.record import record_of
+from actprune.pruning import Selection
 from actprune.schedule import Schedule
 from foreign import CLASSES, Adam, OneNetwork, OwnForward, dataset, loader, network
 
@@ -125,6 +126,13 @@ def test_several_named_networks_are_pruned_each_to_the_budget(pruning, trainer, 
         assert again.history == callback.history
     fitted.validate(module, loader(32, 1), ckpt_path=tmp_path / "all" / "epoch=2.ckpt", verbose=False)
     assert before["encoder"] > n_params(module.encoder) > 0.4 * before["encoder"]
+
+
+def test_names_to_ignore_are_those_of_any_of_the_networks(pruning, trainer):
+    module = Autoencoder()
+    callback = pruning(modules=["encoder", "decoder"], selection=Selection(ignore=["2", "nowhere"]))
+    with pytest.raises(ConfigError, match="ignore='nowhere' matches no module"):
+        fit(module, callback, trainer)
 
 
 def test_forward_that_is_only_a_part_is_seen_through(pruning, trainer):

@@ -1,9 +1,13 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
+import ddp_runs
 from actprune.training import RandomState
+from processes import needs_fork
 
 
 def draw():
@@ -18,15 +22,31 @@ def test_generators_go_on_where_the_checkpoint_was_written(tmp_path):
     assert [draw(), draw()] == expected
 
 
-def test_several_processes_keep_their_own(trainer):
+@needs_fork
+def test_each_of_two_processes_goes_on_with_its_own(tmp_path):
+    ddp_runs.start(tmp_path, run="draw")
+    whole, resumed = (ddp_runs.found(tmp_path, name) for name in ("whole", "resumed"))
+    assert [len(drawn) for drawn in (*whole, *resumed)] == [8, 8, 4, 4]
+    assert [drawn[4:] for drawn in whole] == resumed
+    assert whole[0] != whole[1]
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_processes_is_told_and_keeps_its_own(then, now, caplog):
     callback = RandomState()
-    alone = callback.state_dict()
-    trainer_of_two = type("Two", (), {"world_size": 2})()
-    callback.setup(trainer_of_two, None, "fit")
-    assert callback.state_dict() == {}
-    expected = draw()
-    callback.load_state_dict(alone)
+    one = callback.state_dict()
+    expected, again = draw(), RandomState()
+    again.load_state_dict(one)
+    callback.setup(SimpleNamespace(world_size=now, global_rank=0), None, "fit")
+    callback.load_state_dict(one if then == 1 else {"processes": [one] * then})
+    assert draw() == expected  # as the state before it was, not set back a second time
+    assert f"the random state of {then} processes, this run has {now}" in caplog.text
+    draw()
+    caplog.clear()
+    callback.setup(SimpleNamespace(world_size=now, global_rank=1), None, "fit")
+    callback.load_state_dict(one if then == 1 else {"processes": [one] * then})
     assert draw() != expected
+    assert not caplog.text
 
 
 def test_old_checkpoints_without_a_state_are_fine():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -172,12 +174,19 @@ def _export(config: DictConfig, parts: Parts) -> None:
 
 
 def _check_trainer(node: Any) -> None:
-    """Refuse what Lightning notices late: in the first epoch, or in the test after the last one."""
+    """Refuse what Lightning notices late, in the first epoch or in the test after the last, or never: too many processes."""
     for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_test_batches"):
         value = node.get(name)
         least = "above 0" if name.startswith("limit") else "at least 1"
         if isinstance(value, (int, float)) and value <= 0:
             raise ConfigError(f"trainer.{name}={value} must be {least}")
+    on_cpu = node.get("accelerator") == "cpu" or node.get("accelerator") == "auto" and not torch.accelerator.is_available()
+    devices, cores = str(node.get("devices")), os.cpu_count() or 1
+    if on_cpu and devices.isdecimal() and int(devices) > cores:
+        raise ConfigError(
+            f"trainer.devices={devices} on the CPU would start {devices} processes, this machine has {cores} processor cores; "
+            f"give at most trainer.devices={cores}"
+        )
 
 
 def _refuse_many_sweeps(trainer: Trainer) -> None:

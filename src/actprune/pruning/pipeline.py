@@ -23,6 +23,7 @@ from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whol
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
+from actprune.pruning.ignoring import ignored
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
@@ -55,7 +56,7 @@ class Pruner:
     Raises:
         TraceError: the model fails on the example inputs.
         BudgetError: no unit may leave, or the budget is out of reach.
-        ConfigError: an argument is of another kind.
+        ConfigError: an argument is of another kind, or ``selection.ignore`` names no module.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class Pruner:
         return with_locks(graph, {g.name: why for g in graph.unlocked if expected.get(g.name) != g.size})
 
     def _without_unseen(self, graph: Graph) -> Graph:
-        """Lock what a criterion of activations cannot score: branches that run in training mode only, for one."""
+        """Lock what is ignored, and what a criterion of activations cannot score: branches of training mode, for one."""
+        graph = with_locks(graph, ignored(self.model, graph, self.selection.ignore))
         if not self.criterion.statistics():
             return graph
         why = f"no layer reads it in evaluation mode, so {type(self.criterion).__name__} has nothing to score it by"

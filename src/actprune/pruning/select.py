@@ -42,6 +42,9 @@ class Selection:
     """Largest share of a group's original units that may leave, in [0, 1)."""
     round_to: int = 1
     """Widths that are cut are left at a multiple of this many units."""
+    ignore: Sequence[str] = ()
+    """Modules whose outputs stay as wide as they are, with all that they are added to: names in the pruned network, ``*`` for
+    any part of one, e.g. ``["head", "layer4.*"]``; what is inside a named module is meant too."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -54,6 +57,9 @@ class Selection:
         whole = isinstance(self.round_to, numbers.Integral) and not isinstance(self.round_to, bool)
         if not whole or self.round_to < 1:
             raise ConfigError(f"selection round_to={self.round_to!r} must be at least 1, a whole number, e.g. 8")
+        if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(name, str) and name for name in self.ignore):
+            raise ConfigError(f"selection ignore={self.ignore!r} must be a list of names of modules, e.g. ['head', 'layer4.*']")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
 
 
 def removable(group: Group, original: int, max_ratio: float) -> int:

@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.pruning import Pruner
+from actprune.pruning.ignoring import for_each
 from actprune.training.copies import check_copies, copies_of
 from actprune.training.events import say
 from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
@@ -115,10 +116,11 @@ class Finder:
             ActPruneError: a network cannot be traced, or the budget cannot be reached.
         """
         seed, made = int(os.environ.get("PL_GLOBAL_SEED", 0)), {}
-        for network in self.networks.values():
+        selections = for_each(settings.pop("selection"), [network.module for network in self.networks.values()])
+        for network, chosen in zip(self.networks.values(), selections, strict=True):
             try:
                 known = self._hooks.known.get(network.path)
-                pruner = Pruner(network.module, network.example_inputs, seed=seed, known=known, **settings)
+                pruner = Pruner(network.module, network.example_inputs, selection=chosen, seed=seed, known=known, **settings)
             except BudgetError as error:
                 raise BudgetError(f"{error}{self._advice(network)}") from error
             self._hooks.known[network.path] = pruner.known()
