@@ -62,6 +62,60 @@ def test_what_their_weight_reads_is_observed(criterion, compensation):
     assert sum(values.numel() for values in own.values()) < sum(p.numel() for p in Net(own=True).parameters())
 
 
+class Casting(nn.Linear):
+    """As timm's: the same product, asked of the function."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Scaling(nn.Linear):
+    """Something else than its weight says."""
+
+    def forward(self, x):
+        return 1.1 * super().forward(x)
+
+
+class Flat(nn.Module):
+    """Layers with a forward of their own between plain ones, the branch of a residual sum among them."""
+
+    def __init__(self, convolution, linear, padded):
+        super().__init__()
+        self.stem, self.pads = nn.Conv2d(3, 8, 3), not padded
+        self.down, self.branch = convolution(8, 8, 3, stride=2), linear(8, 8)
+        self.mid, self.head = linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = self.down(F.pad(x, (0, 1, 0, 1)) if self.pads else x).relu().mean((2, 3))
+        return self.head(self.mid(x + self.branch(x)).relu())
+
+
+def pruned_sequentially(model, state):
+    model.load_state_dict(state)
+    torch.manual_seed(1)
+    x = torch.randn(256, 3, 12, 12)
+    prune(model, x[:2], [x], criterion=criteria.Magnitude(), budget=Budget(units=0.6), compensation=LeastSquares())
+    return model
+
+
+@pytest.mark.parametrize("linear", [Casting, Scaling])
+def test_those_that_say_what_their_weight_says_are_refitted_sequentially(linear, caplog):
+    torch.manual_seed(0)
+    plain = Flat(nn.Conv2d, nn.Linear, padded=False)
+    state = copy.deepcopy(plain.state_dict())
+    plain, own = pruned_sequentially(plain, state), pruned_sequentially(Flat(Padding, linear, padded=True), state)
+    x = torch.randn(64, 3, 12, 12)
+    if linear is Casting:
+        assert not caplog.records
+        torch.testing.assert_close(own(x), plain(x), rtol=1e-4, atol=1e-5)
+    else:
+        assert "2 weights keep what was folded into them once" in caplog.text
+        assert "branch.weight, mid.weight" in caplog.text
+        assert own.down.weight.shape == plain.down.weight.shape
+        torch.testing.assert_close(own.down.weight, plain.down.weight, rtol=1e-4, atol=1e-5)
+
+
 class WithoutBias(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight)

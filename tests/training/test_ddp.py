@@ -9,7 +9,12 @@ import torch
 import ddp_runs
 from foreign import OwnForward
 
-RUNS = [{"run": "as usual", "name": "usual"}, {"run": "train", "name": "train"}, {"run": "observe", "name": "observe"}]
+RUNS = [
+    {"run": "as usual", "name": "usual"},
+    {"run": "train", "name": "train"},
+    {"run": "observe", "name": "observe"},
+    {"run": "draw"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +62,10 @@ def test_two_processes_observe_what_one_does(ran, tmp_path):
         for a, b, c in zip(whole["kept"], zero["kept"], one["kept"], strict=True):
             assert torch.equal(b, c)
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-9)
+
+
+def test_each_process_of_a_resumed_run_draws_what_it_would_have_drawn(ran):
+    whole, resumed = (ddp_runs.found(ran[1], name) for name in ("whole", "resumed"))
+    assert [len(drawn) for drawn in (*whole, *resumed)] == [8, 8, 4, 4]
+    assert [drawn[4:] for drawn in whole] == resumed
+    assert whole[0] != whole[1]

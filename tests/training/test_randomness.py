@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import ddp_runs
 from actprune.training import RandomState
-from processes import needs_fork
 
 
 def draw():
@@ -20,15 +18,6 @@ def test_generators_go_on_where_the_checkpoint_was_written(tmp_path):
     expected = [draw(), draw()]
     RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [draw(), draw()] == expected
-
-
-@needs_fork
-def test_each_of_two_processes_goes_on_with_its_own(tmp_path):
-    ddp_runs.start(tmp_path, run="draw")
-    whole, resumed = (ddp_runs.found(tmp_path, name) for name in ("whole", "resumed"))
-    assert [len(drawn) for drawn in (*whole, *resumed)] == [8, 8, 4, 4]
-    assert [drawn[4:] for drawn in whole] == resumed
-    assert whole[0] != whole[1]
 
 
 @pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1), (3, 2)])

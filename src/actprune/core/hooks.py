@@ -60,7 +60,7 @@ def decomposed(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs
     return func(*args, **kwargs)
 
 
-class _Operands(TorchDispatchMode):
+class Operands(TorchDispatchMode):
     """Inside one module's forward: hands over an operand of the k-th contraction it runs itself."""
 
     def __init__(self, watchers: Mapping[tuple[int, int], list[Watcher]]) -> None:
@@ -104,10 +104,10 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
 
 
 def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watcher]], stack: ExitStack) -> None:
-    running: list[_Operands] = []
+    running: list[Operands] = []
 
     def enter(*_: Any) -> None:
-        mode = _Operands(wanted)
+        mode = Operands(wanted)
         mode.__enter__()
         running.append(mode)
 

@@ -10,7 +10,8 @@ sum. A residual branch so corrects what its whole stream has lost so far (He et 
 each branch in isolation). Measured on ResNet-56 / CIFAR-10 (JPEG copy): docs/compensation.md.
 
 Layers that run once, are linear or convolutions, neither transposed nor grouped, are refitted; others keep what the plan
-folded into them, and are named in the log.
+folded into them, and are named in the log. Of a layer with a forward of its own, numbers tell: it is refitted if the original
+says its weight times what it reads, plus its bias.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from actprune.compensation.residual import correction
 from actprune.core.calling import Example, call, evaluating
 from actprune.core.plan import Plan
 from actprune.graph import Consumer, Graph
-from actprune.statistics import at_positions, sample_positions
+from actprune.pruning.own_forward import has_own_forward, is_affine, read_by, rows_at
+from actprune.statistics import sample_positions
 from actprune.surgery.tensors import keep_indices
 
 _LOG = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class _Layer:
     width: int
     """How many numbers it reads together."""
     order: int
+    own: bool
+    """Whether its forward is not PyTorch's."""
 
 
 @dataclass
@@ -89,13 +93,14 @@ def refit(model: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batch
         how: ridge and sampled positions.
     """
     layers = {layer.path: layer for layer in _layers(model, graph, plan)}
+    targets = _Targets()
+    with evaluating(original), torch.no_grad(), _Reference(original, layers, how, targets):
+        call(original, batch)
+    layers = {path: layer for path, layer in layers.items() if path in targets.layouts or not layer.own}
     others = dict.fromkeys(c.weight for c in graph.consumers if c.module not in layers)
     if others:
         listed = f"{', '.join(list(others)[:5])}{', ...' if len(others) > 5 else ''}"
         _LOG.warning("%d weights keep what was folded into them once, their layers cannot be refitted: %s", len(others), listed)
-    targets = _Targets()
-    with evaluating(original), torch.no_grad(), _Reference(original, layers, how, targets):
-        call(original, batch)
     with evaluating(model), torch.no_grad(), _Refitting(model, layers, how, targets) as walk:
         call(model, batch)
     return Refit(walk.n_samples, walk.errors)
@@ -106,15 +111,15 @@ def _layers(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[_Layer]:
     modules = dict(model.named_modules())
     for order, consumer in enumerate(graph.consumers):
         module = modules[consumer.module]
-        plain = type(module) is nn.Linear or (isinstance(module, Conv) and reads_patches(module, module.weight))
-        own = consumer.ordinal is None and consumer.reads_own_weight
-        if plain and own and runs[consumer.weight] == 1:
+        plain = isinstance(module, nn.Linear) or (isinstance(module, Conv) and reads_patches(module, module.weight))
+        if plain and not consumer.ordinal and consumer.reads_own_weight and runs[consumer.weight] == 1:
             yield _Layer(
                 consumer.module,
                 _norm(modules, consumer),
                 _kept(module.weight, consumer, plan),
                 module.weight[0].numel(),
                 order,
+                has_own_forward(module),
             )
 
 
@@ -164,8 +169,7 @@ class _Walk(TorchDispatchMode):
 
     def _post(self, layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            if len(args) == 1:
-                self.left(layer, module, args[0], out)
+            if len(args) == 1 and self.left(layer, module, args[0], out):
                 self._outputs[out] = layer
 
         return hook
@@ -201,8 +205,9 @@ class _Walk(TorchDispatchMode):
     def reached(self, layer: _Layer, module: nn.Module, x: Tensor) -> None:
         """A layer is about to run."""
 
-    def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> None:
-        """A layer has run."""
+    def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> bool:
+        """A layer has run; whether its output is to be followed."""
+        return True
 
     def summed(self, func: Any, args: tuple[Tensor, Tensor], known: list[tuple[int, _Layer]]) -> Tensor:
         """Outputs of layers are about to be added to something."""
@@ -217,20 +222,24 @@ class _Reference(_Walk):
         self.targets = targets
         self._positions: dict[str, Tensor] = {}
 
-    def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> None:
-        """Keep the layer's own output."""
-        x, out = _channels_second(module, x), _channels_second(module, out)
+    def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> bool:
+        """Keep the layer's own output, unless it has a forward of its own which says something else than its weight does."""
+        x, out = _channels_second(module, read_by(module, x) if layer.own else x), _channels_second(module, out)
         n = n_positions(x, module)
+        positions = self.sampled(layer, x, n)
+        if layer.own and not is_affine(module, x, out, positions):
+            return False
         self.targets.layouts[layer.path] = (len(x), n)
-        self._positions[layer.path] = self.sampled(layer, x, n)
-        self.targets.values[layer.path] = _rows(out, self._positions[layer.path])
+        self._positions[layer.path] = positions
+        self.targets.values[layer.path] = rows_at(out, positions)
+        return True
 
     def summed(self, func: Any, args: tuple[Tensor, Tensor], known: list[tuple[int, _Layer]]) -> Tensor:
         """Keep the sum instead, for the layer that has the most inputs to correct it with."""
         layer = max(known, key=lambda entry: (entry[1].width, -entry[1].order))[1]
         out = func(*args)
         module = self.model.get_submodule(layer.path)
-        self.targets.values[layer.path] = _rows(_channels_second(module, out), self._positions[layer.path])
+        self.targets.values[layer.path] = rows_at(_channels_second(module, out), self._positions[layer.path])
         self.targets.joined.add(layer.path)
         return out
 
@@ -248,14 +257,15 @@ class _Refitting(_Walk):
     def reached(self, layer: _Layer, module: nn.Module, x: Tensor) -> None:
         """Refit to the layer's own output, or wait for the sum it goes into."""
         self.n_samples = self.n_samples or len(x)
-        seen = _channels_second(module, x)
+        read = read_by(module, x) if layer.own else x
+        seen = _channels_second(module, read)
         if self.targets.layouts.get(layer.path) != (len(seen), n_positions(seen, module)):
             # it runs over something that was cut: over channels as if they were positions
             _LOG.warning("%s: runs on other positions than before the cut, it is not refitted", layer.path)
         elif layer.path in self.targets.joined:
             self._inputs[layer.path] = x
         else:
-            self._fit(layer, module, x, None)
+            self._fit(layer, module, read, None)
 
     def summed(self, func: Any, args: tuple[Tensor, Tensor], known: list[tuple[int, _Layer]]) -> Tensor:
         """Refit the layer so that the sum is what it was, and sum again."""
@@ -264,7 +274,7 @@ class _Refitting(_Walk):
             return func(*args)
         module = self.model.get_submodule(layer.path)
         x = self._inputs.pop(layer.path)
-        self._fit(layer, module, x, args[0] + args[1])
+        self._fit(layer, module, read_by(module, x) if layer.own else x, args[0] + args[1])
         again = module.forward(x)
         if layer.norm is not None:
             again = self.model.get_submodule(layer.norm).forward(again)
@@ -286,7 +296,7 @@ class _Refitting(_Walk):
             said = rows @ weight.flatten(1).T
             missed = target - (said if module.bias is None else said + module.bias.detach())
         else:
-            missed = target - _rows(_channels_second(module, total), positions)
+            missed = target - rows_at(_channels_second(module, total), positions)
             if norm is not None:
                 missed = _before(norm, missed)
         found = correction(rows, missed, self.how.ridge, intercept=module.bias is not None or norm is not None)
@@ -315,9 +325,3 @@ def _channels_second(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, Conv):
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.movedim(-1, 1)
-
-
-def _rows(out: Tensor, positions: Tensor) -> Tensor:
-    """(R, channels) of a map (N, channels, *space) at sampled positions."""
-    picked = at_positions(out.flatten(2), positions).transpose(1, 2) if out.dim() > 2 else out.unsqueeze(1)
-    return picked.flatten(0, 1).clone()
