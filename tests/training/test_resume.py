@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-from actprune import prune
+from actprune import apply_record, prune
 from actprune.core.budget import Budget
 from actprune.core.errors import ConfigError
-from actprune.core.record import record_of
+from actprune.core.record import carry, record_of
 from actprune.criteria import Magnitude
 from actprune.schedule import Schedule
 from actprune.training import RandomState
@@ -244,3 +244,22 @@ def test_best_values_restart_at_a_step(pruning, trainer, tmp_path):
     assert seen[3] == (float("inf"), "")
     assert best.best_model_path
     assert int(best.best_model_path.rpartition("epoch=")[2].split(".")[0]) >= 3
+
+
+def test_the_way_back_gives_a_part_its_own_record_again():
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 8)), nn.Linear(8, 3)), torch.randn(2, 5)
+    options = {"criterion": Magnitude(), "compensation": None, "budget": Budget(units=0.6)}
+    prune(model[0], x, **options)
+    early, shapes, before = model.state_dict(), Shapes.of(model), record_of(model[0]).to_dict()
+    early = {name: value.clone() for name, value in early.items()}
+    record = prune(model, x, **options)
+    twin = copy.deepcopy(model)
+    assert not record_of(model[0])
+    shapes.restore(model, record)
+    carry(model, None)
+    model.load_state_dict(early)
+    assert record_of(model[0]).to_dict() == before
+    apply_record(model, record)
+    model.load_state_dict(twin.state_dict())
+    assert torch.equal(model(x), twin(x))
+    assert not record_of(model[0])

@@ -98,10 +98,10 @@ def write(
     }
     if pruners:
         record = net_record(pruners)
+        summary["widths"] = [list(row) for pruner in pruners.values() for row in pruner.widths()]
         carry(module.get_submodule("net"), record)  # of all its pruned parts
         save_pruned(module.get_submodule("net"), folder / CHECKPOINT)
         write_json(record.to_dict(), folder / RECORD)
-        summary["widths"] = [list(row) for pruner in pruners.values() for row in pruner.widths()]
         summary["stopped"] = dict(results.stopped)
         summary["events"] = list(results.events)
     pictures = _draw(folder, summary)

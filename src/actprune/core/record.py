@@ -157,9 +157,11 @@ def record_of(model: nn.Module) -> SurgeryRecord:
 
 
 def carry(model: nn.Module, record: SurgeryRecord | None) -> None:
-    """Let a model carry a record, or none; of a wrapper it is the module inside."""
+    """Let a model carry a record, which holds those of its parts too, or none; of a wrapper it is the module inside."""
     inside = unwrapped(model)
     if record is not None:
+        for path in parts_of(inside):
+            carry(inside.get_submodule(path), None)
         setattr(inside, ATTRIBUTE, record)
     elif ATTRIBUTE in vars(inside):
         delattr(inside, ATTRIBUTE)

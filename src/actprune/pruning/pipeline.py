@@ -330,9 +330,8 @@ class Pruner:
         sizes, record = {g.name: g.size for g in self.graph.groups}, whole_record(self.model)
         changes = cut(self.model, plan, self.example_inputs, as_optimizers(optimizers))
         try:
-            for path, part in parts_of(self.model).items():  # what was pruned by itself is a part of the whole now
+            for path, part in parts_of(self.model).items():
                 changes.did(partial(carry, self.model.get_submodule(path), part))
-                carry(self.model.get_submodule(path), None)
             changes.did(partial(carry, self.model, self.record if self.record.steps else None))
             record.extend(plan, shapes, sizes)
             carry(self.model, record)

@@ -14,7 +14,7 @@ from torch import nn
 from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.files import atomic_path
 from actprune.core.plan import Plan
-from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
+from actprune.core.record import SurgeryRecord, carry, record_of, whole_record
 from actprune.core.wrappers import PREFIXES, unwrapped
 from actprune.surgery.cut import cut, rehearsed
 from actprune.surgery.tensors import lookup
@@ -45,8 +45,6 @@ def apply_record(model: nn.Module, record: SurgeryRecord) -> nn.Module:
     part = model if named_alike else unwrapped(model)
     record = _as_inside(part, record)
     cut(part, _plan(part, record))
-    for path in parts_of(part):
-        carry(part.get_submodule(path), None)
     carry(part, record)
     return model
 

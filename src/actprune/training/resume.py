@@ -201,12 +201,13 @@ class Shapes:
 
     def inside(self, part: str) -> Shapes:
         """The shapes of a part of the network."""
-        return Shapes(*(inside(named, part) for named in (self.tensors, self.attributes, self.constants, self.records)))
+        tensors, attributes = inside(self.tensors, part), inside(self.attributes, part)
+        return Shapes(tensors, attributes, inside(self.constants, part), inside(self.records, part))
 
     def restore(self, network: nn.Module, record: SurgeryRecord) -> None:
         """Give a cut network its original shapes again; what changes holds nothing until weights are loaded."""
-        for name, own in self.records.items():
-            carry(network.get_submodule(name), own)
+        for name, before in self.records.items():
+            carry(network.get_submodule(name), before)
         made: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
         for name, module in network.named_modules():
             if name not in self.tensors:  # a metric that came later
