@@ -195,10 +195,30 @@ class Half(nn.Linear):
         return super().forward(x[: len(x) // 2]).relu()
 
 
-def test_what_data_decide_keeps_no_width():
-    torch.manual_seed(0)
+class Sent(nn.Module):
+    """Samples are sent to experts, those without any left out: a cut may send as many to another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12)) for _ in range(4))
+
+    def forward(self, x):
+        x = self.inner(x).relu()
+        to, y = (40 * x.sum(-1)).long() % 4, torch.zeros_like(x)
+        for expert in torch.bincount(to, minlength=4).nonzero().flatten().tolist():
+            y[to == expert] = self.experts[expert](x[to == expert])
+        return self.outer(y)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_data_decide_keeps_no_width(seed):
+    torch.manual_seed(seed)
     graph, _ = rehearse(Chosen(), torch.randn(4, 9, 5))
     assert [group.size for group in graph.unlocked] == [12, 6], str(graph)
+    graph, _ = rehearse(Sent(), torch.randn(5, 5))
+    assert "that follows a width" not in str(graph)
+    assert {group.size for group in graph.unlocked} == {8, 12}, str(graph)
 
 
 class Window(nn.Module):

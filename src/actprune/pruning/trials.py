@@ -186,16 +186,17 @@ class _Checker(TorchDispatchMode):
     def _compare_fixed(self, place: Place, args: Any, outputs: list[Tensor]) -> None:
         """Extents that no cut changes; what data decide is let through, with all that is computed from it."""
         extents = self._graph.extents
-        unknown = None in extents.lengths[place]
+        measured, unknown = place[:2] in self._measuring, None in extents.lengths[place]
         wrong = [
             (outputs[i], dim, extent)
             for i, dim, extent in extents.fixed(place)
             if i < len(outputs) and dim < outputs[i].dim() and outputs[i].shape[dim] != extent
             if not _only_moved(outputs[i].shape, self._due(place, i))
         ]
-        if not wrong and not (unknown and len(self._decided)):
+        if not wrong and not ((measured or unknown) and len(self._decided)):
             return
-        if place[:2] in self._measuring or any(self._decided.each(_tensors(args))):
+        # what is picked next may be as long by chance, and be given to another module than in the trace
+        if (wrong and measured) or any(self._decided.each(_tensors(args))):
             for tensor in outputs:
                 self._decided[tensor] = True
         elif wrong:
