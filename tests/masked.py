@@ -166,7 +166,8 @@ def masked(model, plan, graph=None, *, consumers_only=False):
     with torch.no_grad():
         for name, dims in plan.removed.items():
             for dim, positions in dims.items():
-                if any(_zeroed(*holder, dim, consumers_only) for holder in _holders(twin, tensors[name])):
+                held = list(_holders(twin, tensors[name]))
+                if any(_zeroed(*holder, dim, consumers_only) for holder in held) or not (held or consumers_only):
                     tensors[name].index_fill_(dim, torch.tensor(positions), 0)
     for path, module in list(twin.named_modules()):
         parent, _, leaf = path.rpartition(".")
@@ -198,7 +199,7 @@ def _holders(model, tensor):
 
 
 def _zeroed(owner, leaf, dim, consumers_only):
-    if isinstance(owner, nn.utils.parametrize.ParametrizationList):
+    if leaf in ("original1", "weight_v"):
         return dim == 1  # weight norm: a zero row of v would be 0 / 0
     if not consumers_only:
         return True

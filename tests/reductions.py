@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actprune.core.hooks import decomposed
+from actprune.core.hooks import decomposed, is_composite
 from actprune.core.stack import module_stack
 from actprune.graph.weak import ByTensor
 
@@ -46,7 +46,7 @@ class OverKept(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        composite = is_composite(func)
         if name in NOT_NEUTRAL and not composite:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             args = (self._kept(args[0], named.get("dim")), *args[1:])

@@ -238,7 +238,7 @@ def cumulative(x):
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (softmax, "share of a softmax"),
+        (softmax, "summed where what has left would not be zero"),
         (cumulative, "a number that follows a width"),
         (lambda x: x * x.topk(x.shape[-1] // 4, 1)[0].mean(1, keepdim=True), "a number that follows a width"),
         (lambda x: x[:, x.shape[-1] // 4 - 1].unsqueeze(1), "a number that follows a width"),

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +25,7 @@ from actprune.capacity.maps import CONVOLUTIONS, LAYERS, NORMS
 from actprune.capacity.rules import JOINED, RULES, Unbounded
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import TraceError
-from actprune.core.hooks import decomposed
+from actprune.core.hooks import decomposed, is_composite
 from actprune.core.layers import runs_torch_forward
 from actprune.core.stack import module_stack
 from actprune.graph.rules import bind
@@ -160,7 +159,7 @@ class _Follower(TorchDispatchMode):
         if self.inside:
             return func(*args, **kwargs)
         out = decomposed(self, func, args, kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if is_composite(func):
             return out  # its parts have been seen
         name = func.overloadpacket.__name__
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -50,9 +50,38 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
         yield
 
 
+def is_composite(func: Any) -> bool:
+    """Whether an operator's parts are looked at in its place: composite ones and fused attention."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")) or _is_fused(func)
+
+
+def _is_fused(func: Any) -> bool:
+    return func.overloadpacket.__name__.startswith("_scaled_dot_product_") and "_math" not in func.overloadpacket.__name__
+
+
+def _attention(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fused attention that the model itself turned on again, as matrix products, laid out as the kernel's own result."""
+    names = (argument.name for argument in func._schema.arguments)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    query, key = given["query"], given["key"]
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
+    grouped = query.dim() > 3 and query.shape[-3] != key.shape[-3]
+    out = func(*args, **kwargs)
+    with mode:
+        heads, _ = torch.ops.aten._scaled_dot_product_attention_math.default.decompose(
+            query, key, given["value"], mask, dropout, causal, scale=given.get("scale"), enable_gqa=grouped
+        )
+        order = sorted(range(heads.dim()), key=out[0].stride, reverse=True)
+        heads = heads.permute(order).contiguous().permute([order.index(d) for d in range(heads.dim())])
+    return heads, *out[1:]
+
+
 def decomposed(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator, in its parts where it is a composite one (inference mode hands those over whole)."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    """Run an operator, in its parts where it is a composite one (inference mode hands those over whole) or fused attention."""
+    if _is_fused(func):
+        return _attention(mode, func, args, kwargs)
+    if is_composite(func):
         with mode:
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
-from actprune.core.hooks import CONTRACTIONS, decomposed
+from actprune.core.hooks import CONTRACTIONS, decomposed, is_composite
 from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
+from actprune.graph import remains
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
@@ -74,7 +75,7 @@ class ChannelTracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        composite = is_composite(func)
         shape = args[0].shape if name == "squeeze_" else None  # afterwards nothing tells which extents were 1
         out = decomposed(self, func, args, kwargs)
         if composite and name not in RULES:
@@ -86,7 +87,8 @@ class ChannelTracer(TorchDispatchMode):
                 self._number(name, [], numbers(func, args, kwargs))
             return out
         inputs, outputs = _listed((*args, *kwargs.values())), _listed((out,))
-        self._read(name, inputs)
+        given = numbers(func, args, kwargs)
+        self._read(name, inputs, given)
         function = RULES.get(name)
         if function is None and name.endswith("_") and not name.endswith("__"):
             function = RULES.get(name[:-1])
@@ -111,15 +113,17 @@ class ChannelTracer(TorchDispatchMode):
                     t.filled[id(ids)] = ids
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
+        pointwise_ = name in remains.UNTAGGED or _is_pointwise(func, name)
+        remains.follow(t, func, name, args, kwargs, inputs, outputs, pointwise_)
         if name not in CONTRACTIONS or name in _OF_VECTORS:
             t.compute(inputs, outputs)
         if not composite and not t.training:
-            self._number(name, outputs, numbers(func, args, kwargs))
+            self._number(name, outputs, given)
         return out
 
     def whole(self, function: Any, args: Any, inputs: list[Tensor], follow: Callable[[Any], None]) -> Any:
         """Run a call whose operators are not looked at one by one; ``follow`` says what it does to ids."""
-        self._read(function.__name__, inputs)
+        self._read(function.__name__, inputs, ())
         self._inside = True
         try:
             out = function(*args)
@@ -128,12 +132,13 @@ class ChannelTracer(TorchDispatchMode):
         follow(out)
         return out
 
-    def _read(self, name: str, inputs: list[Tensor]) -> None:
+    def _read(self, name: str, inputs: list[Tensor], given: tuple[float | complex, ...]) -> None:
         t = self.state
         self._meet_inputs()
         t.where = f"{name} in {t.frames[-1].path or 'the model'}"
         if name not in _SHAPES_ALONE:
             t.read(inputs)
+            remains.read(t, name, given, inputs)
         for producer in t.producers(inputs):
             producer.readers += 1
 
@@ -265,6 +270,7 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
         state.where = "the model's output"
         returned = list(_tensors(output))
         state.read(returned)
+        remains.read(state, "output", (), returned)
         for tensor in returned:
             for ids in state.ids(tensor):
                 state.space.lock(ids, "reaches the model's output")

@@ -10,18 +10,18 @@ from math import isclose
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import Example, call, undisturbed
-from actprune.core.hooks import decomposed
+from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
 from actprune.core.stack import Frame, module_stack
 from actprune.graph import Graph, Group
 from actprune.graph.extents import Place
+from actprune.graph.remains import VIEWS
 from actprune.graph.weak import ByTensor
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
@@ -84,6 +84,8 @@ class Trials:
 
 
 _SUMS = {"sum", "linalg_vector_norm"}
+_OF_A_NORM = VIEWS | {"sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "add", "mul", "div", "clone"}
+"""What stands between the sum of a norm and the number that makes it one of a mean: ``normalize(x, dim=1) * C**0.5``."""
 _COUNTABLE = 2**40
 
 
@@ -116,9 +118,10 @@ class _Checker(TorchDispatchMode):
         self._measuring: set[tuple[str, int]] = set()
         self._summed: ByTensor[int] = ByTensor()
         self._decided: ByTensor[bool] = ByTensor()
+        self._normed: ByTensor[int] = ByTensor()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        composite = is_composite(func)
         try:
             out = decomposed(self, func, args, kwargs or {})
         except Exception:
@@ -147,6 +150,13 @@ class _Checker(TorchDispatchMode):
             self._measuring.add(call_)
         if ran in _SUMS and out.numel():
             self._summed[out] = args[0].numel() // out.numel()
+        elif ran in VIEWS and (summed := self._summed.get(args[0])) is not None:
+            self._summed[out] = summed
+        elif ran.rstrip("_") in _OF_A_NORM and isinstance(out, Tensor):
+            operands = [x for x in args if isinstance(x, Tensor)]
+            counts = {n for of in (self._summed, self._normed) for n in of.each(operands) if n is not None}
+            if len(counts) == 1:
+                self._normed[out] = counts.pop()
         if call_ in self._astray:
             for tensor in _tensors(out):
                 self._decided[tensor] = True
@@ -157,13 +167,22 @@ class _Checker(TorchDispatchMode):
             changed = repr(given) != repr(before) and call_ not in self._measuring
             if name == "native_group_norm" and changed and expected[0][1] is not None:
                 changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
-            if changed and not any(_is_count(n, given, before) for n in self._summed.each(args) if n is not None):
+            if changed and not self._counts(args, given, before):
                 raise NumberError(
                     f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
                 )
             for tensor, dims in zip(_tensors(out), expected, strict=False):
                 self._compare(name, tensor, dims)
             self._compare_fixed(place, args, _tensors(out))
+
+    def _counts(self, args: Any, given: tuple[float | complex, ...], before: tuple[float | complex, ...]) -> bool:
+        """Whether a number counts what one of these tensors summed; or is its root, where it was divided by a norm."""
+        return any(
+            _is_count(n, given, before, powers)
+            for of, powers in ((self._summed, (1, -1, 2, -2)), (self._normed, (2, -2)))
+            for n in of.each(args)
+            if n is not None
+        )
 
     def _asked(self, args: Sequence[Any]) -> None:
         """A view to several wrong extents needs as many repairs, each of which makes one right."""
@@ -246,14 +265,14 @@ def _by_data(args: Sequence[Any]) -> bool:
     return indices is None or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
-def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex]) -> bool:
+def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex], powers: Sequence[int]) -> bool:
     """Whether one number changed from how many were summed to how many are (one less: of a variance), or a root of that."""
     if len(given) != 1 or len(before) != 1:
         return False
     now, once = given[0], before[0]
     if isinstance(now, complex) or isinstance(once, complex) or not (0 < now < _COUNTABLE and 0 < once < _COUNTABLE):
         return False
-    roots = ((now**power, once**power) for power in (1, -1, 2, -2))
+    roots = ((now**power, once**power) for power in powers)
     return any(
         round(full) > round(kept) >= 1
         and isclose(kept, round(kept))

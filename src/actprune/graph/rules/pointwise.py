@@ -111,13 +111,6 @@ def prelu(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     t.set(out, broadcast(t, [a.input, a.weight], tuple(out.shape)))
 
 
-@rule("exp", "exp2")
-def exponential(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Pointwise; what is removed would not be zero."""
-    pointwise(t, [a.input], [out])
-    t.exponentials[out] = True
-
-
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
 def softmax(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """What is removed would have had a share, whatever it says: the dimension cannot be cut."""

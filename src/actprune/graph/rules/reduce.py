@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actprune.graph import remains
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -44,8 +45,6 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Mean, sum, extremes, variance and norms; where an extreme stands is a position, which locks once somebody reads it."""
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
     x, gone = list(t.ids(a.input)), _dims(a)
-    if t.where.startswith("sum ") and a.input in t.exponentials:
-        t.fix(x, gone, "share of a softmax")  # written by hand
     extreme = len(gone) == 1 and t.where.startswith(("max ", "amax ", "min ", "amin "))
     if extreme and any(x[d] is guess for d in gone for guess in t.guesses if guess is not None):
         t.scored.add(t.frames[-1].path)  # of the pieces of every channel: maxout
@@ -53,6 +52,7 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     ids = [None if d in gone else dim for d, dim in enumerate(x) if kept or d not in gone]
     for tensor in outputs:
         t.set(tensor, ids)
+    remains.reduced(t, t.where.partition(" ")[0], a.input, gone, outputs[0])
     if len(outputs) == 2 and outputs[1].dtype == torch.int64:
         for d in gone:
             t.lock_once_read(outputs[1], x[d], "position of an extreme")

@@ -1,0 +1,157 @@
+"""What has left is zero behind a product and not behind a sigmoid: sums over channels tell the difference."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from actprune.pruning.plans import draft
+from actprune.pruning.verify import rehearse
+from actprune.surgery import cut
+from masked import check_cuts, difference, masked, outputs, random_units
+
+TOKENS = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Between(nn.Module):
+    """Something between two layers: ``(B, T, C) -> (B, T, C)``."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between, self.inner, self.outer = between, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.outer(self.between(self.inner(x)))
+
+
+def over_memories(x):
+    """External attention: a softmax over tokens, then shares over memories."""
+    x = x.softmax(1)
+    return x / (x.sum(-1, keepdim=True) + 1e-9)
+
+
+def mixed(x):
+    """Every operand of a product is positive, and a power, a transposition and a concatenation stand between."""
+    p = torch.cat([F.softplus(x), 1 - x], 1).square().transpose(1, 2) * (x.mean((1, 2), keepdim=True).exp() + 1)
+    return x / p.sum(1).mean(1)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        over_memories,
+        mixed,
+        lambda x: x / x.sigmoid().sum(-1, keepdim=True),
+        lambda x: F.normalize(x.cos(), dim=-1) * x,
+        lambda x: x * torch.where(x > 0, x, 0.5).sum(-1, keepdim=True),
+        lambda x: x * (x <= 0).sum(-1, keepdim=True),
+    ],
+)
+def test_a_sum_of_what_is_not_zero_is_locked(between):
+    graph, _ = rehearse(Between(between).double(), TOKENS)
+    assert "summed where what has left would not be zero" in (graph.group("inner").locked or ""), str(graph)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x / (1 + F.gelu(x).square().sum(-1, keepdim=True)),
+        lambda x: x * (x.sigmoid() * x).sum(-1, keepdim=True),
+        lambda x: x * x.expm1().sum(-1, keepdim=True),
+        lambda x: x * torch.where(x.mean(-1, keepdim=True) > 0, x, 0.0).sum(-1, keepdim=True),
+        lambda x: x * torch.maximum(x, x.new_full(x.shape, 0.0)).sum(-1, keepdim=True),
+        lambda x: torch.vmap(lambda y, scale: y * scale)(x, torch.ones(2)) * x.relu().sum(-1, keepdim=True),
+        lambda x: x * x.masked_fill(x > 0.5, 0).sum(-1, keepdim=True),
+        lambda x: x * (torch.cat([x, torch.zeros_like(x)], 1).sum((1, 2), keepdim=True) + x.sigmoid()),
+    ],
+)
+def test_a_sum_of_zeros_is_not(between):
+    def net():
+        return Between(between)
+
+    graph, _ = rehearse(net().double(), TOKENS)
+    assert graph.group("inner").locked is None, str(graph)
+    check_cuts(net, graph, TOKENS)
+
+
+@pytest.mark.parametrize("shaped", [lambda x: x.sum(-1, keepdim=True), lambda x: x.sum(-1)[..., None]])
+def test_a_mean_by_hand_is_one_of_what_stays(shaped):
+    def variance(x):
+        x = x - x.mean(-1, keepdim=True)
+        return x * shaped(x**2).div(x.shape[-1])
+
+    graph, _ = rehearse(Between(variance).double(), TOKENS)
+    assert graph.group("inner").locked is None, str(graph)
+
+
+class RootOfMeanSquare(nn.Module):
+    """A norm that asks its width of the input, and multiplies by the root; ``keep_only``: the reference's own count."""
+
+    def __init__(self, width, early):
+        super().__init__()
+        self.weight, self.early, self.left, self.follows = nn.Parameter(torch.rand(width) + 0.5), early, 0, None
+
+    def keep_only(self, gone):
+        self.left = len(gone)
+
+    def forward(self, x):
+        root = (x.shape[-1] - self.left) ** 0.5
+        x = F.normalize(x, dim=-1)
+        return x * root * self.weight if self.early else x * self.weight * root
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_root_of_a_width_follows_a_norm_over_it(early):
+    def net():
+        return Between(RootOfMeanSquare(8, early))
+
+    torch.manual_seed(0)
+    graph, _ = rehearse(net().double(), TOKENS)
+    assert graph.group("inner").locked is None, str(graph)
+    check_cuts(net, graph, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x * x.shape[-1] ** 0.5,
+        lambda x: F.normalize(x, dim=1) * x.shape[-1] ** 0.5,
+        lambda x: F.normalize(x, dim=-1) * x.shape[-1],
+    ],
+)
+def test_another_number_does_not(between):
+    graph, _ = rehearse(Between(between).double(), TOKENS)
+    assert "a number that follows a width" in (graph.group("inner").locked or ""), str(graph)
+
+
+class Chosen(nn.Module):
+    """Attention that chooses its kernel itself, which nobody from outside can keep from being fused."""
+
+    def __init__(self, key_heads=4):
+        super().__init__()
+        self.heads, self.key_heads = 4, key_heads
+        self.q, self.kv = nn.Linear(5, 12), nn.Linear(5, 6 * key_heads)
+        self.out, self.head = nn.Linear(12, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, self.heads, 3).transpose(1, 2)
+        k, v = self.kv(x).view(b, n, 2, self.key_heads, 3).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.key_heads < self.heads)
+        return self.head(self.out(y.transpose(1, 2).reshape(b, n, -1)))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_that_chooses_its_own_kernel(key_heads):
+    graph, _ = rehearse(Chosen(key_heads).double(), TOKENS)
+    assert graph.group("q").locked is None, str(graph)
+    assert graph.group("q").size == key_heads
+    for seed in range(3):
+        torch.manual_seed(0)
+        net = Chosen(key_heads).double()
+        plan = draft(net, graph, random_units(graph, seed))
+        reference = outputs(masked(net, plan, graph), TOKENS)
+        cut(net, plan, TOKENS)
+        assert difference(outputs(net, TOKENS), reference) < 1e-11
