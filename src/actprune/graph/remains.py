@@ -3,7 +3,8 @@
 A channel is zero where its weights are, stays so through a ReLU or a product, and is 0.5 after a sigmoid, 1 after ``exp``
 and a share after a softmax over positions. The cut network sums what stays, so such a sum over channels is locked, unless
 the code divides it by how many it summed: then it is a mean of what stays. Every pointwise operator is asked itself, with
-zeros for the channels that have left.
+zeros for the channels that have left. ``TraceState.sums`` holds sums that nothing has read yet: their ids, how many were
+summed, and why they are locked once something does.
 """
 
 from __future__ import annotations

@@ -115,9 +115,8 @@ class TraceState:
     _origins: ByTensor[str] = field(default_factory=ByTensor)
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
-    remains: ByTensor[bool] = field(default_factory=ByTensor)
+    remains: ByTensor[bool] = field(default_factory=ByTensor)  # False: what has left is not zero there (``remains.py``)
     sums: ByTensor[tuple[list[NDArray[np.int64]], int, str]] = field(default_factory=ByTensor)
-    """``remains.py``: False where a channel that has left is not zero; sums over such that nothing has read yet, how many, why."""
     filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
