@@ -138,7 +138,7 @@ def _stays(size, gone):
 
 def _computes_its_weight(module):
     """A convolution with a parametrized or standardised weight."""
-    return isinstance(module, CONVS) and type(module) not in CONVS
+    return isinstance(module, CONVS) and type(module) not in CONVS and not hasattr(module, "weight_g")
 
 
 def _channels_first(norm):

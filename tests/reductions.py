@@ -50,7 +50,7 @@ class OverKept(TorchDispatchMode):
         if name in NOT_NEUTRAL and not composite:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             args = (self._kept(args[0], named.get("dim")), *args[1:])
-        if name == "native_layer_norm" and args[2] is None and len(args[1]) == 1 and self._kept(args[0], -1) is not args[0]:
+        if name == "native_layer_norm" and len(args[1]) == 1 and self._kept(args[0], -1) is not args[0]:
             out = self._normalised(func, *args)
             self._follow(name, args, list(out))
             return out
@@ -70,8 +70,9 @@ class OverKept(TorchDispatchMode):
         return x
 
     def _normalised(self, func, x, shape, weight, bias, eps):
-        """A norm without weights, over what stays; what has left comes out as zero."""
+        """A norm that no module of PyTorch runs, over what stays; what has left comes out as zero."""
         stays = torch.from_numpy(np.flatnonzero(~self._gone[self._columns.get(x)[-1]]))
+        weight, bias = (p if p is None else p[stays] for p in (weight, bias))
         y, *rest = func(x.index_select(-1, stays), [len(stays)], weight, bias, eps)
         return torch.zeros_like(x).index_copy(-1, stays, y), *rest
 

@@ -42,7 +42,7 @@ class Gated(nn.Module):
 
 
 class TwoStates(nn.Module):
-    """Zeros of three widths: two that one number counts, which stay, and one that follows."""
+    """Zeros of three widths: two that one number counts, which leave together, and one of its own."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ TOKENS, IMAGE = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 
 CASES = {
     "timed": (Timed, IMAGE, [8]),
     "gated": (Gated, TOKENS, [6, 7]),
-    "two states": (TwoStates, TOKENS, [8]),
+    "two states": (TwoStates, TOKENS, [6, 8]),
     "relative heads": (RelativeHeads, TOKENS, [4]),
     "normed heads": (NormedHeads, TOKENS, [4, 8]),
     "delta rule": (DeltaRule, TOKENS, [4]),

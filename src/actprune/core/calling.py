@@ -103,9 +103,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     _put_back(getattr(module, name), content)
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
-                if not buffer.is_meta and not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(_dense(buffer), _dense(before)):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
+
+
+def _dense(buffer: Tensor) -> Tensor:
+    """PyTorch compares no sparse tensors."""
+    return buffer if buffer.layout == torch.strided else buffer.to_dense()
 
 
 def _unwatch(module: nn.Module) -> None:

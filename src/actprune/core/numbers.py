@@ -27,7 +27,8 @@ _MOVES = {
     **{f"max_pool{n}d_with_indices": (1, 2, 3, 4) for n in (2, 3)},
 }  # fmt: skip
 _FEW = 64
-_LIFTED = {"lift", "lift_fresh", "lift_fresh_copy"}
+LIFTED = frozenset({"lift", "lift_fresh", "lift_fresh_copy"})
+"""Operators that make a number a tensor."""
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def _places(func: Any) -> tuple[frozenset[int], frozenset[str]]:
 def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float | complex, ...]:
     """What an ATen operator is given, in order; the values themselves where a few numbers are made a tensor."""
     name = func.overloadpacket.__name__
-    if name in _LIFTED:
+    if name in LIFTED:
         made: Tensor = args[0]
         return tuple(made.flatten().tolist()) if made.numel() <= _FEW and made.device.type == "cpu" else ()
     if name in _MOVES:

@@ -36,11 +36,17 @@ class Trace:
         """The channel graph.
 
         Args:
-            tied: paths of modules that reshape to an extent of their own input: inside and outside leave together there.
+            tied: paths of modules that reshape to an extent of their own input: inside and outside leave together there; and
+                ``path:attribute`` of integers that count several widths, which leave together.
         """
         state = copy.copy(self._state)
         state.space = self._state.space.copy()
-        for path in tied:
+        state.bindings = list(state.bindings)
+        for path, _, attribute in (one.partition(":") for one in tied):
+            if attribute:
+                same = (b for b in state.possible if (b.module, b.attribute) == (path, attribute))
+                state.bindings += [b for b in same if not state.space.locked(b.counts)]
+                continue
             for inside, outside in state.coincidences.get(path, ()):
                 state.space.tie(inside, outside, f"reshaped to the width of its input (view in {path})")
         return build(state, self._model)

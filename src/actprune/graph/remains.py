@@ -21,13 +21,19 @@ from actprune.core.hooks import CONTRACTIONS
 from actprune.core.numbers import numbers
 
 if TYPE_CHECKING:
+    from actprune.graph.ids import Ids
     from actprune.graph.state import TraceState
 
 _SUMS = {"sum", "linalg_vector_norm", "norm"}
-# weights and biases of what has left are zero, and a norm over channels is one over those that stay
-_RESTORING = (CONTRACTIONS - {"mm", "bmm", "addmm", "baddbmm"}) | {
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+# weights and biases of channels that have left are zero, and a norm over channels is one over those that stay
+_CONVOLUTIONS = {"convolution", "deform_conv2d"}
+_CHANNEL_NORMS = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index",
-    "cudnn_batch_norm", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "batch_norm", "layer_norm",
+    "cudnn_batch_norm", "native_group_norm", "batch_norm",
+}  # fmt: skip
+_LAST_NORMS = {"native_layer_norm", "_fused_rms_norm", "layer_norm"}
+_RESTORING = (CONTRACTIONS - _PRODUCTS - _CONVOLUTIONS) | {
     "zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "zero_",
 }  # fmt: skip
 _FILLING = {"ones", "full", "rand", "randn", "new_ones", "new_full", "ones_like", "full_like", "rand_like", "randn_like"} | {
@@ -73,8 +79,10 @@ def follow(
         left = with_value and 0 in numbers(func, args, kwargs)[:1]
     elif name in _RESTORING:
         left = True
-    elif name in CONTRACTIONS:
-        left = _product(t, *args[-2:])
+    elif name in _PRODUCTS:
+        left = _product(t, *args[-2:]) and (len(args) < 3 or _sum(t, args[0], outputs[0]))
+    elif name in _CONVOLUTIONS | _CHANNEL_NORMS | _LAST_NORMS:
+        left = _layer(t, func, name, args, kwargs, outputs[0])
     elif pointwise:
         left = (name.rstrip("_") in _KEEPING and _is_zeroed(t, args[0])) or _asked(t, func, args, kwargs)
     else:
@@ -120,6 +128,26 @@ def _product(t: TraceState, a: Tensor, b: Tensor) -> bool:
     left, right = t.ids(a), t.ids(b)
     batch = any(ids is not None for ids in (*left[:-2], *right[:-2]))
     return not ((rows and left[-2] is not None) or (columns and right[-1] is not None) or (rows and columns and batch))
+
+
+def _sum(t: TraceState, added: Tensor, out: Tensor) -> bool:
+    """Whether what is added to a product is zero along every dimension whose positions may have left."""
+    beside = [None] * (out.dim() - added.dim()) + t.ids(added)
+    along = zip(t.ids(out), beside, strict=True)
+    return _is_zeroed(t, added) and all(b is not None or not _may_leave(t, a) for a, b in along)
+
+
+def _layer(t: TraceState, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Whether a layer gives zero where its channels have left, and where positions have that it does not write itself."""
+    own = range(out.dim() - len(args[1]), out.dim()) if name in _LAST_NORMS else (1,)
+    if not any(d not in own and _may_leave(t, ids) for d, ids in enumerate(t.ids(out))):
+        return True
+    biased = (dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs).get("bias") is not None
+    return name not in _CHANNEL_NORMS and not biased and t.remains.get(args[0]) is None
+
+
+def _may_leave(t: TraceState, ids: Ids) -> bool:
+    return ids is not None and bool((ids >= 0).any()) and not t.space.locked(ids)
 
 
 def _asked(t: TraceState, func: Any, args: Any, kwargs: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_not
@@ -10,10 +10,10 @@ from operator import is_not
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from actprune.core.stack import Frame
 from actprune.graph.ids import Ids, IdSpace, first
+from actprune.graph.naming import Naming
 from actprune.graph.weak import ByTensor
 
 
@@ -67,13 +67,12 @@ class Binding:
     """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
-@dataclass
-class TraceState:
+@dataclass(kw_only=True)
+class TraceState(Naming):
     """Mutable state of one trace; rules see only this."""
 
     names: dict[int, str]
     """``id(tensor)`` -> name of a parameter, buffer or plain tensor attribute."""
-    modules: dict[str, nn.Module]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Parameters and buffers met so far, in order of first use."""
     tensor_ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
@@ -106,8 +105,6 @@ class TraceState:
     """(module, call, operator) -> ids before a window along what may be cut; None where the numbers follow otherwise."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
-    frames: list[Frame] = field(default_factory=lambda: [Frame("")])
-    """The running calls, outermost first."""
     storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
     where: str = ""
     """The running operator and module, for reasons."""
@@ -120,11 +117,6 @@ class TraceState:
     filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
-
-    @property
-    def stack(self) -> list[str]:
-        """Paths of the running modules, outermost first."""
-        return [frame.path for frame in self.frames]
 
     def skips(self, ids: Ids) -> None:
         """What runs begins behind these positions of what may be cut; None: its numbers follow otherwise."""
@@ -142,12 +134,22 @@ class TraceState:
         if name not in self.tensor_ids:
             self.tensors[name] = tensor
             self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
-            if isinstance(self.modules.get(name.rpartition(".")[0]), torch.jit.ScriptModule):
+            if why := self._out_of_reach(name.rpartition(".")[0]):
                 for ids in self.tensor_ids[name]:
-                    self.space.lock(ids, "held by a scripted module")
+                    self.space.lock(ids, why)
         self._ids[tensor] = known = list(self.tensor_ids[name])
         self._origins[tensor] = name
         return known
+
+    def _out_of_reach(self, path: str) -> str | None:
+        """Why nothing can take the place of what a module holds."""
+        if isinstance(self.modules.get(path), torch.jit.ScriptModule):
+            return "held by a scripted module"
+        parts = path.split(".") if path else []
+        for n, leaf in enumerate(parts):  # ``self.parameters = nn.ParameterList(self.parameters)``
+            if hasattr(type(self.modules[".".join(parts[:n])]), leaf):
+                return f"held by {path}, which a method of that name hides"
+        return None
 
     def ids_of(self, tensors: Sequence[Tensor]) -> list[list[Ids]]:
         """The same of many tensors: a concatenation of hundreds is mostly questions."""
@@ -251,49 +253,13 @@ class TraceState:
             if (pending := self._pending.pop(tensor)) is not None:
                 self.space.lock(*pending)
 
-    def attributes(self) -> Iterator[tuple[str, str, object]]:
-        """Yield (module path, attribute name, value) of the plain attributes of every running module, innermost first."""
-        for path in reversed(self.stack):
-            yield from self._plain(path)
-
-    def called(self) -> Iterator[tuple[str, str, object]]:
-        """The same and those of the innermost module's children, whose methods it may call."""
-        yield from self.attributes()
-        path = self.stack[-1]
-        for name in self.modules[path]._modules:
-            child = f"{path}.{name}" if path else name
-            if child in self.modules:
-                yield from self._plain(child)
-
-    def _plain(self, path: str) -> Iterator[tuple[str, str, object]]:
-        for name, value in vars(self.modules[path]).items():
-            private = name.startswith("_") and (type(value) is not int or self.of_torch(path))
-            if not private and name != "training":
-                yield path, name, value
-
-    def integers(self, path: str) -> Iterator[tuple[str, int]]:
-        """Yield (name, value) of a module's own integer attributes."""
-        for name, value in vars(self.modules[path]).items():
-            if type(value) is int and not (name.startswith("_") and self.of_torch(path)):
-                yield name, value
-
-    def shapes(self, path: str, tensor: Tensor) -> Iterator[tuple[str, int]]:
-        """Yield (name, how many dimensions) of a module's own tuples and lists that are the last extents of a tensor."""
-        for _, name, value in self._plain(path):
-            if not isinstance(value, (tuple, list)) or not value or any(type(n) is not int for n in value):
-                continue
-            if list(tensor.shape[-len(value) :]) == list(value):
-                yield name, len(value)
-
-    def of_torch(self, path: str) -> bool:
-        """Whether PyTorch wrote a module's code."""
-        return type(self.modules[path]).__module__.startswith("torch.nn")
-
     def may_count(self, ids: NDArray[np.int64]) -> None:
         """Integers of the running modules that equal an extent may follow it: a rehearsal tells."""
         for path, name, value in self.called():
             if type(value) is int and value == len(ids) and not self.of_torch(path):
                 self.possible.append(Binding(path, name, None, ids))
+        for path in (self.stack[-1], *self.children()):
+            self.possible += [Binding(path, name, None, ids) for name, n in self.settings(path) if n == len(ids)]
 
     def contract(
         self,

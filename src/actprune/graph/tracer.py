@@ -7,6 +7,7 @@ default: an operator without a rule locks what it touches and is named in the gr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -181,6 +182,7 @@ class ChannelTracer(TorchDispatchMode):
                     self.state.refused.append((str(func.overloadpacket), ids))
 
 
+@functools.cache
 def _is_pointwise(func: Any, name: str) -> bool:
     """PyTorch tags pointwise operators, but not every in-place twin of one."""
     if torch.Tag.pointwise in func.tags:
@@ -239,7 +241,7 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
                 "or a callable that takes the model"
             ) from error
     for bindings in (state.bindings, state.possible, state.asked):  # what a forward makes itself, it makes anew
-        bindings[:] = [one for one in bindings if one.attribute in vars(state.modules[one.module])]
+        bindings[:] = [one for one in bindings if one.attribute.partition(".")[0] in vars(state.modules[one.module])]
     whole = all(name in state.tensor_ids for name in _learned(model))
     if training or not whole:
         _in_training(model, example, state)

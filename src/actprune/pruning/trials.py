@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.hooks import decomposed, is_composite
-from actprune.core.numbers import numbers
+from actprune.core.numbers import LIFTED, numbers
 from actprune.core.stack import Frame, module_stack
 from actprune.graph import Graph, Group
 from actprune.graph.extents import Place
@@ -84,6 +84,7 @@ class Trials:
         return None
 
 
+_PICKS = {"select", "view", "alias", "detach", "squeeze", "unsqueeze"}
 _SUMS = {"sum", "linalg_vector_norm"}
 _OF_A_NORM = VIEWS | {"sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "add", "mul", "div", "clone"}
 """What stands between the sum of a norm and the number that makes it one of a mean: ``normalize(x, dim=1) * C**0.5``."""
@@ -120,6 +121,7 @@ class _Checker(TorchDispatchMode):
         self._summed: ByTensor[int] = ByTensor()
         self._decided: ByTensor[bool] = ByTensor()
         self._normed: ByTensor[int] = ByTensor()
+        self._widths: ByTensor[str] = ByTensor()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = is_composite(func)
@@ -147,7 +149,9 @@ class _Checker(TorchDispatchMode):
         name, expected = extents.get(place, ("", ()))
         if name != ran:
             self._astray.add(call_)
-        if ran == "_local_scalar_dense":
+        if self._is_width(ran, args, out):
+            pass
+        elif ran == "_local_scalar_dense":
             self._measuring.add(call_)
         if ran in _SUMS and out.numel():
             self._summed[out] = args[0].numel() // out.numel()
@@ -169,9 +173,10 @@ class _Checker(TorchDispatchMode):
             if name == "native_group_norm" and changed and expected[0][1] is not None:
                 changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
             if changed and not self._counts(args, given, before):
-                raise NumberError(
-                    f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
-                )
+                told = f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
+                if not (ran in LIFTED and out.numel() == 1 and not out.is_floating_point()):
+                    raise NumberError(told)
+                self._widths[out] = told
             for tensor, dims in zip(_tensors(out), expected, strict=False):
                 self._compare(name, tensor, dims)
             self._compare_fixed(place, args, _tensors(out))
@@ -184,6 +189,15 @@ class _Checker(TorchDispatchMode):
             for n in of.each(args)
             if n is not None
         )
+
+    def _is_width(self, ran: str, args: Any, out: Any) -> bool:
+        """Whether an integer tensor that holds a width is read as a number again, which then is compared where it is used."""
+        told = next((told for told in self._widths.each(_tensors(args)) if told), None) if len(self._widths) else None
+        if told is not None and ran in _PICKS:
+            self._widths[out] = told
+        elif told is not None and ran != "_local_scalar_dense":
+            raise NumberError(told)
+        return told is not None
 
     def _asked(self, args: Sequence[Any]) -> None:
         """A view to several wrong extents needs as many repairs, each of which makes one right."""

@@ -33,7 +33,8 @@ class Repairs:
     following: frozenset[Choice] = frozenset()
     """Integers of modules that follow the width of some groups."""
     tied: frozenset[str] = frozenset()
-    """Modules whose inner width has to stay equal to the width of their input."""
+    """Modules whose inner width has to stay equal to the width of their input, and ``path:attribute`` of integers that count
+    several widths."""
     locked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Group -> why it cannot be cut after all."""
     idle: frozenset[tuple[str, str]] = frozenset()
@@ -176,8 +177,8 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
     followed = {(module, attribute) for module, attribute, _ in repairs.following}
     for here in enclosing:
         own = [(attribute, choices) for (module, attribute), choices in options.items() if module == here]
-        # what follows a width already may have taken the wrong one of several that are equal: asked last
-        for attribute, choices in sorted(own, key=lambda option: (here, option[0]) in followed):
+        # what follows a width already may have taken the wrong one of several that are equal: asked last; settings before it
+        for attribute, choices in sorted(own, key=lambda option: ((here, option[0]) in followed, "." in option[0])):
             for k, choice in enumerate(choices):
                 if (here, choice) in tried or choice in repairs.following:
                     continue
@@ -191,6 +192,13 @@ def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried
             same = {p for p in graph.may_tie if role[p] == role[here]}
             tried |= {(p, "tied") for p in same}
             return dataclasses.replace(repairs, tied=repairs.tied | same)
+        for attribute, choices in own:  # one integer for several widths: no single one of them helps
+            shared = {p for p, name in options if name == attribute and role[p] == role[here]}
+            tied = repairs.tied | {f"{p}:{attribute}" for p in shared}
+            if len(choices) > 1 and (here, f":{attribute}") not in tried and tied != repairs.tied:
+                tried |= {(p, f":{attribute}") for p in shared}
+                kept = frozenset(c for c in repairs.following if c[1] != attribute or c[0] not in shared)
+                return dataclasses.replace(repairs, following=kept, tied=tied)
     return None
 
 

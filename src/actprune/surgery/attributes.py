@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from actprune.core import settings
 from actprune.surgery.transaction import Transaction
 
 _Conv = nn.modules.conv._ConvNd
@@ -14,11 +15,14 @@ _Norm = nn.modules.batchnorm._NormBase
 
 
 def assign(module: nn.Module, name: str, value: Any, changes: Transaction) -> None:
-    """Set a plain attribute, and remember how to take it back."""
+    """Set a plain attribute, or ``config.name`` in settings of its own, and remember how to take it back."""
+    owner, _, leaf = name.partition(".")
+    if leaf:
+        name, value = owner, settings.changed(getattr(module, owner), leaf, value)
     old = getattr(module, name)
     if isinstance(old, tuple) and isinstance(value, list):
         value = tuple(value)
-    if type(old) is type(value) and old == value:
+    if not leaf and type(old) is type(value) and old == value:
         return
     setattr(module, name, value)
     changes.did(lambda: setattr(module, name, old))

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from actprune.core import settings
 from actprune.core.errors import ConfigError
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of
 from actprune.surgery import apply_record
@@ -182,11 +183,13 @@ class Shapes:
     """Module name -> name -> value, of the buffers that no state dict holds and of tensors that are plain attributes."""
     records: dict[str, SurgeryRecord]
     """Module name -> record, of parts that were pruned by themselves."""
+    settings: dict[str, dict[str, Any]]
+    """Module name -> attribute name -> the object that keeps its settings; a cut gives the module another one."""
 
     @classmethod
     def of(cls, network: nn.Module) -> Shapes:
         """Note the shapes of a network."""
-        tensors, attributes, constants = {}, {}, {}
+        tensors, attributes, constants, kept = {}, {}, {}, {}
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
             tensors[name] = {key: value.shape for key, value in held.items() if value is not None}
@@ -197,12 +200,14 @@ class Shapes:
             attributes[name] = {
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
-        return cls(tensors, attributes, constants, parts_of(network))
+            kept[name] = dict(settings.held(module))
+        return cls(tensors, attributes, constants, parts_of(network), kept)
 
     def inside(self, part: str) -> Shapes:
         """The shapes of a part of the network."""
         tensors, attributes = inside(self.tensors, part), inside(self.attributes, part)
-        return Shapes(tensors, attributes, inside(self.constants, part), inside(self.records, part))
+        constants, records = inside(self.constants, part), inside(self.records, part)
+        return Shapes(tensors, attributes, constants, records, inside(self.settings, part))
 
     def restore(self, network: nn.Module, record: SurgeryRecord) -> None:
         """Give a cut network its original shapes again; what changes holds nothing until weights are loaded."""
@@ -217,6 +222,8 @@ class Shapes:
             for key, value in self.attributes[name].items():
                 if own or key in record.attributes.get(name, ()):
                     setattr(module, key, type(value)(value))
+            for key in {key.partition(".")[0] for key in record.attributes.get(name, ()) if "." in key}:
+                setattr(module, key, self.settings[name][key])
             known, constants = self.tensors[name], self.constants[name]
             for key, value in constants.items():
                 present = vars(module).get(key)  # None, or of another shape, if a forward writes it: then it was not cut

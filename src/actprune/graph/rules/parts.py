@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,9 +120,10 @@ def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
     """An integer of the innermost module may be what the split was called with."""
     for path, name, value in t.attributes():
         if path != t.stack[-1]:
-            return
+            break
         if type(value) is int and value == size:
             t.possible.append(Binding(path, name, None, counts))
+    t.possible += [Binding(t.stack[-1], name, None, counts) for name, n in t.settings(t.stack[-1]) if n == size]
 
 
 def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
@@ -166,11 +167,16 @@ def _named(t: TraceState, n: int) -> list[tuple[str, str]]:
     path = t.stack[-1]
     held = [f"{path}.{name}" if path else name for name in t.modules[path]._modules]
 
-    def of(owner: str) -> list[tuple[str, str]]:
-        widths = (name for name, value in t.integers(owner) if value == n)
+    def of(owner: str, kept: Iterable[tuple[str, int]]) -> list[tuple[str, str]]:
+        widths = (name for name, value in kept if value == n)
         return [(owner, name) for name in widths if any(word in name for word in _PART_WORDS)]
 
-    return of(path) or [found for owner in held if owner in t.modules and not t.of_torch(owner) for found in of(owner)]
+    below = [owner for owner in held if owner in t.modules and not t.of_torch(owner)]
+    return (
+        of(path, t.integers(path))
+        or [found for owner in below for found in of(owner, t.integers(owner))]
+        or of(path, t.settings(path))
+    )
 
 
 def _keepers(t: TraceState, n: int) -> list[str]:

@@ -89,10 +89,13 @@ def _only(grid: np.ndarray, axis: int) -> list[Ids]:
 def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
     """The factor that a running module names as its head count, or the one before what it names as a head's width.
 
-    An attribute that holds the count will follow the cut.
+    An attribute that holds the count will follow the cut. ``self.attention.forward(x)`` is no call of that module, so what the
+    innermost module holds is asked, too.
     """
-    for path in reversed(t.stack):
-        named = {n: v for n, v in t.integers(path) if any(word in n for word in _HEAD_WORDS)}
+    inner, *outer = reversed(t.stack)
+    places = [(path, t.integers(path)) for path in (inner, *t.children(), *outer)]
+    for path, kept in (*places, (inner, t.settings(inner))):
+        named = {n: v for n, v in kept if any(word in n for word in _HEAD_WORDS)}
         counts = {n: v for n, v in named.items() if not any(word in n for word in _WIDTH_WORDS)}
         axis = None
         for value in counts.values():
@@ -109,8 +112,18 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
             for name, value in counts.items() if axis != axes[-1] or len(axes) == 1 else ():
                 if value == grid.shape[axis]:
                     t.bindings.append(Binding(path, name, None, _merged_line(grid, axis).ravel()))
+            if path == inner:
+                _bind_below(t, grid, axis)
             return axis
     return None
+
+
+def _bind_below(t: TraceState, grid: np.ndarray, axis: int) -> None:
+    """Head counts of what the innermost module holds may be what was meant; where nothing needs them, a rehearsal tells."""
+    for path in t.children() if axis != grid.ndim - 1 else ():
+        for name, value in t.integers(path):
+            if value == grid.shape[axis] and any(w in name for w in _HEAD_WORDS) and not any(w in name for w in _WIDTH_WORDS):
+                t.bindings.append(Binding(path, name, None, _merged_line(grid, axis).ravel(), assumed=True))
 
 
 def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
