@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import isclose
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from actprune.core.calling import Example, call, undisturbed
-from actprune.core.hooks import decomposed, is_composite
-from actprune.core.numbers import LIFTED, numbers
-from actprune.core.stack import Frame, module_stack
+from actprune.core.stack import module_stack
 from actprune.graph import Graph, Group
-from actprune.graph.extents import Place
-from actprune.graph.remains import VIEWS
-from actprune.graph.weak import ByTensor
+from actprune.pruning.checker import Checker
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
 from actprune.surgery import rehearsed
@@ -68,13 +57,15 @@ class Trials:
 
     def failure(self, graph: Graph, groups: Sequence[Group]) -> Failure | None:
         """The first failure when these groups are cut, or None."""
+        kinds = {path: type(module) for path, module in self.model.named_modules()}
         for number in range(len(self.shares)):
             chosen = {group.name: self.shares.of(number, group) for group in groups}
             plan, gone = draft(self.model, graph, chosen), graph.removed(chosen)
             for second, run in enumerate(self.runs):
                 with undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
-                    counter = _Checker(graph, gone, stack, compares=not run.training)
+                    counter = Checker(graph, gone, stack, self._others(kinds), compares=not run.training)
                     error = run.error(self.model, counter)
+                    error = counter.missing() if error is None else error
                 if error is not None:
                     path = stack[-1].path
                     text = str(error).strip().partition("\n")[0]
@@ -83,225 +74,6 @@ class Trials:
                     return Failure(path, f"{where}: {text}", (number, second, counter.n, counter.right))
         return None
 
-
-_PICKS = {"select", "view", "alias", "detach", "squeeze", "unsqueeze"}
-_SUMS = {"sum", "linalg_vector_norm"}
-_OF_A_NORM = VIEWS | {"sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "add", "mul", "div", "clone"}
-"""What stands between the sum of a norm and the number that makes it one of a mean: ``normalize(x, dim=1) * C**0.5``."""
-_COUNTABLE = 2**40
-
-
-class ShapeError(Exception):
-    """An operator produced other extents than the trace predicts."""
-
-
-class NumberError(Exception):
-    """An operator was given another number than in the trace: the code asked a width that is cut."""
-
-
-class _Checker(TorchDispatchMode):
-    """Counts operators, how far a model got, and compares what they are given and produce with what the trace predicts.
-
-    A reshape that infers an extent can take a wrong one without failing, and so can a scale that is computed from an extent.
-    Calls that run other operators than the traced one did (data decide, or a module changed its class) are let through from
-    there on; so are numbers where a call has read one off a tensor, and those that make a mean of a sum: a mean of what stays.
-    Dimensions that stay keep their extents, unless data decide: a number that is read, how many values a mask picks.
-    """
-
-    def __init__(self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], compares: bool = True) -> None:
-        super().__init__()
-        self.n = self.right = 0
-        self._compares = compares
-        self._graph = graph
-        self._stays = np.append(~gone, True)
-        self._stack = stack
-        self._kept: dict[int, int] = {}
-        self._astray: set[tuple[str, int]] = set()
-        self._measuring: set[tuple[str, int]] = set()
-        self._summed: ByTensor[int] = ByTensor()
-        self._decided: ByTensor[bool] = ByTensor()
-        self._normed: ByTensor[int] = ByTensor()
-        self._widths: ByTensor[str] = ByTensor()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        composite = is_composite(func)
-        try:
-            out = decomposed(self, func, args, kwargs or {})
-        except Exception:
-            self._asked(args)
-            raise
-        if composite:
-            return out
-        if self._compares:
-            frame = self._stack[-1]
-            self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
-            if torch.Tag.dynamic_output_shape in func.tags and _by_data(args):
-                self._measuring.add((frame.path, frame.call))
-                self._decided[out if isinstance(out, Tensor) else out[0]] = True
-        self.n += 1  # an operator that gave a wrong shape was not got past
-        return out
-
-    def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
-        frame, extents = self._stack[-1], self._graph.extents
-        place = frame.place
-        call_ = place[:2]
-        frame.operators += 1
-        name, expected = extents.get(place, ("", ()))
-        if name != ran:
-            self._astray.add(call_)
-        if self._is_width(ran, args, out):
-            pass
-        elif ran == "_local_scalar_dense":
-            self._measuring.add(call_)
-        if ran in _SUMS and out.numel():
-            self._summed[out] = args[0].numel() // out.numel()
-        elif ran in VIEWS and (summed := self._summed.get(args[0])) is not None:
-            self._summed[out] = summed
-        elif ran.rstrip("_") in _OF_A_NORM and isinstance(out, Tensor):
-            operands = [x for x in args if isinstance(x, Tensor)]
-            counts = {n for of in (self._summed, self._normed) for n in of.each(operands) if n is not None}
-            if len(counts) == 1:
-                self._normed[out] = counts.pop()
-        if call_ in self._astray:
-            for tensor in _tensors(out):
-                self._decided[tensor] = True
-        else:
-            before = extents.numbers.get(place, ())
-            if extents.counts_skipped(place):
-                given, before = self._window(args, extents.skipped(place))
-            changed = repr(given) != repr(before) and call_ not in self._measuring
-            if name == "native_group_norm" and changed and expected[0][1] is not None:
-                changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
-            if changed and not self._counts(args, given, before):
-                told = f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
-                if not (ran in LIFTED and out.numel() == 1 and not out.is_floating_point()):
-                    raise NumberError(told)
-                self._widths[out] = told
-            for tensor, dims in zip(_tensors(out), expected, strict=False):
-                self._compare(name, tensor, dims)
-            self._compare_fixed(place, args, _tensors(out))
-
-    def _counts(self, args: Any, given: tuple[float | complex, ...], before: tuple[float | complex, ...]) -> bool:
-        """Whether a number counts what one of these tensors summed; or is its root, where it was divided by a norm."""
-        return any(
-            _is_count(n, given, before, powers)
-            for of, powers in ((self._summed, (1, -1, 2, -2)), (self._normed, (2, -2)))
-            for n in of.each(args)
-            if n is not None
-        )
-
-    def _is_width(self, ran: str, args: Any, out: Any) -> bool:
-        """Whether an integer tensor that holds a width is read as a number again, which then is compared where it is used."""
-        told = next((told for told in self._widths.each(_tensors(args)) if told), None) if len(self._widths) else None
-        if told is not None and ran in _PICKS:
-            self._widths[out] = told
-        elif told is not None and ran != "_local_scalar_dense":
-            raise NumberError(told)
-        return told is not None
-
-    def _asked(self, args: Sequence[Any]) -> None:
-        """A view to several wrong extents needs as many repairs, each of which makes one right."""
-        frame = self._stack[-1]
-        sizes = next((x for x in args[1:] if isinstance(x, (list, tuple)) and all(type(n) is int for n in x)), ())
-        _, expected = self._graph.extents.get(frame.place, ("", ()))
-        if expected and len(expected[0]) == len(sizes) and (frame.path, frame.call) not in self._astray:
-            known = ((n, column) for n, column in zip(sizes, expected[0], strict=True) if column is not None)
-            self.right = sum(n == self._extent(column) for n, column in known)
-
-    def _compare(self, name: str, tensor: Tensor, dims: Sequence[NDArray[np.int64] | None]) -> None:
-        if tensor.dim() != len(dims):
-            return
-        due = [None if column is None else self._extent(column) for column in dims]
-        for extent, expected in zip(tensor.shape, due, strict=True):
-            if expected is not None and extent != expected and not _only_moved(tensor.shape, due):
-                self.right = sum(n == e for n, e in zip(tensor.shape, due, strict=True))
-                raise ShapeError(f"{name} gives shape {tuple(tensor.shape)}, with {expected} where {extent} stands")
-
-    def _compare_fixed(self, place: Place, args: Any, outputs: list[Tensor]) -> None:
-        """Extents that no cut changes; what data decide is let through, with all that is computed from it."""
-        extents = self._graph.extents
-        measured, unknown = place[:2] in self._measuring, None in extents.lengths[place]
-        wrong = [
-            (outputs[i], dim, extent)
-            for i, dim, extent in extents.fixed(place)
-            if i < len(outputs) and dim < outputs[i].dim() and outputs[i].shape[dim] != extent
-            if not _only_moved(outputs[i].shape, self._due(place, i))
-        ]
-        if not wrong and not ((measured or unknown) and len(self._decided)):
-            return
-        # what is picked next may be as long by chance, and be given to another module than in the trace
-        if (wrong and measured) or any(self._decided.each(_tensors(args))):
-            for tensor in outputs:
-                self._decided[tensor] = True
-        elif wrong:
-            tensor, dim, extent = wrong[0]
-            shape = tuple(tensor.shape)
-            raise ShapeError(
-                f"{extents[place][0]} gives shape {shape}, with {shape[dim]} for {extent}: an extent that follows a width"
-            )
-
-    def _due(self, place: Place, output: int) -> list[int | None]:
-        """Extents of an output, None where nothing is known."""
-        extents = self._graph.extents
-        due = [None if column is None else self._extent(column) for column in extents[place][1][output]]
-        for i, dim, extent in extents.fixed(place):
-            if i == output:
-                due[dim] = extent
-        return due
-
-    def _window(
-        self, args: Sequence[Any], skipped: NDArray[np.int64] | None
-    ) -> tuple[tuple[float | complex, ...], tuple[float | complex, ...]]:
-        """Where a window begins along what is cut, and how many of the positions before it stay."""
-        if skipped is None:
-            return (), ()
-        x, dim, start = (*args, 0, None)[:3]
-        return (slice(start, None).indices(x.shape[dim])[0],), (int(self._stays[skipped].sum()),)
-
-    def _whole_groups(self, column: NDArray[np.int64], groups: int) -> int:
-        """How many of the groups of a norm stay, where they are units: else all of them do."""
-        rows = column.reshape(groups, -1)
-        return int(self._stays[rows[:, 0]].sum()) if (rows == rows[:, :1]).all() else groups
-
-    def _extent(self, column: NDArray[np.int64]) -> int:
-        """How many of these positions stay."""
-        if id(column) not in self._kept:
-            self._kept[id(column)] = int(self._stays[column].sum())
-        return self._kept[id(column)]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-
-
-def _by_data(args: Sequence[Any]) -> bool:
-    """Whether values say how many are picked: of an index only those of a mask do."""
-    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
-    return indices is None or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
-
-
-def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex], powers: Sequence[int]) -> bool:
-    """Whether one number changed from how many were summed to how many are (one less: of a variance), or a root of that."""
-    if len(given) != 1 or len(before) != 1:
-        return False
-    now, once = given[0], before[0]
-    if isinstance(now, complex) or isinstance(once, complex) or not (0 < now < _COUNTABLE and 0 < once < _COUNTABLE):
-        return False
-    roots = ((now**power, once**power) for power in powers)
-    return any(
-        round(full) > round(kept) >= 1
-        and isclose(kept, round(kept))
-        and isclose(full, round(full))
-        and round(kept) in (n, n - 1)
-        for kept, full in roots
-    )
-
-
-def _listed(values: Sequence[float | complex]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _only_moved(shape: Sequence[int], due: Sequence[int | None]) -> bool:
-    """Whether an extent that became 1 explains the shape: einsum puts such dimensions elsewhere than others."""
-    known = Counter(extent for extent in due if extent is not None)
-    return 1 in due and not known - Counter(shape)
+    def _others(self, kinds: Mapping[str, type]) -> set[str]:
+        """Paths of modules that have changed their class."""
+        return {path for path, module in self.model.named_modules() if type(module) is not kinds.get(path)}
