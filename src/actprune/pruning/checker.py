@@ -46,9 +46,9 @@ class Checker(TorchDispatchMode):
 
     A reshape that infers an extent can take a wrong one without failing, and so can a scale that is computed from an extent.
     Calls that run other operators than the traced one did are let through from there on where data may decide, PyTorch itself
-    chooses by extents of 1, or a module has changed its class: else a width decided. Numbers are let through where a call has
-    read one off a tensor, and those that make a mean of a sum: a mean of what stays. Dimensions that stay keep their extents,
-    unless data decide: a number that is read, how many values a mask picks.
+    chooses by an extent that is 1 now, or a module has changed its class: else a width decided. Numbers are let through where
+    a call has read one off a tensor, and those that make a mean of a sum: a mean of what stays. Dimensions that stay keep
+    their extents, unless data decide: a number that is read, how many values a mask picks.
 
     Args:
         graph: the channel graph.
@@ -68,8 +68,8 @@ class Checker(TorchDispatchMode):
         self._stays = np.append(~gone, True)
         self._stack = stack
         self._others = others
-        self._decides = False
-        """Whether data may have decided what runs, or anything has gone astray."""
+        self._decides = any(self._stays[group.classes].sum() == 1 < group.size for group in graph.groups)
+        """Whether data may have decided what runs, or PyTorch, by an extent of 1; or anything has gone astray."""
         self._ran: Counter[tuple[str, int]] = Counter()
         self._kept: dict[int, int] = {}
         self._astray: set[tuple[str, int]] = set()
@@ -106,7 +106,7 @@ class Checker(TorchDispatchMode):
         name, expected = extents.get(place, ("", ()))
         self._ran[call_] += 1
         if name != ran and call_ not in self._astray:
-            self._strays(place, name, ran, [*_tensors(args), *_tensors(out)])
+            self._strays(place, name, ran)
             self._astray.add(call_)
         if self._is_width(ran, args, out):
             pass
@@ -159,9 +159,9 @@ class Checker(TorchDispatchMode):
             raise NumberError(told)
         return told is not None
 
-    def _strays(self, place: Place, name: str, ran: str, tensors: list[Tensor]) -> None:
+    def _strays(self, place: Place, name: str, ran: str) -> None:
         known = (*place[:2], 0) in self._graph.extents and place[0] not in self._others
-        if known and not self._decides and not any(1 in x.shape for x in tensors):
+        if known and not self._decides:
             raise BranchError(f"{ran} runs where {name or 'nothing'} ran before: a width decides")
         self._decides = True
 
