@@ -82,8 +82,8 @@ class IdSpace:
                 return
             left, right = left[differ], right[differ]
             less, more = np.minimum(left, right), np.maximum(left, right)
-            # several smaller roots may claim the same larger one: one of them gets it, the others are tied in turn
-            self._parent[more] = less
+            # several smaller roots may claim the same larger one: the smallest gets it, the others are tied to that in turn
+            np.minimum.at(self._parent, more, less)
             lost = self._parent[more] != less
             if not lost.any():
                 return
