@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -50,11 +51,13 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
         yield
 
 
+@functools.cache  # asked with every operator
 def is_composite(func: Any) -> bool:
     """Whether an operator's parts are looked at in its place: composite ones and fused attention."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")) or _is_fused(func)
 
 
+@functools.cache
 def _is_fused(func: Any) -> bool:
     return func.overloadpacket.__name__.startswith("_scaled_dot_product_") and "_math" not in func.overloadpacket.__name__
 
