@@ -186,8 +186,10 @@ class Chosen(nn.Module):
 
     def forward(self, x):
         x = self.inner(x).relu()
-        likely = x[x.sum(-1) > x.sum(-1).median()]
-        return self.outer(self.other(likely)).mean(0)
+        said = x.sum(-1)
+        likely = x[said > said.mean()]
+        best = likely[likely.sum(-1).topk(min(5, len(likely)))[1]]
+        return self.outer(self.other(likely)).mean(0) + self.outer(self.other(best)).mean(0)
 
 
 class Half(nn.Linear):
