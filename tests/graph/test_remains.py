@@ -37,6 +37,16 @@ def mixed(x):
     return x / p.sum(1).mean(1)[:, None, None]
 
 
+def each_by_itself(x):
+    """A moving average of every channel."""
+    return F.conv1d(x.transpose(1, 2), torch.ones(x.shape[-1], 1, 3).to(x), padding=1, groups=x.shape[-1]).transpose(1, 2)
+
+
+def mean_and(total, n):
+    """A mean by hand, and the sum once more."""
+    return total / n + total
+
+
 @pytest.mark.parametrize(
     "between",
     [
@@ -46,6 +56,12 @@ def mixed(x):
         lambda x: F.normalize(x.cos(), dim=-1) * x,
         lambda x: x * torch.where(x > 0, x, 0.5).sum(-1, keepdim=True),
         lambda x: x * (x <= 0).sum(-1, keepdim=True),
+        lambda x: x * F.hardtanh(x, 0.2, 1.0).sum(-1, keepdim=True),
+        lambda x: x * F.pad(x.transpose(1, 2), (1, 1), value=1.0).sum((1, 2))[:, None, None],
+        lambda x: x * F.conv1d(x.sigmoid().transpose(1, 2), torch.ones(1, x.shape[-1], 1).to(x)).transpose(1, 2),
+        lambda x: x * each_by_itself(x.sigmoid()).sum(-1, keepdim=True),
+        lambda x: x * mean_and(x.sigmoid().sum(-1, keepdim=True), x.shape[-1]),
+        lambda x: x * x.sigmoid().sum(-1, keepdim=True) / x.shape[-1] ** 0.5,
     ],
 )
 def test_a_sum_of_what_is_not_zero_is_locked(between):
@@ -63,6 +79,8 @@ def test_a_sum_of_what_is_not_zero_is_locked(between):
         lambda x: x * torch.maximum(x, x.new_full(x.shape, 0.0)).sum(-1, keepdim=True),
         lambda x: torch.vmap(lambda y, scale: y * scale)(x, torch.ones(2)) * x.relu().sum(-1, keepdim=True),
         lambda x: x * x.masked_fill(x > 0.5, 0).sum(-1, keepdim=True),
+        lambda x: x * F.relu6(x).sum(-1, keepdim=True),
+        lambda x: x * each_by_itself(x).sum(-1, keepdim=True),
         lambda x: x * (torch.cat([x, torch.zeros_like(x)], 1).sum((1, 2), keepdim=True) + x.sigmoid()),
     ],
 )
@@ -73,6 +91,28 @@ def test_a_sum_of_zeros_is_not(between):
     graph, _ = rehearse(net().double(), TOKENS)
     assert graph.group("inner").locked is None, str(graph)
     check_cuts(net, graph, TOKENS)
+
+
+class Averaged(nn.Module):
+    """A mean over channels of what is not zero, by a number that the module keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.inner, self.outer = 8, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.outer(x) * (x.sigmoid().sum(-1, keepdim=True) / self.width)
+
+
+def test_the_number_that_makes_a_mean_has_to_follow():
+    model = Averaged().double()
+    graph, _ = rehearse(model, TOKENS)
+    plan = draft(model, graph, {"inner": [0, 5, 6]})
+    assert plan.attributes[""]["width"] == 5
+    written = Between(lambda x: x * (x.sigmoid().sum(-1, keepdim=True) / 8))
+    graph, _ = rehearse(written.double(), TOKENS)
+    assert "makes no mean of" in graph.group("inner").locked
 
 
 @pytest.mark.parametrize("shaped", [lambda x: x.sum(-1, keepdim=True), lambda x: x.sum(-1)[..., None]])

@@ -28,6 +28,7 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
         numbers: Mapping[Place, tuple[float | complex, ...]],
         lengths: Mapping[Place, tuple[tuple[int, ...] | None, ...]],
         skipped: Mapping[Place, Ids],
+        means: Mapping[Place, int],
         classes: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     ) -> None:
         self._produced, self._skipped, self._classes = produced, skipped, classes
@@ -35,6 +36,8 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
         """Place -> the numbers that an operator computed with, if any: no cut changes them."""
         self.lengths = lengths
         """Place -> the shape of each output; None: nothing is known of it."""
+        self.means = means
+        """Place -> how many were summed in what an operator divides by their number, where that has to follow."""
         self._known: dict[int, NDArray[np.int64] | None] = {}
 
     def __getitem__(self, place: Place) -> tuple[str, tuple[Dims, ...]]:
@@ -52,7 +55,7 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
 
     def __reduce__(self) -> Any:
         """A copy looks everything up anew: what is known is known by identity."""
-        return Extents, (self._produced, self.numbers, self.lengths, self._skipped, self._classes)
+        return Extents, (self._produced, self.numbers, self.lengths, self._skipped, self.means, self._classes)
 
     def fixed(self, place: Place) -> Iterator[tuple[int, int, int]]:
         """Yield (output, dimension, extent) of every dimension that no cut changes."""

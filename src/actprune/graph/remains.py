@@ -3,8 +3,8 @@
 A channel is zero where its weights are, stays so through a ReLU or a product, and is 0.5 after a sigmoid, 1 after ``exp``
 and a share after a softmax over positions. The cut network sums what stays, so such a sum over channels is locked, unless
 the code divides it by how many it summed: then it is a mean of what stays. Every pointwise operator is asked itself, with
-zeros for the channels that have left. ``TraceState.sums`` holds sums that nothing has read yet: their ids, how many were
-summed, and why they are locked once something does.
+zeros for the channels that have left. ``TraceState.sums`` holds such sums until something reads them; ``TraceState.means``
+remembers where one was divided by its count, for a rehearsal to see that the number follows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from contextlib import suppress
 from math import isclose
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actprune.core.hooks import CONTRACTIONS
@@ -42,12 +44,25 @@ _FILLING = {"ones", "full", "rand", "randn", "new_ones", "new_full", "ones_like"
 UNTAGGED = {"rsub", "log_sigmoid_forward", "hardswish", "floor_divide"}
 """Pointwise operators that PyTorch does not tag."""
 # zero times anything, and functions of one number that are zero at zero: not asked, for they are most of all there are
-_KEEPING = {"mul", "relu", "gelu", "silu", "tanh", "neg", "leaky_relu", "hardtanh"}
+_KEEPING = {"mul", "relu", "gelu", "silu", "tanh", "neg", "leaky_relu"}
 VIEWS = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "alias", "detach", "permute", "transpose", "_to_copy"}
 """Operators whose result is their operand, in another shape or type."""
+_WHY = "summed where what has left would not be zero ({})"
 _PROBES = (0.7, -1.3)
 _MOST = 10_000
 _answers: dict[Any, bool] = {}
+
+
+class Sum(NamedTuple):
+    """A sum or norm over channels that leave more than zeros."""
+
+    ids: list[NDArray[np.int64]]
+    count: int
+    """How many were summed."""
+    powers: tuple[int, int]
+    """What the number that makes a mean of it is of its count: a norm is divided by the root."""
+    why: str
+    """The reason of the lock, once it is read as anything but a mean."""
 
 
 def follow(
@@ -83,6 +98,10 @@ def follow(
         left = _product(t, *args[-2:]) and (len(args) < 3 or _sum(t, args[0], outputs[0]))
     elif name in _CONVOLUTIONS | _CHANNEL_NORMS | _LAST_NORMS:
         left = _layer(t, func, name, args, kwargs, outputs[0])
+        if name in _CONVOLUTIONS and t.remains.get(args[1]) is False:
+            left = _kernel(t, name, args, outputs[0]) and left
+    elif name == "constant_pad_nd":
+        left = len(args) < 3 or args[2] == 0
     elif pointwise:
         left = (name.rstrip("_") in _KEEPING and _is_zeroed(t, args[0])) or _asked(t, func, args, kwargs)
     else:
@@ -101,25 +120,27 @@ def reduced(t: TraceState, name: str, source: Tensor, dims: set[int], out: Tenso
     if name in _SUMS and t.remains.get(source) is False:
         summed = [ids for d, ids in enumerate(t.ids(source)) if d in dims and ids is not None]
         if summed:
-            count = source.numel() // max(out.numel(), 1)
-            t.sums[out] = (summed, count, f"summed where what has left would not be zero ({t.where})")
+            powers = (1, -1) if name == "sum" else (2, -2)
+            t.sums[out] = Sum(summed, source.numel() // max(out.numel(), 1), powers, _WHY.format(t.where))
 
 
 def read(t: TraceState, name: str, given: Sequence[float | complex], inputs: Sequence[Tensor]) -> None:
     """Lock what the sums among an operator's inputs summed, unless it divides one by its count (one less: of a variance)."""
     for tensor in inputs if len(t.sums) and name not in VIEWS else ():
-        if (pending := t.sums.pop(tensor)) is not None:
-            summed, count, why = pending
-            if name.rstrip("_") in ("div", "mul") and any(_counts(n, count) for n in given):
+        if (pending := t.sums.get(tensor)) is not None:  # kept: what reads it next may not divide
+            if name.rstrip("_") in ("div", "mul") and any(_counts(n, pending) for n in given):
+                t.divides(pending.count, pending.ids)
+                if name.endswith("_"):
+                    t.sums.pop(tensor)  # is a mean now
                 continue
-            for ids in summed:
-                t.space.lock(ids, why)
+            for ids in pending.ids:
+                t.space.lock(ids, pending.why)
 
 
-def _counts(number: float | complex, count: int) -> bool:
+def _counts(number: float | complex, summed: Sum) -> bool:
     if isinstance(number, complex) or number <= 0:
         return False
-    return any(isclose(number**power, n) for power in (1, -1, 2, -2) for n in (count, count - 1) if n > 0)
+    return any(isclose(number**power, n) for power in summed.powers for n in (summed.count, summed.count - 1) if n > 0)
 
 
 def _product(t: TraceState, a: Tensor, b: Tensor) -> bool:
@@ -144,6 +165,16 @@ def _layer(t: TraceState, func: Any, name: str, args: Any, kwargs: Any, out: Ten
         return True
     biased = (dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs).get("bias") is not None
     return name not in _CHANNEL_NORMS and not biased and t.remains.get(args[0]) is None
+
+
+def _kernel(t: TraceState, name: str, args: Any, out: Tensor) -> bool:
+    """Whether a convolution with a kernel that is not zero where channels have left gives zero there; locks what it sums."""
+    x_left = t.remains.get(args[0]) is None
+    if name == "convolution" and args[8] == args[0].shape[1] > 1:  # of every channel by itself
+        return x_left
+    if not x_left and (ids := t.ids(args[0])[1]) is not None:
+        t.space.lock(ids, _WHY.format(t.where))
+    return not _may_leave(t, t.ids(out)[1])
 
 
 def _may_leave(t: TraceState, ids: Ids) -> bool:

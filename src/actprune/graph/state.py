@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_not
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from actprune.graph.ids import Ids, IdSpace, first
 from actprune.graph.naming import Naming
 from actprune.graph.weak import ByTensor
+
+if TYPE_CHECKING:
+    from actprune.graph.remains import Sum
 
 
 @dataclass
@@ -103,6 +107,8 @@ class TraceState(Naming):
     """(module, call, operator) -> shapes of its outputs, None where no rule said what they are."""
     skipped: dict[tuple[str, int, int], Ids] = field(default_factory=dict)
     """(module, call, operator) -> ids before a window along what may be cut; None where the numbers follow otherwise."""
+    means: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
@@ -113,7 +119,7 @@ class TraceState(Naming):
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
     remains: ByTensor[bool] = field(default_factory=ByTensor)  # False: what has left is not zero there (``remains.py``)
-    sums: ByTensor[tuple[list[NDArray[np.int64]], int, str]] = field(default_factory=ByTensor)
+    sums: ByTensor[Sum] = field(default_factory=ByTensor)
     filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)
@@ -122,6 +128,13 @@ class TraceState(Naming):
         """What runs begins behind these positions of what may be cut; None: its numbers follow otherwise."""
         if not self.training:  # whose operators are not numbered
             self.skipped[self.frames[-1].place] = ids
+
+    def divides(self, count: int, summed: Sequence[NDArray[np.int64]]) -> None:
+        """What runs makes a mean of a sum of so many: by a number of the module, perhaps."""
+        if not self.training:
+            self.means[self.frames[-1].place] = count
+            for ids in summed:
+                self.may_count(ids)
 
     def ids(self, tensor: Tensor) -> list[Ids]:
         """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed."""

@@ -103,7 +103,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
-        Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, classes.of),
+        Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, state.means, classes.of),
         _unknown(state, classes, consumed | produced),
     )
 
