@@ -47,6 +47,9 @@ BETWEEN = {
     "another branch": (lambda m, y, n: y.sigmoid() if n == 16 else y.tanh(), False),
     "a step": (lambda m, y, n: y + y.repeat_interleave(4, 1)[:, :: max(n // 4, 1)][:, :6], False),
     "a loop of the module's own": (lambda m, y, n: calls(m, y, 24), True),
+    "a branch on a list": (lambda m, y, n: m.again(y) if max(y.sum(1).tolist()) > 0 else y, True),
+    "rows by an array": (lambda m, y, n: y[[int(i) for i in y.detach().sum(1).numpy().argsort()]], True),
+    "a list of a width": (lambda m, y, n: y * torch.tensor([n]).tolist()[0], False),
     "a branch on data": (lambda m, y, n: m.again(y) if y.sum().item() > 0 else y, True),
 }
 

@@ -57,7 +57,7 @@ def test_the_file_of_the_whole_loads(order, tmp_path):
     x = torch.randn(16, 5)
     assert torch.equal(fresh(x), model(x))
     assert sum(p.numel() for p in fresh.parameters()) < sum(p.numel() for p in Whole().parameters())
-    assert torch.equal(load_pruned(Whole(), save_pruned(fresh, tmp_path / "again.pt"))(x), model(x))
+    assert torch.equal(load_pruned(Whole(), save_pruned(fresh, tmp_path / "without_suffix"))(x), model(x))
     assert not parts_of(fresh)
 
 

@@ -57,10 +57,10 @@ class Sum(NamedTuple):
     """A sum or norm over channels that leave more than zeros."""
 
     ids: list[NDArray[np.int64]]
-    count: int
+    n: int
     """How many were summed."""
     powers: tuple[int, int]
-    """What the number that makes a mean of it is of its count: a norm is divided by the root."""
+    """What the number that makes a mean of it is of ``n``: a norm is divided by the root."""
     why: str
     """The reason of the lock, once it is read as anything but a mean."""
 
@@ -129,7 +129,7 @@ def read(t: TraceState, name: str, given: Sequence[float | complex], inputs: Seq
     for tensor in inputs if len(t.sums) and name not in VIEWS else ():
         if (pending := t.sums.get(tensor)) is not None:  # kept: what reads it next may not divide
             if name.rstrip("_") in ("div", "mul") and any(_counts(n, pending) for n in given):
-                t.divides(pending.count, pending.ids)
+                t.divides(pending.n, pending.ids)
                 if name.endswith("_"):
                     t.sums.pop(tensor)  # is a mean now
                 continue
@@ -140,7 +140,7 @@ def read(t: TraceState, name: str, given: Sequence[float | complex], inputs: Seq
 def _counts(number: float | complex, summed: Sum) -> bool:
     if isinstance(number, complex) or number <= 0:
         return False
-    return any(isclose(number**power, n) for power in summed.powers for n in (summed.count, summed.count - 1) if n > 0)
+    return any(isclose(number**power, n) for power in summed.powers for n in (summed.n, summed.n - 1) if n > 0)
 
 
 def _product(t: TraceState, a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,7 @@ _SUMS = {"sum", "linalg_vector_norm"}
 _OF_A_NORM = VIEWS | {"sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "add", "mul", "div", "clone"}
 """What stands between the sum of a norm and the number that makes it one of a mean: ``normalize(x, dim=1) * C**0.5``."""
 _COUNTABLE = 2**40
+_LISTING = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
 class ShapeError(Exception):
@@ -39,6 +41,19 @@ class NumberError(Exception):
 
 class BranchError(Exception):
     """Other operators ran than in the trace: the code asked a width that is cut."""
+
+
+class _Lists(TorchFunctionMode):
+    """Tells a checker of values that leave tensors without an operator."""
+
+    def __init__(self, checker: Checker) -> None:
+        super().__init__()
+        self._checker = checker
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        if func in _LISTING:
+            self._checker.lists(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Checker(TorchDispatchMode):
@@ -78,6 +93,7 @@ class Checker(TorchDispatchMode):
         self._decided: ByTensor[bool] = ByTensor()
         self._normed: ByTensor[int] = ByTensor()
         self._widths: ByTensor[str] = ByTensor()
+        self._lists = _Lists(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = is_composite(func)
@@ -89,14 +105,33 @@ class Checker(TorchDispatchMode):
         if composite:
             return out
         if self._compares:
-            frame = self._stack[-1]
             if torch.Tag.dynamic_output_shape in func.tags and _by_data(args):  # how many a mask picks, too
-                self._measuring.add((frame.path, frame.call))
-                self._decides = True
+                self.measures()
                 self._decided[out if isinstance(out, Tensor) else out[0]] = True
             self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
         self.n += 1  # an operator that gave a wrong shape was not got past
         return out
+
+    def lists(self, tensor: Tensor) -> None:
+        """The code is about to take a tensor's values, all of them."""
+        if (told := self._widths.get(tensor)) is not None:
+            raise NumberError(told)
+        self.measures()
+
+    def measures(self) -> None:
+        """The running call has read values of a tensor: data may decide from here on."""
+        self._measuring.add(self._stack[-1].place[:2])
+        self._decides = True
+
+    def __enter__(self) -> Checker:
+        """Watch operators, and what lists and arrays are made of."""
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
         frame, extents = self._stack[-1], self._graph.extents
@@ -108,11 +143,8 @@ class Checker(TorchDispatchMode):
         if name != ran and call_ not in self._astray:
             self._strays(place, name, ran)
             self._astray.add(call_)
-        if self._is_width(ran, args, out):
-            pass
-        elif ran == "_local_scalar_dense":
-            self._measuring.add(call_)
-            self._decides = True
+        if not self._is_width(ran, args, out) and ran == "_local_scalar_dense":
+            self.measures()
         if ran in _SUMS and out.numel():
             self._summed[out] = args[0].numel() // out.numel()
         elif ran in VIEWS and (summed := self._summed.get(args[0])) is not None:

@@ -116,7 +116,8 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     model = unwrapped(model)
     with atomic_path(path) as temporary:
         content = {"format": _FORMAT, "state_dict": model.state_dict(), "surgery_record": whole_record(model).to_dict()}
-        torch.save(content, temporary)
+        with temporary.open("wb") as file:  # PyTorch names what is inside after a path, and finds no name in ``.pruned``
+            torch.save(content, file)
     return Path(path)
 
 

@@ -45,7 +45,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             return
         try:
             with atomic_path(path) as temporary:
-                torch.save(checkpoint, temporary)
+                with temporary.open("wb") as file:  # a path without a suffix is none that PyTorch takes
+                    torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
             raise StorageError(
                 f"the checkpoint {path} could not be written ({error}); checkpoints written before are intact: free some "
