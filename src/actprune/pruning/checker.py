@@ -165,7 +165,7 @@ class Checker(TorchDispatchMode):
             if name == "native_group_norm" and changed and expected[0][1] is not None:
                 changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
             summed = self._summed.get(args[0]) if place in extents.means else None
-            if not changed and summed is not None and summed != extents.means[place]:
+            if given == before and summed is not None and summed != extents.means[place]:
                 raise NumberError(f"{name} makes no mean of {summed}: it is given {_listed(given)} as before")
             if changed and not self._counts(args, given, before):
                 told = f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
