@@ -44,9 +44,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with atomic_path(path) as temporary:
-                with temporary.open("wb") as file:  # a path without a suffix is none that PyTorch takes
-                    torch.save(checkpoint, file)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:  # no path: PyTorch takes none without a suffix
+                torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
             raise StorageError(
                 f"the checkpoint {path} could not be written ({error}); checkpoints written before are intact: free some "
