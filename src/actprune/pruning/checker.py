@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from math import isclose
 from typing import Any
 
@@ -93,7 +94,6 @@ class Checker(TorchDispatchMode):
         self._decided: ByTensor[bool] = ByTensor()
         self._normed: ByTensor[int] = ByTensor()
         self._widths: ByTensor[str] = ByTensor()
-        self._lists = _Lists(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = is_composite(func)
@@ -123,15 +123,11 @@ class Checker(TorchDispatchMode):
         self._measuring.add(self._stack[-1].place[:2])
         self._decides = True
 
-    def __enter__(self) -> Checker:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """Watch operators, and what lists and arrays are made of."""
-        self._lists.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        """Stop watching."""
-        super().__exit__(*error)
-        self._lists.__exit__(*error)
+        with _Lists(self), self:
+            yield
 
     def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
         frame, extents = self._stack[-1], self._graph.extents

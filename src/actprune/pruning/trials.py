@@ -64,7 +64,7 @@ class Trials:
             for second, run in enumerate(self.runs):
                 with undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
                     counter = Checker(graph, gone, stack, self._others(kinds), compares=not run.training)
-                    error = run.error(self.model, counter)
+                    error = run.error(self.model, counter.watching())
                     error = counter.missing() if error is None else error
                 if error is not None:
                     path = stack[-1].path
