@@ -207,7 +207,7 @@ def test_a_write_that_breaks_leaves_the_old_file(tmp_path, monkeypatch):
     writer.save_checkpoint({"value": 1}, path)
 
     def half(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", half)
