@@ -53,6 +53,29 @@ def test_records_that_were_made_of_a_wrapper(prefix):
     assert record_of(fresh).to_dict() == record_of(model).to_dict()
 
 
+class Versioned(nn.Linear):
+    """Refuses a state dict that does not say by which version of it, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_keeps_the_versions_of_its_modules(prefix, tmp_path):
+    def made():
+        return nn.Sequential(Versioned(4, 8), nn.ReLU(), Versioned(8, 3))
+
+    model, x = made(), torch.rand(2, 4)
+    prune(model, x, **OPTIONS)
+    content = torch.load(save_pruned(model, path := tmp_path / "pruned.pt"), weights_only=True)
+    content["state_dict"] = (nn.ModuleDict({"module": model}) if prefix else model).state_dict()
+    torch.save(content, path)
+    assert torch.equal(load_pruned(made(), path)(x), model(x))
+
+
 def test_a_child_called_module_is_no_wrapper():
     net, example = build("ConvBn")
     model = nn.Sequential()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from actprune.core.errors import ConfigError, SurgeryError
 from actprune.core.files import atomic_path
@@ -133,8 +134,8 @@ def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     inside = unwrapped(fresh_model)
     content, holds = _read(inside, path)
     record = _as_inside(inside, SurgeryRecord.from_dict(content["surgery_record"]))
-    prefix = _foreign_prefix(inside, holds)
-    holds = {name.removeprefix(prefix): value for name, value in holds.items()}
+    if prefix := _foreign_prefix(inside, holds):
+        consume_prefix_in_state_dict_if_present(holds, prefix)
     with rehearsed(inside, _plan(inside, record)):
         ours, theirs = _shapes(inside.state_dict()), _shapes(holds)
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
