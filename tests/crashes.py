@@ -60,10 +60,10 @@ def arm(moment, countdown, delay):
     elif moment == "write":
         save = torch.save
 
-        def half(content, path):
-            save(content, path)
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
+        def half(content, file):
+            save(content, file)
+            file.truncate(file.seek(0, os.SEEK_END) // 2)
+            file.flush()
 
         torch.save = soon(torch.save, half)
     else:
