@@ -160,6 +160,8 @@ def _sum(t: TraceState, added: Tensor, out: Tensor) -> bool:
 
 def _layer(t: TraceState, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> bool:
     """Whether a layer gives zero where its channels have left, and where positions have that it does not write itself."""
+    if t.is_weight(args[0]):  # standardised: over what stays of it
+        return True
     own = range(out.dim() - len(args[1]), out.dim()) if name in _LAST_NORMS else (1,)
     if not any(d not in own and _may_leave(t, ids) for d, ids in enumerate(t.ids(out))):
         return True
