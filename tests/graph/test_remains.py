@@ -195,3 +195,20 @@ def test_attention_that_chooses_its_own_kernel(key_heads):
         reference = outputs(masked(net, plan, graph), TOKENS)
         cut(net, plan, TOKENS)
         assert difference(outputs(net, TOKENS), reference) < 1e-11
+
+
+class Standardised(nn.Conv1d):
+    """Its weight is standardised by a batch norm of the weight, as NFNets have it."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).reshape_as(self.weight)
+        return F.conv1d(x, weight, self.bias)
+
+
+def test_weights_that_are_standardised_lock_nothing():
+    model = nn.Sequential(
+        nn.Conv1d(5, 8, 1), nn.ReLU(), Standardised(8, 6, 1), nn.ReLU(), Standardised(6, 7, 1), nn.Conv1d(7, 3, 1)
+    )
+    graph, _ = rehearse(model, torch.randn(2, 5, 4))
+    assert sorted(group.size for group in graph.unlocked) == [6, 7, 8], str(graph)
