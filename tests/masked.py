@@ -279,13 +279,14 @@ def random_units(graph, seed, most=None):
     return units
 
 
-def check_cuts(build, graph, x, seeds=3):
-    """Random cuts of a network in float64 equal the masked network, and leave as much as the plan says."""
+def check_cuts(build, graph, x, seeds=3, counts=True):
+    """Random cuts of a network in float64 equal the masked network, and leave as much as planned, where PyTorch counts it."""
     for seed in range(seeds):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         twin = build().double()
         plan = draft(twin, graph, random_units(graph, seed))
         reference = outputs(masked(twin, plan, graph), x)
         cut(twin, plan, x)
         assert difference(outputs(twin, x), reference) < 1e-11
-        assert counted(twin, x) == (plan.params_after, plan.macs_after)
+        if counts:
+            assert counted(twin, x) == (plan.params_after, plan.macs_after)

@@ -7,7 +7,7 @@ from torch import nn
 from actprune.pruning.plans import draft
 from actprune.pruning.verify import rehearse
 from actprune.surgery import cut
-from masked import difference, masked, outputs, random_units
+from masked import check_cuts, difference, outputs
 
 
 class Head(nn.Module):
@@ -54,13 +54,7 @@ def test_a_width_stays_that_a_number_is_computed_from(case):
     if not cuttable:
         assert "a number that follows a width" in graph.group("embed").locked
     assert len(graph.unlocked) == 3 + cuttable  # the values of every head, whatever the scale
-    for seed in range(3):
-        torch.manual_seed(seed)
-        twin = Heads(scale).double()
-        plan = draft(twin, graph, random_units(graph, seed))
-        reference = outputs(masked(twin, plan, graph), x)
-        cut(twin, plan, x)
-        assert difference(outputs(twin, x), reference) < 1e-11
+    check_cuts(lambda: Heads(scale), graph, x)
 
 
 class ByHand(nn.Module):
@@ -255,10 +249,4 @@ def test_a_window_over_what_is_cut_begins_behind_as_many_as_stay_or_keeps_the_wi
     if units is None:
         assert "slice is given" in graph.group("inner").locked
         return
-    for seed in range(3):
-        torch.manual_seed(seed)
-        twin = Window(start, size).double()
-        plan = draft(twin, graph, random_units(graph, seed))
-        reference = outputs(masked(twin, plan, graph), x)
-        cut(twin, plan, x)
-        assert difference(outputs(twin, x), reference) < 1e-11
+    check_cuts(lambda: Window(start, size), graph, x)

@@ -51,6 +51,15 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
         yield
 
 
+def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the operator's schema, defaults filled in."""
+    named = {}
+    for position, argument in enumerate(func._schema.arguments):
+        given = position < len(args) and not argument.kwarg_only
+        named[argument.name] = args[position] if given else kwargs.get(argument.name, argument.default_value)
+    return named
+
+
 @functools.cache  # asked with every operator
 def is_composite(func: Any) -> bool:
     """Whether an operator's parts are looked at in its place: composite ones and fused attention."""
@@ -64,8 +73,7 @@ def _is_fused(func: Any) -> bool:
 
 def _attention(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Fused attention that the model itself turned on again, as matrix products, laid out as the kernel's own result."""
-    names = (argument.name for argument in func._schema.arguments)
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = named_arguments(func, args, kwargs)
     query, key = given["query"], given["key"]
     mask = given.get("attn_mask", given.get("attn_bias"))
     dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -76,11 +77,10 @@ class SurgeryRecord:
             if not gone.keys() <= dims.keys() or self.shapes[name] != earlier.shapes.get(name, self.shapes[name]):
                 return None
             for dim, positions in dims.items():
-                before = set(gone.get(dim, ()))
-                if not before <= set(positions):
+                before = gone.get(dim, [])
+                if not set(before) <= set(positions):
                     return None
-                place = {p: i for i, p in enumerate(p for p in range(self.shapes[name][dim]) if p not in before)}
-                if rest := [place[p] for p in positions if p not in before]:
+                if rest := since(positions, before):
                     found.setdefault(name, {})[dim] = rest
         return found
 
@@ -149,6 +149,12 @@ class SurgeryRecord:
     def __bool__(self) -> bool:
         """Whether anything was removed."""
         return bool(self.removed)
+
+
+def since(gone: Sequence[int], before: Sequence[int]) -> list[int]:
+    """What left after ``before``, in positions of what stayed then."""
+    ordered, known = sorted(before), set(before)
+    return [place - bisect_left(ordered, place) for place in gone if place not in known]
 
 
 def record_of(model: nn.Module) -> SurgeryRecord:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actprune.core.hooks import CONTRACTIONS
+from actprune.core.hooks import CONTRACTIONS, named_arguments
 from actprune.core.numbers import numbers
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _layer(t: TraceState, func: Any, name: str, args: Any, kwargs: Any, out: Ten
     own = range(out.dim() - len(args[1]), out.dim()) if name in _LAST_NORMS else (1,)
     if not any(d not in own and _may_leave(t, ids) for d, ids in enumerate(t.ids(out))):
         return True
-    biased = (dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs).get("bias") is not None
+    biased = named_arguments(func, args, kwargs).get("bias") is not None
     return name not in _CHANNEL_NORMS and not biased and t.remains.get(args[0]) is None
 
 

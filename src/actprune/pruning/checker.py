@@ -132,7 +132,7 @@ class Checker(TorchDispatchMode):
     def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
         frame, extents = self._stack[-1], self._graph.extents
         place = frame.place
-        call_ = place[:2]
+        call_, outputs = place[:2], _tensors(out)
         frame.operators += 1
         name, expected = extents.get(place, ("", ()))
         self._ran[call_] += 1
@@ -151,7 +151,7 @@ class Checker(TorchDispatchMode):
             if len(counts) == 1:
                 self._normed[out] = counts.pop()
         if call_ in self._astray:
-            for tensor in _tensors(out):
+            for tensor in outputs:
                 self._decided[tensor] = True
         else:
             before = extents.numbers.get(place, ())
@@ -168,9 +168,9 @@ class Checker(TorchDispatchMode):
                 if not (ran in LIFTED and out.numel() == 1 and not out.is_floating_point()):
                     raise NumberError(told)
                 self._widths[out] = told
-            for tensor, dims in zip(_tensors(out), expected, strict=False):
+            for tensor, dims in zip(outputs, expected, strict=False):
                 self._compare(name, tensor, dims)
-            self._compare_fixed(place, args, _tensors(out))
+            self._compare_fixed(place, args, outputs)
 
     def _counts(self, args: Any, given: tuple[float | complex, ...], before: tuple[float | complex, ...]) -> bool:
         """Whether a number counts what one of these tensors summed; or is its root, where it was divided by a norm."""

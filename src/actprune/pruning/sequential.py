@@ -58,6 +58,10 @@ class _Layer:
     own: bool
     """Whether its forward is not PyTorch's."""
 
+    def read(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the layer's weight reads where the layer is given x."""
+        return read_by(module, x) if self.own else x
+
 
 @dataclass
 class _Targets:
@@ -224,7 +228,7 @@ class _Reference(_Walk):
 
     def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> bool:
         """Keep the layer's own output, unless it has a forward of its own which says something else than its weight does."""
-        x, out = _channels_second(module, read_by(module, x) if layer.own else x), _channels_second(module, out)
+        x, out = _channels_second(module, layer.read(module, x)), _channels_second(module, out)
         n = n_positions(x, module)
         positions = self.sampled(layer, x, n)
         if layer.own and not is_affine(module, x, out, positions):
@@ -257,7 +261,7 @@ class _Refitting(_Walk):
     def reached(self, layer: _Layer, module: nn.Module, x: Tensor) -> None:
         """Refit to the layer's own output, or wait for the sum it goes into."""
         self.n_samples = self.n_samples or len(x)
-        read = read_by(module, x) if layer.own else x
+        read = layer.read(module, x)
         seen = _channels_second(module, read)
         if self.targets.layouts.get(layer.path) != (len(seen), n_positions(seen, module)):
             # it runs over something that was cut: over channels as if they were positions
@@ -274,7 +278,7 @@ class _Refitting(_Walk):
             return func(*args)
         module = self.model.get_submodule(layer.path)
         x = self._inputs.pop(layer.path)
-        self._fit(layer, module, read_by(module, x) if layer.own else x, args[0] + args[1])
+        self._fit(layer, module, layer.read(module, x), args[0] + args[1])
         again = module.forward(x)
         if layer.norm is not None:
             again = self.model.get_submodule(layer.norm).forward(again)

@@ -10,7 +10,6 @@ When units are pruned meanwhile, the initialisation is cut like the network, as 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from actprune.capacity import constrain, linear_map, scaled
 from actprune.capacity.maps import CONVOLUTIONS
 from actprune.core.errors import ConfigError
-from actprune.core.record import record_of
+from actprune.core.record import record_of, since
 from actprune.surgery.tensors import keep_indices, sliced
 from actprune.training.finding import names
 
@@ -137,7 +136,7 @@ class CapacityConstraint(Callback):
         for path, layer in self._known(pl_module):
             initial = self._initial[path].to(layer.weight)  # type: ignore[arg-type]
             before = self._removed.get(path, {})
-            gone = {dim: _since(places, before.get(dim, [])) for dim, places in removed.get(path, {}).items()}
+            gone = {dim: since(places, before.get(dim, [])) for dim, places in removed.get(path, {}).items()}
             initial = sliced(initial, {dim: keep_indices(initial.shape[dim], places) for dim, places in gone.items()})
             if initial.shape != layer.weight.shape:
                 raise ConfigError(
@@ -202,12 +201,6 @@ def _removed(pl_module: LightningModule) -> dict[str, dict[int, list[int]]]:
         for name, dims in record_of(module).removed.items()
         if name.rpartition(".")[2] == "weight"
     }
-
-
-def _since(gone: Sequence[int], before: Sequence[int]) -> list[int]:
-    """What left after ``before``, in positions of what stayed then."""
-    ordered, known = sorted(before), set(before)
-    return [place - bisect_left(ordered, place) for place in gone if place not in known]
 
 
 def initial_weights(checkpoint: Any) -> dict[str, Tensor]:

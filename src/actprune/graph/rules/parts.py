@@ -118,12 +118,8 @@ def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out:
 
 def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
     """An integer of the innermost module may be what the split was called with."""
-    for path, name, value in t.attributes():
-        if path != t.stack[-1]:
-            break
-        if type(value) is int and value == size:
-            t.possible.append(Binding(path, name, None, counts))
-    t.possible += [Binding(t.stack[-1], name, None, counts) for name, n in t.settings(t.stack[-1]) if n == size]
+    path = t.stack[-1]
+    t.possible += [Binding(path, name, None, counts) for name, n in (*t.integers(path), *t.settings(path)) if n == size]
 
 
 def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
@@ -165,13 +161,12 @@ def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
 def _named(t: TraceState, n: int) -> list[tuple[str, str]]:
     """(module, attribute) of widths that are ``n``: of the innermost module, else of those it holds."""
     path = t.stack[-1]
-    held = [f"{path}.{name}" if path else name for name in t.modules[path]._modules]
 
     def of(owner: str, kept: Iterable[tuple[str, int]]) -> list[tuple[str, str]]:
         widths = (name for name, value in kept if value == n)
         return [(owner, name) for name in widths if any(word in name for word in _PART_WORDS)]
 
-    below = [owner for owner in held if owner in t.modules and not t.of_torch(owner)]
+    below = [owner for owner in t.children() if not t.of_torch(owner)]
     return (
         of(path, t.integers(path))
         or [found for owner in below for found in of(owner, t.integers(owner))]

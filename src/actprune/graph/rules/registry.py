@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from actprune.core.hooks import named_arguments
 from actprune.graph.state import TraceState
 
 Rule: TypeAlias = Callable[[TraceState, SimpleNamespace, Any], None]
@@ -35,11 +36,5 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 
 def bind(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
     """Name the arguments of a call by the operator's schema, defaults filled in (``self`` becomes ``input``)."""
-    named = {}
-    for position, argument in enumerate(func._schema.arguments):
-        if position < len(args) and not argument.kwarg_only:
-            value = args[position]
-        else:
-            value = kwargs.get(argument.name, argument.default_value)
-        named["input" if argument.name == "self" else argument.name] = value
-    return SimpleNamespace(**named)
+    named = named_arguments(func, args, kwargs)
+    return SimpleNamespace(**{"input" if name == "self" else name: value for name, value in named.items()})

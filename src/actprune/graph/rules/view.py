@@ -95,8 +95,8 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
     inner, *outer = reversed(t.stack)
     places = [(path, t.integers(path)) for path in (inner, *t.children(), *outer)]
     for path, kept in (*places, (inner, t.settings(inner))):
-        named = {n: v for n, v in kept if any(word in n for word in _HEAD_WORDS)}
-        counts = {n: v for n, v in named.items() if not any(word in n for word in _WIDTH_WORDS)}
+        named = {n: v for n, v in kept if _speaks(n, _HEAD_WORDS)}
+        counts = {n: v for n, v in named.items() if not _speaks(n, _WIDTH_WORDS)}
         axis = None
         for value in counts.values():
             matching = [a for a in axes if grid.shape[a] == value]
@@ -118,11 +118,16 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
     return None
 
 
+def _speaks(name: str, words: tuple[str, ...]) -> bool:
+    """Whether a name holds one of these words."""
+    return any(word in name for word in words)
+
+
 def _bind_below(t: TraceState, grid: np.ndarray, axis: int) -> None:
     """Head counts of what the innermost module holds may be what was meant; where nothing needs them, a rehearsal tells."""
     for path in t.children() if axis != grid.ndim - 1 else ():
         for name, value in t.integers(path):
-            if value == grid.shape[axis] and any(w in name for w in _HEAD_WORDS) and not any(w in name for w in _WIDTH_WORDS):
+            if value == grid.shape[axis] and _speaks(name, _HEAD_WORDS) and not _speaks(name, _WIDTH_WORDS):
                 t.bindings.append(Binding(path, name, None, _merged_line(grid, axis).ravel(), assumed=True))
 
 
