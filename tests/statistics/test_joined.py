@@ -44,7 +44,7 @@ def test_parts_hold_what_they_would_alone(make):
         for statistic, x in zip(alone, sites, strict=True):
             statistic.update(x, ids)
         if number == 1:
-            whole = join(parts, make, torch.device("cpu"))
+            whole = join(parts, torch.device("cpu"))
         if number in (0, 2):
             for statistic, x in zip(parts, sites, strict=True):
                 statistic.update(x, ids)
@@ -56,11 +56,30 @@ def test_parts_hold_what_they_would_alone(make):
 
 
 @each_kind
+def test_another_is_like_the_first_and_has_nothing_of_it(make):
+    with torch.inference_mode():
+        first = make(SIZES[0])
+        other = first.another()
+    alone = make(SIZES[0])
+    for sites, ids in batches():
+        other.update(sites[0], ids)
+        alone.update(sites[0], ids)
+    same(other, alone)
+    for name, state in make(SIZES[0]).metric_state.items():
+        assert torch.equal(getattr(first, name), state)
+    other.reset()
+    same_states = {name: torch.equal(getattr(other, name), state) for name, state in first.metric_state.items()}
+    assert all(same_states.values()), same_states
+    with pytest.raises(ObservationError, match="saw 0 samples"):
+        other.compute()
+
+
+@each_kind
 def test_parts_merge_like_any_other(make):
     shards = []
     for share in (slice(0, 3), slice(3, 6)):
         parts = [make(size) for size in SIZES]
-        whole = join(parts, make, torch.device("cpu"))
+        whole = join(parts, torch.device("cpu"))
         for sites, ids in batches():
             whole.update(torch.cat(sites, 1)[share], ids[share])
         shards.append(parts)
@@ -76,7 +95,7 @@ def test_parts_merge_like_any_other(make):
 @each_kind
 def test_a_nan_is_reported_by_its_own_part(make):
     parts = [make(size) for size in SIZES]
-    whole = join(parts, make, torch.device("cpu"))
+    whole = join(parts, torch.device("cpu"))
     for number, (sites, ids) in enumerate(batches()):
         if number == 2:
             sites[2][1, 4] = torch.nan

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +51,58 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+class Ear:
+    """Stands in for a module's forward and hears what it is given; copied or pickled with a module, it is the plain forward."""
+
+    __slots__ = ("_forward", "watcher")
+
+    def __init__(self, forward: Callable[..., Any], watcher: Callable[[Tensor], object]) -> None:
+        self._forward, self.watcher = forward, watcher
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward once the watcher has seen the first argument."""
+        self.watcher(args[0] if args else kwargs["input"])
+        return self._forward(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self._forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._forward,)
+
+
+def _itself(forward: Any) -> Any:
+    return forward
+
+
+@contextmanager
+def listening(model: nn.Module, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[dict[str, Ear]]:
+    """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``, packed sequences included.
+
+    A hook per module would take longer than a small layer on a GPU. ``ear.watcher`` may be changed inside the block.
+    """
+    ears = {}
+    with ExitStack() as stack:
+        for path, watcher in watchers.items():
+            module = model.get_submodule(path)
+            ears[path] = ear = Ear(module.forward, watcher)
+            before = vars(module).get("forward")
+            module.forward = ear  # type: ignore[method-assign]
+            stack.callback(partial(_restore, module, before))
+        yield ears
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward  # type: ignore[method-assign]
 
 
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

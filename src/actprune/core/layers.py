@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -17,4 +18,4 @@ def runs_torch_forward(module: nn.Module) -> bool:
 
 
 def _of_torch(function: Any) -> bool:
-    return getattr(function, "__module__", "").startswith("torch.nn.modules.")
+    return getattr(inspect.unwrap(function), "__module__", "").startswith("torch.nn.modules.")

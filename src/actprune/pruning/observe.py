@@ -17,22 +17,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from actprune.compensation import Compensation, Layer, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
-from actprune.core.hooks import Watcher, uncompiled, watch_inputs, watch_operands
+from actprune.core.hooks import Watcher, listening, uncompiled, watch_operands
 from actprune.core.labels import is_class_vector
-from actprune.core.layers import runs_torch_forward
 from actprune.core.views import Criterion, Statistic
-from actprune.graph import Consumer, Graph
+from actprune.graph import Consumer, Graph, is_recurrent
+from actprune.pruning.folded import layer_of
+from actprune.pruning.fused import Fused
 from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
 from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.unfolded import tell_unfolded
-from actprune.pruning.updates import Part, Updates
-from actprune.statistics import EVERYTHING, Density, all_reduce
+from actprune.pruning.updates import Make, Part, Updates
+from actprune.statistics import EVERYTHING, Accumulator, Density, all_reduce
 
 
 class Observation:
@@ -58,6 +60,7 @@ class Observation:
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
         self._widths = {group.name: group.size for group in graph.unlocked}
+        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
         self._rows = Rows(model, self._sampling)
         self._next_id = 0
         self._paused = self._needs_labels = self._began = False
@@ -69,6 +72,7 @@ class Observation:
         self._gates: dict[str, dict[Place, dict[int, Reads]]] = defaultdict(lambda: defaultdict(dict))
         self._reads: dict[tuple[str, int | None, int, int], Reads] = {}
         self._where: dict[int, str] = {}
+        self._like: dict[tuple[str, int], Statistic | None] = {}
         self._criterion(graph, criterion)
         if compensation is not None:
             self._compensation(graph, compensation)
@@ -82,7 +86,7 @@ class Observation:
                 )
             made: dict[str, list[Statistic]] = {key: [] for key in wanted}
             for site in group.sites:
-                here = [(key, wanted[key](group.size)) for key in wanted]
+                here = [(key, self._statistic(key, wanted[key], group.size)) for key in wanted]
                 kinds: dict[str | None, list[tuple[str, Statistic]]] = defaultdict(list)
                 for key, statistic in here:
                     made[key].append(statistic)
@@ -98,6 +102,14 @@ class Observation:
                         reads = places.setdefault(site.dim, self._nothing(site.module, site.dim))
                     reads.entries.append((site, index, statistics))
             self._scores[group.name] = made
+
+    def _statistic(self, key: str, make: Make, size: int) -> Any:
+        """A statistic that has seen nothing; one of each size is made, the others are like it."""
+        like = self._like.get((key, size))
+        if isinstance(like, Accumulator) and like.joinable:
+            return like.another()
+        self._like[key, size] = made = make(size)
+        return made
 
     def _nothing(self, module: str, dim: int) -> Reads:
         return Reads(module, dim, self._make, self._sampling, self._updates)
@@ -120,16 +132,18 @@ class Observation:
             if not cuttable[consumer.reads].any():
                 continue
             layer = layer_of(self._model, consumer, runs[consumer.weight])
-            statistic = compensation.statistic(layer, len(consumer.reads))
+            make = partial(compensation.statistic, layer)
+            plain = type(compensation) is Mean  # whose statistics are alike for all layers
+            statistic = self._statistic("compensation", make, len(consumer.reads)) if plain else make(len(consumer.reads))
             if statistic is None:
                 continue
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
             self._folds[number] = (layer, statistic)
             # variances over positions, too, only where a criterion asks for them
-            statistic.means_do = type(compensation) is Mean and not self._needs_readers
+            statistic.means_do = plain and not self._needs_readers
             place = (consumer.module, consumer.ordinal, consumer.operand)
             if statistic.means_do:
-                part = Part("compensation", partial(compensation.statistic, layer), statistic)
+                part = Part("compensation", make, statistic)
                 self._read_at(*place, consumer.dim).folded.append((layer, part))
             else:
                 self._at(*place, partial(self._channels, consumer, layer, statistic, compensation))
@@ -157,6 +171,7 @@ class Observation:
             )
         as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._rows.ids
         reads.hand_over(x, ids, self._rows.labels, as_read)
+        self._fused.try_out(reads, read)
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:
@@ -186,12 +201,14 @@ class Observation:
                 "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
             )
         if self._began:
+            self._fused.end()
             self._updates.batch_ends()
         self._began = True
         self._sampling.next_batch()
         self._rows.begin(sample_ids, labels)
         self._next_id += len(self._rows.ids)
-        for reads in self._reads.values():
+        self._fused.begin(None if self._rows.leaves_out else self._rows.ids)
+        for reads in self._fused.others(self._reads.values()):
             reads.get_ready(self._rows.ids)
 
     def differentiate(self, outputs: Callable[[], Any] | None = None, loss: Callable[[], Tensor] | None = None) -> None:
@@ -220,6 +237,7 @@ class Observation:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block what the model runs is not observed, and no batch begins; ``differentiate`` may be called."""
+        self._fused.stop()
         before, self._paused = self._paused, True
         try:
             yield
@@ -263,7 +281,11 @@ class Observation:
         """Hooks are on inside the block only."""
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
-            stack.enter_context(watch_inputs(self._model, {k: _all(v) for k, v in self._inputs.items()}))
+            watchers = {k: _all(v, is_recurrent(self._model.get_submodule(k))) for k, v in self._inputs.items()}
+            ears = stack.enter_context(listening(self._model, watchers))
+            own = {path for path, watchers in self._inputs.items() if len(watchers) == 1}
+            at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
+            self._fused.listen({id(reads): ears[path] for path, reads in at})
             stack.enter_context(watch_operands(self._model, self._operands))
             yield
         self._updates.flush()
@@ -304,31 +326,16 @@ class Observation:
                 raise ObservationError(f"at {self._where[id(statistic)]}: {error}{cure}") from None
 
 
-def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
-    """A consumer with its tensors as they are now; ``runs``: how many contractions use its weight."""
-    path, _, leaf = consumer.weight.rpartition(".")
-    weight = getattr(model.get_submodule(path), leaf)
-    intercept = consumer.bias is not None or consumer.batch_norm is not None or takes_bias(model, consumer)
-    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs, intercept=intercept)
-
-
-def takes_bias(model: nn.Module, consumer: Consumer) -> bool:
-    """Whether a layer without a bias adds one once it is given one: a forward of its own may not ask for any."""
-    module = model.get_submodule(consumer.module)
-    own = consumer.reads_own_weight and runs_torch_forward(module)
-    return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
-
-
 def _is_identity(at: np.ndarray) -> bool:
     return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))
 
 
-def _all(watchers: list[Watcher]) -> Watcher:
-    if len(watchers) == 1:
+def _all(watchers: list[Watcher], is_recurrent: bool) -> Callable[[Any], object]:
+    if len(watchers) == 1 and not is_recurrent:
         return watchers[0]
 
-    def watch(x: Tensor) -> None:
+    def watch(x: Tensor | PackedSequence) -> None:
         for watcher in watchers:
-            watcher(x)
+            watcher(x.data if isinstance(x, PackedSequence) else x)
 
     return watch

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from actprune.compensation import Compensation
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
-from actprune.pruning.observe import Observation, takes_bias
+from actprune.pruning.folded import takes_bias
+from actprune.pruning.observe import Observation
 
 _LOG = logging.getLogger(__name__)
 

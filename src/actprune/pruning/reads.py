@@ -10,7 +10,7 @@ CPU's cache, and every call costs a multiple; on a device, what counts is that i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +32,11 @@ _READY = 1 << 16
 
 
 @dataclass(frozen=True)
-class _Hand:
+class Hand:
     """What is handed over in one piece."""
 
     how: str
-    """``few`` positions, the ``mean`` of each map, or ``whole`` maps."""
+    """``few`` positions, ``all`` where there are no more than that, the ``mean`` of each map, or ``whole`` maps of any size."""
     channels: Tensor | None
     """(U, width) channels of every unit, where units have several."""
     parts: list[Part]
@@ -44,10 +44,10 @@ class _Hand:
     """Whether all parts may wait."""
 
 
-_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 """Shape, type and device of what is read."""
-_Ready = tuple[list[Part], Tensor | None, Tensor | None, Tensor]
-"""Who reads next; where in the activations, (n, C, k), None for means; where that is written, on a CPU; the rows' ids, (n,)."""
+_Ready = tuple[Hand, Tensor | None, Tensor | None, Tensor]
+"""Who reads next; where in the activations, (n, C, k), for ``few``; where that is written, on a CPU; the rows' ids, (n,)."""
 
 
 class Reads:
@@ -66,9 +66,10 @@ class Reads:
         self.entries: list[Entry] = []
         self.folded: list[tuple[Layer, Part]] = []
         self._make, self._sampling, self._updates = make, sampling, updates
-        self._hands: dict[tuple[int, torch.device], list[_Hand]] = {}
-        self._usual: tuple[_Kind, list[_Hand]] | None = None
-        self._expected: _Kind | None = None
+        self._hands: dict[tuple[int, torch.device], list[Hand]] = {}
+        self.usual: tuple[Kind, list[Hand]] | None = None
+        """How the last batch was read, where the next one may be expected to lie so, too."""
+        self._expected: Kind | None = None
         self._ready: list[_Ready] = []
 
     @property
@@ -79,9 +80,9 @@ class Reads:
     def get_ready(self, ids: Tensor) -> None:
         """Expect what was read in the batch before, of these samples, (N,) on the CPU."""
         self._expected, self._ready = None, []
-        if self._usual is None:
+        if self.usual is None:
             return
-        (shape, dtype, device), hands = self._usual
+        (shape, dtype, device), hands = self.usual
         channels, positions = shape[1], math.prod(shape[2:])
         for hand in hands:
             places, there = None, self._sampling.on(device, ids)
@@ -90,11 +91,11 @@ class Reads:
                 there = self._sampling.draw(ids, positions, device)[1]
             room = None
             if device.type == "cpu":
-                size = (len(there), channels, 1 if places is None else places.shape[2])
-                room = self._updates.arena.room(size, torch.float32 if places is None else dtype)
+                k = 1 if hand.how == "mean" else positions if places is None else places.shape[2]
+                room = self._updates.arena.room((len(there), channels, k), torch.float32 if hand.how == "mean" else dtype)
                 if room is None:
                     return
-            self._ready.append((hand.parts, places, room, there))
+            self._ready.append((hand, places, room, there))
         self._expected = (len(ids), *shape[1:]), dtype, device
 
     def takes(self, x: Tensor) -> bool:
@@ -104,12 +105,15 @@ class Reads:
         self._expected = None
         for layer, _ in self.folded:
             layer.space = tuple(x.shape[2:])
-        for parts, places, room, ids in self._ready:
+        for hand, places, room, ids in self._ready:
             if places is not None:
                 read = torch.take(x, places, out=room)
-            else:
+            elif hand.how == "mean":
                 read = torch.mean(x.view(*x.shape[:2], -1), 2, keepdim=True, dtype=torch.float32, out=room)
-            self._updates.add(parts, read, ids)
+            else:
+                maps = x.view(*x.shape[:2], -1)
+                read = maps.clone() if room is None else room.copy_(maps)
+            self._updates.add(hand.parts, read, ids)
         return True
 
     def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
@@ -131,7 +135,8 @@ class Reads:
         plain = as_read and x.is_contiguous()
         for hand in hands:
             given, there = self._made(hand, x, ids)
-            plain &= hand.later and hand.channels is None and (hand.how == "mean" or given.numel() <= _READY)
+            little = hand.how == "mean" or given.numel() <= _READY or not x.is_cpu
+            plain &= hand.later and hand.channels is None and little
             if hand.later:
                 self._updates.add(hand.parts, given, there)
                 continue
@@ -140,31 +145,42 @@ class Reads:
                 of_rows = labels if len(there) == len(ids) else labels[self._sampling.rows(ids).to(labels.device)]
             for part in hand.parts if len(there) else ():
                 self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
-        self._usual = ((shape, x.dtype, x.device), hands) if plain else None
+        self.usual = ((shape, x.dtype, x.device), hands) if plain else None
 
-    def _divided(self, space: int, device: torch.device) -> list[_Hand]:
+    def again(self, x: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What was read of x, (N, C, *positions) as the usual place reads it, and waits; and what is read of it now."""
+        maps = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        assert self.usual is not None
+        for hand in self.usual[1]:
+            if hand.how == "few":
+                now = torch.take(x, self._sampling.flat(ids, x.shape[1], maps.shape[2], x.device))
+            else:
+                now = maps.mean(2, keepdim=True, dtype=torch.float32) if hand.how == "mean" else maps
+            yield self._updates.waiting(hand.parts), now
+
+    def _divided(self, space: int, device: torch.device) -> list[Hand]:
         """Who gets what of maps of one size."""
-        found: dict[tuple[object, ...], _Hand] = {}
+        found: dict[tuple[object, ...], Hand] = {}
         for site, index, statistics in self.entries:
-            width, there = site.positions.shape[1], None if index is None else index.to(device)
-            channels, of_units = (there, None) if width > 1 else (None, None if there is None else there.flatten())
-            samples = self._sampling.samples(width * space)
+            width = site.positions.shape[1]
+            channels = None if width == 1 or index is None else index.to(device)
+            of_units = None if width > 1 or index is None else index.flatten()
+            usual = self._sampling.how(width * space)
             for key, statistic in statistics:
-                how = "mean" if statistic.means_do else "few" if samples and not statistic.whole_maps else "whole"
+                how = "mean" if statistic.means_do else "whole" if statistic.whole_maps else usual
                 one = Part(key, self._make[key], statistic, of_units)
                 # a view into what the network goes on with must not wait
                 later = one.waits and not statistic.needs_labels and how != "whole"
-                found.setdefault((how, later, id(channels)), _Hand(how, channels, [], later)).parts.append(one)
+                found.setdefault((how, later, id(channels)), Hand(how, channels, [], later)).parts.append(one)
         for _, part in self.folded:
-            found.setdefault(("mean", part.waits, id(None)), _Hand("mean", None, [], part.waits)).parts.append(part)
+            found.setdefault(("mean", part.waits, id(None)), Hand("mean", None, [], part.waits)).parts.append(part)
         return list(found.values())
 
-    def _made(self, hand: _Hand, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _made(self, hand: Hand, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What is read, (n, C or U, P), and the ids of its rows, on its device."""
-        channels = hand.channels
+        channels, waits = hand.channels, hand.later and x.is_cpu and not x.requires_grad
         if hand.how == "few" and channels is None:
             rows, there, drawn = self._sampling.draw(ids, x.shape[2], x.device)
-            waits = hand.later and x.is_cpu and not x.requires_grad
             room = self._updates.arena.room((*drawn.shape, x.shape[1]), x.dtype) if waits else None
             return at_positions(x, drawn, None, rows, room), there
         if channels is not None:
@@ -172,6 +188,9 @@ class Reads:
                 rows, there, drawn = self._sampling.draw(ids, x.shape[2] * channels.shape[1], x.device)
                 return at_positions(x, drawn, channels, rows), there
             x = x.index_select(1, channels.flatten()).reshape(len(x), len(channels), -1)
+        elif hand.how == "all":
+            room = self._updates.arena.room((len(x), x.shape[1], x.shape[2]), x.dtype) if waits else None
+            x = x.clone() if room is None else room.copy_(x)
         if hand.how == "mean":
             x = x.mean(2, keepdim=True, dtype=torch.float32)
         return x, self._sampling.on(x.device, ids)

@@ -34,6 +34,11 @@ class Rows:
             self.ids = sample_ids[self._counted]
             self.labels = None if labels is None else labels[self._counted]
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some rows of the batch are not counted."""
+        return self._counted is not None
+
     def samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
         usual = x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self.announced) and module not in self._recurrent

@@ -36,9 +36,16 @@ class Sampling:
         """Whether only every second sample is read where positions are drawn."""
         return self._density.halved
 
-    def samples(self, seen: int) -> bool:
-        """Whether of so many positions only some are seen."""
-        return self._density.positions is not None and self._density.positions < seen
+    @property
+    def k(self) -> int:
+        """How many positions are drawn; 1 where none are."""
+        return self._density.positions or 1
+
+    def how(self, seen: int) -> str:
+        """Of so many positions, ``few`` are seen, or ``all``, which are no more than those; ``whole``: all, however many."""
+        if self._density.positions is None:
+            return "whole"
+        return "few" if self._density.positions < seen else "all"
 
     def draw(self, ids: Tensor, seen: int, device: torch.device) -> Drawn:
         """Rows and positions that are read; drawn once per batch for all maps of one size."""

@@ -8,7 +8,7 @@ first time becomes one statistic for good (see ``statistics.joined``); what come
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,12 @@ class Part:
         key: the same for statistics that ``make`` makes.
         make: makes such a statistic for a number of units.
         statistic: what is updated.
-        channels: (U,) where each unit is, on the device of what is read; None: unit i is channel i.
+        channels: (U,) where each unit is, on the CPU; None: unit i is channel i.
     """
 
     def __init__(self, key: str, make: Make, statistic: Statistic, channels: Tensor | None = None) -> None:
         self.key, self.make, self.statistic, self._channels = key, make, statistic, channels
+        self._there = channels
         self.waits = isinstance(statistic, Accumulator) and statistic.joinable
 
     def of(self, x: Tensor) -> Tensor:
@@ -49,11 +50,46 @@ class Part:
         if self._channels is None:
             units = self.statistic.n_units
             return x if x.shape[1] == units else x[:, :units]
-        return x.index_select(1, self._channels)
+        if self._there is None or self._there.device != x.device:
+            self._there = self._channels.to(x.device)
+        return x.index_select(1, self._there)
+
+    @property
+    def positions(self) -> Tensor:
+        """(U,) where each unit is, on the CPU."""
+        return torch.arange(self.statistic.n_units, device="cpu") if self._channels is None else self._channels
 
 
 _Read = tuple[Part, Tensor]
 """A part and what its place read."""
+
+
+@dataclass
+class Company:
+    """What is updated together."""
+
+    parts: list[Part]
+    x: Tensor | list[Tensor]
+    """(N, U, P) of all units, one part after the other, or what the place of each part read, (N, C, P)."""
+    ids: Tensor
+    """(N,) on x's device."""
+    sizes: list[int]
+    """Samples of each batch."""
+    batches: list[int]
+    """The batches' numbers."""
+
+    def each(self) -> Sequence[Tensor]:
+        """The units of every part, (N, U, P)."""
+        if isinstance(self.x, Tensor):
+            return self.x.split([part.statistic.n_units for part in self.parts], 1)
+        return [part.of(x) for part, x in zip(self.parts, self.x, strict=True)]
+
+    def together(self) -> Tensor:
+        """The units of all parts, (N, U, P)."""
+        if isinstance(self.x, Tensor):
+            return self.x
+        each = self.each()
+        return each[0] if len(each) == 1 else torch.cat(list(each), 1)
 
 
 @dataclass
@@ -65,14 +101,6 @@ class _Place:
     batches: list[int]
 
 
-@dataclass
-class _Company:
-    reads: list[_Read]
-    ids: Tensor
-    sizes: list[int]
-    batches: list[int]
-
-
 class Updates:
     """Updates that wait for their likes; ``flush`` makes them all."""
 
@@ -81,7 +109,9 @@ class Updates:
         self.arena = Arena(HELD_ON_CPU)
         self._held = self._held_before = 0
         self.batch = 0
-        self._due: list[_Company] = []
+        self.others: list[Callable[[], Iterable[Company]]] = []
+        """Who else keeps reads; called once all are to be counted, and no longer theirs then."""
+        self._due: list[Company] = []
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
         self._settings: dict[int, tuple[object, ...]] = {}
@@ -119,6 +149,28 @@ class Updates:
         else:
             part.statistic.update(part.of(x), ids, labels)
 
+    def waiting(self, parts: Sequence[Part]) -> Tensor:
+        """What waits for these parts, the only thing."""
+        return self._waiting[id(parts)].reads[0]
+
+    def withdraw(self, parts: Sequence[Part]) -> Tensor:
+        """Take back what waits for these parts, the only thing."""
+        place = self._waiting.pop(id(parts))
+        self._held -= place.reads[0].numel()
+        return place.reads[0]
+
+    def waits_once(self, parts: Sequence[Part]) -> bool:
+        """Whether something waits for these parts, once, and of this batch."""
+        place = self._waiting.get(id(parts))
+        return place is not None and place.batches == [self.batch]
+
+    def kind(self, part: Part) -> tuple[object, ...]:
+        """The same for parts that can be updated together."""
+        known = self._settings.get(id(part.statistic))
+        if known is None:
+            known = self._settings[id(part.statistic)] = (part.key, settings(part.statistic))
+        return known
+
     def batch_ends(self) -> None:
         """Nothing more comes of this batch, number ``batch``; what was got ready for it is over.
 
@@ -135,13 +187,15 @@ class Updates:
 
     def flush(self) -> None:
         """Make every update that waits."""
-        waiting, self._waiting, self._held = list(self._waiting.values()), {}, 0
         with torch.inference_mode(False), torch.no_grad():
+            for other in self.others:
+                self._due += other()
+            waiting, self._waiting, self._held = list(self._waiting.values()), {}, 0
             self._due += self._companies(waiting)
             while self._due:  # each leaves before it is counted, so that nothing is counted twice after an error
                 self._update(self._due.pop())
 
-    def _companies(self, waiting: list[_Place]) -> Iterator[_Company]:
+    def _companies(self, waiting: list[_Place]) -> Iterator[Company]:
         """What is updated together."""
         piles: dict[tuple[int, ...], dict[tuple[object, ...], list[_Read]]] = defaultdict(lambda: defaultdict(list))
         places: dict[tuple[int, ...], _Place] = {}
@@ -151,15 +205,14 @@ class Updates:
             places[rows] = place
             x = _together(place.reads)
             for part in place.parts:
-                if id(part.statistic) not in self._settings:
-                    self._settings[id(part.statistic)] = settings(part.statistic)
-                piles[rows][(part.key, self._settings[id(part.statistic)], *place.kind)].append((part, x))
+                piles[rows][(*self.kind(part), *place.kind)].append((part, x))
         for rows, of_kinds in piles.items():
             ids, sizes = _together(places[rows].ids), [len(each) for each in places[rows].ids]
             for pile in of_kinds.values():
                 while pile:
                     n = self._company(pile, len(sizes))
-                    yield _Company(pile[:n], ids, sizes, places[rows].batches)
+                    parts, reads = [part for part, _ in pile[:n]], [x for _, x in pile[:n]]
+                    yield Company(parts, reads, ids, sizes, places[rows].batches)
                     del pile[:n]
 
     def _company(self, pile: list[_Read], batches: int) -> int:
@@ -178,8 +231,8 @@ class Updates:
             elements += len(x) * statistic.n_units * x.shape[2]
         return len(pile)
 
-    def _update(self, company: _Company) -> None:
-        statistics: list[Accumulator] = [part.statistic for part, _ in company.reads]  # type: ignore[misc]
+    def _update(self, company: Company) -> None:
+        statistics: list[Accumulator] = [part.statistic for part in company.parts]  # type: ignore[misc]
         members, device = tuple(map(id, statistics)), company.ids.device
         whole = self._wholes.get(members)
         if whole is not None and whole.device != device:
@@ -187,16 +240,13 @@ class Updates:
             whole = None
         if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
             one = len(members) == 1
-            whole = statistics[0].to(device) if one else join(statistics, company.reads[0][0].make, device)  # type: ignore[arg-type]
+            whole = statistics[0].to(device) if one else join(statistics, device)
             self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
-        each = (part.of(x) for part, x in company.reads)
         if whole is not None:
-            whole.update(
-                torch.cat(list(each), 1) if len(members) > 1 else next(each), company.ids, None, company.sizes, company.batches
-            )
+            whole.update(company.together(), company.ids, None, company.sizes, company.batches)
             return
-        for statistic, x in zip(statistics, each, strict=True):
+        for statistic, x in zip(statistics, company.each(), strict=True):
             known = self._member.get(id(statistic))
             if known is not None and statistic.device != device:
                 self._part(known)

@@ -10,12 +10,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Statistic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 POOLS = ("positions", "gap")
 
@@ -62,6 +67,13 @@ class Accumulator(Statistic):
         with torch.inference_mode(False):
             normal = default.clone() if isinstance(default, Tensor) else default
             super().add_state(name, normal, dist_reduce_fx, persistent)
+
+    def constant(self, name: str) -> float | None:
+        """What a state is full of at the beginning; None where its elements differ."""
+        default = self._defaults[name]
+        assert isinstance(default, Tensor)
+        least, greatest = default.aminmax() if default.numel() else (default.new_zeros(()),) * 2
+        return least.item() if least == greatest else None
 
     def reset(self) -> None:
         """Forget everything that was seen."""
@@ -112,10 +124,26 @@ class Accumulator(Statistic):
     def _report(self, bad: Tensor, x: Tensor, sizes: Sequence[int], batches: Sequence[int]) -> None:
         """Note which units (U,) had a NaN or Inf, and in which batch the first one was."""
         self.nonfinite.add_(bad)
-        for number, batch in zip(batches, x.split(list(sizes)), strict=True):
-            here = bad if len(sizes) == 1 else ~torch.isfinite(batch).all(2).all(0)
-            when = torch.full_like(self.first_nonfinite, float(number)).masked_fill_(~here, torch.inf)
-            torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
+        if len(sizes) == 1:
+            when = torch.full_like(self.first_nonfinite, float(batches[0])).masked_fill_(~bad, torch.inf)
+        else:  # all at once: a device would take longer for each batch than for its numbers
+            counts = torch.tensor(sizes, device="cpu")
+            numbers = torch.tensor(batches, dtype=torch.float32, device="cpu").repeat_interleave(counts)
+            rows = (numbers.pin_memory() if x.is_cuda else numbers).to(x.device, non_blocking=True)
+            fine = torch.isfinite(x).all(2)
+            when = rows.unsqueeze(1).expand_as(fine).masked_fill(fine, torch.inf).amin(0).to(self.first_nonfinite.dtype)
+        torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
+
+    def another(self) -> Self:
+        """A statistic with the same settings and as many units that has seen nothing, as this one; cheaper than making one."""
+        made = type(self).__new__(type(self))
+        own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
+        with torch.inference_mode(False):
+            states = {name: default.clone() for name, default in self._defaults.items() if isinstance(default, Tensor)}
+        vars(made).update(own | states)
+        bound = {name: MethodType(getattr(type(made), name), made) for name in ("update", "compute")}
+        vars(made).update(update=made._wrap_update(bound["update"]), compute=made._wrap_compute(bound["compute"]))
+        return made
 
     def compute(self) -> Tensor:
         """The statistic's values in float64, first dimension U.

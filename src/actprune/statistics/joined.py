@@ -7,35 +7,45 @@ stood alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from actprune.statistics.base import Accumulator
 
 
-def join(parts: Sequence[Accumulator], make: Callable[[int], Accumulator], device: torch.device) -> Accumulator:
+def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
     """Make one statistic of the units of several, whose states become views into its own.
 
     Args:
         parts: statistics with the same settings that are ``joinable`` and of which none was joined before.
-        make: makes such a statistic for a number of units.
         device: where the activations are.
 
     Returns:
         The whole: its units are those of the parts, in order.
     """
+    is_new = not any(part.update_called for part in parts)
     with torch.inference_mode(False):
-        for part in parts:
+        for part in () if is_new else parts:
             if part.device != device:
                 part.to(device)
-        whole = make(sum(part.n_units for part in parts)).to(device)
-        for name in whole.metric_state:
-            own = [getattr(part, name).view(-1) if getattr(part, name).dim() == 0 else getattr(part, name) for part in parts]
-            states = torch.cat(own)
-            setattr(whole, name, states)
-            for part, state in zip(parts, states.split([len(one) for one in own]), strict=True):
-                setattr(part, name, state.view(getattr(part, name).shape))
-        whole._update_count = max(part._update_count for part in parts)
+        whole = parts[0].another()
+        own = vars(whole)
+        own.update(n_units=sum(part.n_units for part in parts), _device=device)
+        for name in parts[0].metric_state:
+            default: Tensor = getattr(parts[0], name)
+            sizes = [len(state) if state.dim() else 1 for part in parts for state in (getattr(part, name),)]
+            value = parts[0].constant(name) if is_new else None
+            if value is None:
+                states = torch.cat([getattr(part, name).reshape(-1, *default.shape[1:]) for part in parts]).to(device)
+            else:  # rather than moving each to the device
+                states = torch.full((sum(sizes), *default.shape[1:]), value, dtype=default.dtype, device=device)
+            own[name] = states  # torch would take longer to look what kind of attribute it is than to make it
+            for part, state in zip(parts, states.split(sizes), strict=True):
+                vars(part)[name] = state if default.dim() else state.view(())
+        for part in parts:
+            vars(part)["_device"] = device
+        own["_update_count"] = max(part._update_count for part in parts)
         whole.joined([part.n_units for part in parts])
     return whole

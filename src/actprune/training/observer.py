@@ -70,6 +70,8 @@ class Observer:
 
     def done(self) -> None:
         """The batch was validated: run it once more where gradients are asked for, for the networks that it reached."""
+        if not any(observation.differentiates for observation in self.observations.values()):
+            return
         with ExitStack() as paused:
             for observation in self.observations.values():
                 paused.enter_context(observation.paused())
@@ -94,10 +96,11 @@ class Observer:
     def _number(self, path: str, n: int) -> None:
         batch_idx, dataloader_idx = self._position
         size = self._batch_size.setdefault((path, dataloader_idx), n)
-        within = batch_idx * size + torch.arange(n)
-        ids = within * self._ranks + self._rank
-        repeated = ids >= (self._distinct(dataloader_idx) if n == n_samples(self._batch) else math.inf)
-        ids = torch.where(repeated, -1, ids + (dataloader_idx << 40))
+        first = batch_idx * size * self._ranks + self._rank
+        ids = torch.arange(first, first + n * self._ranks, self._ranks) + (dataloader_idx << 40)
+        distinct = self._distinct(dataloader_idx) if n == n_samples(self._batch) else math.inf
+        if first + n * self._ranks > distinct:  # the last of them are repeated
+            ids[max(0, -(-(int(distinct) - first) // self._ranks)) :] = -1
         self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
         self._seen.add(path)
 

@@ -1,0 +1,24 @@
+"""The layers into which what leaves is folded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from actprune.compensation import Layer
+from actprune.core.layers import runs_torch_forward
+from actprune.graph import Consumer
+
+
+def layer_of(model: nn.Module, consumer: Consumer, runs: int = 1) -> Layer:
+    """A consumer with its tensors as they are now; ``runs``: how many contractions use its weight."""
+    path, _, leaf = consumer.weight.rpartition(".")
+    weight = getattr(model.get_submodule(path), leaf)
+    intercept = consumer.bias is not None or consumer.batch_norm is not None or takes_bias(model, consumer)
+    return Layer(consumer.module, model.get_submodule(consumer.module), weight, consumer.reads_dim, runs, intercept=intercept)
+
+
+def takes_bias(model: nn.Module, consumer: Consumer) -> bool:
+    """Whether a layer without a bias adds one once it is given one: a forward of its own may not ask for any."""
+    module = model.get_submodule(consumer.module)
+    own = consumer.reads_own_weight and runs_torch_forward(module)
+    return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None

@@ -1,0 +1,234 @@
+"""Where what is read of all places of a network lies until it is counted: one tensor, and who takes what of it.
+
+What is read in the same way, few positions of large maps, all of small ones or means, lies side by side as (rows, units, k),
+one row per sample; so one kernel writes it, and it is counted as it lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from actprune.core.hooks import Ear
+from actprune.pruning.reads import Hand, Reads
+from actprune.pruning.updates import Company, Part
+
+WAITING = 1 << 28
+"""Bytes of what was read that wait at most, and no more than 1/64 of the device's memory."""
+_INT32 = 1 << 31
+_BYTES = 4
+
+
+@dataclass
+class Place:
+    """What is read with others, and how."""
+
+    reads: Reads
+    ear: Ear
+    alone: Callable[[Tensor], object]
+    """What the ear does where the place is read by itself."""
+    shape: tuple[int, ...]
+    """Of what is read, without samples."""
+    dtype: torch.dtype
+    hands: list[Hand]
+    seen: list[Tensor] = field(default_factory=list)
+    """What it was given in this batch."""
+
+    @property
+    def space(self) -> int:
+        """Positions of a map."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass
+class Launch:
+    """What one kernel reads."""
+
+    places: list[int] | None
+    """Of the places of a chunk; None: of each, once, in order."""
+    sources: Tensor
+    widest: int
+    dtype: torch.dtype
+    is_mean: bool
+
+
+class Chunk:
+    """Places whose activations are kept at the same time.
+
+    Args:
+        places: in the order in which they are reached.
+    """
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self.seen = [place.seen for place in places]
+        self.launches: list[Launch] = []
+        self.is_read = False
+        """Whether that was done for the present batch."""
+        self._dtypes = [place.dtype for place in places]
+        self._shapes: dict[int, list[torch.Size]] = {}
+
+    def addresses(self, n_samples: int, device: torch.device) -> list[int] | None:
+        """Where the activations lie, if each place was given one tensor like that of the first batch; else None."""
+        if n_samples not in self._shapes:
+            self._shapes[n_samples] = [torch.Size((n_samples, *place.shape)) for place in self.places]
+        if any([len(seen) != 1 for seen in self.seen]):
+            return None
+        kept = [seen[0] for seen in self.seen]
+        # few and plain calls: between two batches nothing of this is in a CPU's cache
+        as_before = (
+            [x.shape for x in kept] == self._shapes[n_samples]
+            and [x.dtype for x in kept] == self._dtypes
+            and all(map(Tensor.is_contiguous, kept))
+            and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
+        )
+        return list(map(Tensor.data_ptr, kept)) if as_before else None
+
+
+@dataclass
+class _Region:
+    """What is read in one way: (rows, units, k)."""
+
+    how: str
+    k: int
+    units: int = 0
+    base: int = 0
+    """Where it begins in the common tensor."""
+    hands: list[Hand] = field(default_factory=list)
+    """In the order of their columns."""
+    parts: list[tuple[Part, int]] = field(default_factory=list)
+    """Who takes what, and where the channels of their place begin."""
+    companies: list[tuple[list[Part], int]] = field(default_factory=list)
+    """Parts that are updated together, and which of ``orders`` their units are in."""
+    orders: list[Tensor | None] = field(default_factory=list)
+    """(U,) columns, None where these are all there are, in order."""
+
+
+class Layout:
+    """The common tensor.
+
+    Args:
+        chunks: places; gain their launches.
+        kernels: ``statistics.kernels``.
+        k: positions that are drawn of a large map.
+        kind: the same for parts that can be updated together.
+        device: where the activations are.
+        memory: of the device, in bytes.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        kernels: ModuleType,
+        k: int,
+        kind: Callable[[Part], tuple[object, ...]],
+        device: torch.device,
+        memory: int,
+    ) -> None:
+        self._regions: dict[tuple[str, int], _Region] = {}
+        self._columns: dict[int, tuple[_Region, int]] = {}
+        places = [place for chunk in chunks for place in chunk.places]
+        for place in places:
+            for hand in place.hands:
+                width = {"few": k, "mean": 1}.get(hand.how, place.space)
+                region = self._regions.setdefault((hand.how, width), _Region(hand.how, width))
+                self._columns[id(hand)] = (region, region.units)
+                region.hands.append(hand)
+                region.parts += [(part, region.units) for part in hand.parts]
+                region.units += place.shape[0]
+        per_row = sum(region.units * region.k for region in self._regions.values())
+        fits = all(math.prod(place.shape) * k < _INT32 for place in places)
+        self.rows = min(WAITING, memory // 64) // _BYTES // per_row if places and fits else 0
+        """Samples that it holds; 0 where nothing can be read so."""
+        if not self.rows:
+            return
+        with torch.inference_mode(False):
+            self.out = torch.empty(self.rows * per_row, dtype=torch.float32, device=device)
+            base = 0
+            for region in self._regions.values():
+                region.base = base
+                base += self.rows * region.units * region.k
+                self._company(region, kind, device)
+        for chunk in chunks:
+            chunk.launches = list(self._launches(chunk, kernels, device))
+
+    def _company(self, region: _Region, kind: Callable[[Part], tuple[object, ...]], device: torch.device) -> None:
+        piles: dict[tuple[object, ...], list[tuple[Part, int]]] = defaultdict(list)
+        for part, start in region.parts:
+            piles[kind(part)].append((part, start))
+        orders = [torch.arange(region.units, device="cpu")]
+        for pile in piles.values():
+            columns = torch.cat([start + part.positions for part, start in pile])
+            number = next((at for at, order in enumerate(orders) if torch.equal(order, columns)), len(orders))
+            orders += [columns] if number == len(orders) else []
+            region.companies.append(([part for part, _ in pile], number))
+        region.orders = [None, *(to(order, device) for order in orders[1:])]
+
+    def _launches(self, chunk: Chunk, kernels: ModuleType, device: torch.device) -> Iterator[Launch]:
+        found = defaultdict(list)
+        for at, place in enumerate(chunk.places):
+            for hand in place.hands:
+                region, column = self._columns[id(hand)]
+                source = kernels.Source(
+                    place.shape[0], place.space, region.k, hand.how == "few", column, region.units, region.base
+                )
+                found[place.dtype, hand.how == "mean"].append((at, source))
+        for (dtype, is_mean), sources in found.items():
+            numbers, widest = [at for at, _ in sources], max(source.channels * source.k for _, source in sources)
+            each = None if numbers == list(range(len(chunk.places))) else numbers
+            yield Launch(each, kernels.table([source for _, source in sources], device), widest, dtype, is_mean)
+
+    def at(self, place: Place, hand: Hand, row: int, n_samples: int) -> Tensor:
+        """What was read of a place for some rows, (n_samples, C, k): a view."""
+        region, column = self._columns[id(hand)]
+        return self._whole(region)[row : row + n_samples, column : column + place.shape[0]]
+
+    def _whole(self, region: _Region) -> Tensor:
+        size = self.rows * region.units * region.k
+        return self.out[region.base : region.base + size].view(self.rows, region.units, region.k)
+
+    def fill(self, read: Callable[[Hand], Tensor], n_samples: int, halved: Tensor | None) -> None:
+        """Take over what each hand read of the first samples, (n, C, k); ``halved``: which rows, where positions are drawn."""
+        for region in self._regions.values():
+            x, there = torch.cat([read(hand) for hand in region.hands], 1), self._whole(region)[:n_samples]
+            if region.how == "few" and halved is not None:
+                there.index_copy_(0, halved, x.float())
+            else:
+                there.copy_(x)
+
+    def companies(
+        self,
+        n_rows: int,
+        ids: Tensor,  # (n_rows,) on the device
+        sizes: list[int],
+        numbers: list[int],
+        halved: tuple[Tensor, list[int]] | None,
+    ) -> Iterator[Company]:
+        """What is counted together, of the first rows.
+
+        Args:
+            n_rows: how many there are.
+            ids: of their samples.
+            sizes: of the batches.
+            numbers: of the batches.
+            halved: the rows that were read where positions are drawn, on the device, and how many each batch has; None: all.
+        """
+        for region in self._regions.values():
+            x, there, counted = self._whole(region)[:n_rows], ids, sizes
+            if region.how == "few" and halved is not None:
+                rows, counted = halved
+                x, there = x.index_select(0, rows), ids.index_select(0, rows)
+            ordered = [x if order is None else x.index_select(1, order) for order in region.orders]
+            for parts, number in region.companies:
+                yield Company(parts, ordered[number], there, counted, numbers)
+
+
+def to(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,0 +1,153 @@
+"""Read the activations of many places of a network with one kernel: on a GPU a launch costs more than what it reads.
+
+``few`` reads what ``at_positions`` does, at the positions that ``sample_positions`` draws; they are drawn on the device, of the
+ids, bit for bit the same (see ``counter``). ``means`` takes the mean of each map. Both widen to float32.
+
+To be imported where it is used: needs Triton, which PyTorch brings along for GPUs on Linux, and what Triton needs to compile.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+"""What is read."""
+
+_BLOCK = 1024
+_LINES, _WIDTH = 32, 64
+_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
+_SECOND = tl.constexpr(0x94D049BB133111EB)
+_SEED = tl.constexpr(0xE220A8397B1DCDAF)  # splitmix64(0)
+_ROTATION, _SAMPLE = tl.constexpr((1 << 64) - 1), tl.constexpr((1 << 64) - 2)  # -1 and -2
+
+
+class Source(NamedTuple):
+    """What is read at one place, and where it is written: columns of (rows, units, k), of which one row is a sample."""
+
+    channels: int
+    space: int
+    """Positions of a map."""
+    k: int
+    """Of these, how many are read; 1 for means."""
+    is_drawn: bool
+    """Whether the k are drawn; else they are all there are."""
+    column: int
+    units: int
+    base: int
+    """Where (rows, units, k) begins, in elements."""
+
+
+_FIELDS = tl.constexpr(7)
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run both kernels once; raises where that does not work."""
+    x, out = torch.zeros(1, 1, 1, device=device), torch.ones(2, device=device)
+    heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(1, 1, 1, False, 0, 1, base) for base in (0, 1)]
+    few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
+    means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
+    if out.any():
+        raise RuntimeError("kernels of Triton run, and compute something else")
+
+
+def table(sources: list[Source], device: torch.device) -> Tensor:
+    """The sources as kernels take them, (S, 7) int32."""
+    with torch.inference_mode(False):
+        return torch.tensor(sources, dtype=torch.int32, device=device)
+
+
+def few(
+    heads: Tensor,  # (S + N,) int64: addresses of contiguous (N, channels, space), then the samples' ids
+    sources: Tensor,  # (S, 7) ``table``
+    out: Tensor,  # float32, flat
+    row: int,
+    n_samples: int,
+    widest: int,
+    halved: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Read positions of every place; rows of ``out`` from ``row`` on.
+
+    Args:
+        heads: what differs from batch to batch.
+        sources: what does not.
+        out: where it is written.
+        row: of ``out``, that of the first sample.
+        n_samples: N.
+        widest: the greatest channels times k.
+        halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
+        dtype: of what is read, one of ``TYPES``.
+    """
+    n_places = len(sources)
+    grid = (triton.cdiv(n_samples * widest, _BLOCK), n_places)
+    _few[grid](heads, sources, out, row, n_samples, n_places, HALVED=halved, DTYPE=TYPES[dtype], BLOCK=_BLOCK)
+
+
+def means(
+    heads: Tensor,  # as for ``few``
+    sources: Tensor,
+    out: Tensor,
+    row: int,
+    n_samples: int,
+    widest: int,
+    dtype: torch.dtype,
+) -> None:
+    """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
+    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources))
+    _means[grid](heads, sources, out, row, n_samples, DTYPE=TYPES[dtype], LINES=_LINES, WIDTH=_WIDTH)
+
+
+@triton.jit
+def _mix(x):
+    z = x + _GAMMA
+    z = (z ^ (z >> 30)) * _FIRST
+    z = (z ^ (z >> 27)) * _SECOND
+    return z ^ (z >> 31)
+
+
+@triton.jit(do_not_specialize=["row", "n_samples", "n_places"])
+def _few(heads, sources, out, row, n_samples, n_places, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(1)
+    source = sources + place * _FIELDS
+    channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2)
+    is_drawn, column, units, base = tl.load(source + 3), tl.load(source + 4), tl.load(source + 5), tl.load(source + 6)
+    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < n_samples * channels * k
+    sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
+
+    ids = tl.load(heads + n_places + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    key = _mix(ids ^ _SEED)
+    if HALVED:
+        inside = inside & ((is_drawn == 0) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
+    low, high = stratum * space // k, (stratum + 1) * space // k
+    drawn = low + ((_mix(key ^ stratum.to(tl.uint64)) >> 1) % (high - low).to(tl.uint64)).to(tl.int32)
+    rotation = ((_mix(key ^ _ROTATION) >> 1) % space.to(tl.uint64)).to(tl.int32)
+    at = tl.where(is_drawn != 0, (drawn + rotation) % space, stratum)
+
+    value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["row", "n_samples"])
+def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    place = tl.program_id(1)
+    source = sources + place * _FIELDS
+    channels, space = tl.load(source), tl.load(source + 1)
+    column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6)
+    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    inside = line < n_samples * channels
+    total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
+    for start in range(0, space, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        read = inside[:, None] & (at < space)[None, :]
+        total += tl.load(x + line.to(tl.int64)[:, None] * space + at[None, :], mask=read, other=0).to(tl.float32)
+    value = tl.sum(total, 1) / space
+    tl.store(out + base + (row + line // channels) * units + column + line % channels, value, mask=inside)

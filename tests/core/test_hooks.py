@@ -1,0 +1,71 @@
+"""What forwards are given is heard, and nothing of that stays."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from actprune.core.hooks import listening
+from actprune.core.layers import runs_torch_forward
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.b(input=self.a(x)) + self.a.forward(x)
+
+
+def test_every_call_is_heard_in_order_whatever_it_is_called_like():
+    model, x, heard = Calls(), torch.randn(2, 3), []
+    plain = model(x)
+    with listening(model, {name: lambda x, name=name: heard.append((name, x)) for name in ("a", "b")}) as ears:
+        torch.testing.assert_close(model(x), plain, rtol=0, atol=0)
+        assert [name for name, _ in heard] == ["a", "b", "a"]
+        assert heard[0][1] is x
+        ears["a"].watcher = lambda x: None
+        model(x)
+        assert [name for name, _ in heard] == ["a", "b", "a", "b"]
+        assert runs_torch_forward(model.a)
+        assert inspect.signature(model.a.forward) == inspect.signature(nn.Linear(1, 1).forward)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_forward_that_was_patched_before_is_called_and_comes_back():
+    model, x = Calls(), torch.randn(2, 3)
+    patched = model.a.forward = lambda x: x + 1
+    with listening(model, {"a": lambda x: None}):
+        torch.testing.assert_close(model.a(x), x + 1)
+    assert model.a.forward is patched
+    with pytest.raises(TypeError), listening(model, {"a": lambda x: None}):
+        model.a(None)
+    assert model.a.forward is patched
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_run_themselves_and_are_not_heard(again):
+    model, x, heard = Calls(), torch.randn(2, 3), []
+    with listening(model, {"a": heard.append, "b": heard.append}):
+        twin = again(model)
+        with torch.no_grad():
+            twin.a.weight.zero_()
+            twin.a.bias.zero_()
+        torch.testing.assert_close(twin.a(x), torch.zeros(2, 3))
+        torch.testing.assert_close(twin(x), twin.b(torch.zeros(2, 3)))
+        assert not heard
+        model(x)
+        assert len(heard) == 3
+
+
+def test_packed_sequences_are_heard_as_they_are():
+    model, heard = nn.ModuleDict({"lstm": nn.LSTM(3, 2)}), []
+    packed = pack_sequence([torch.ones(2, 3), torch.ones(1, 3)])
+    with listening(model, {"lstm": heard.append}):
+        model["lstm"](packed)
+    assert heard == [packed]

@@ -1,0 +1,206 @@
+"""What all places of a network are read together gives what each gives by itself, whatever the network does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from actprune import Budget, Pruner, criteria
+from actprune.compensation import Mean
+from actprune.core.errors import ObservationError
+from actprune.models.resnet import CifarResNet
+from actprune.pruning import Panel, fused, layout
+from triton_device import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+EVERY = {
+    "entropy": criteria.Entropy,
+    "zero_rate": criteria.ZeroRate,
+    "variance": criteria.Variance,
+    "rademacher": lambda: criteria.Rademacher(estimate="monte_carlo", replicates=4),
+}
+
+
+class Net(nn.Module):
+    """Three convolutions and two linear layers, with something odd between them."""
+
+    def __init__(self, odd=""):
+        super().__init__()
+        self.odd, self.calls = odd, 0
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 4, 1)
+        self.d, self.e = nn.Linear(4, 7), nn.Linear(7, 2)
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.a(x)
+        y = self.b(x)
+        if self.odd == "writes in place":
+            F.relu_(x)
+        y = F.relu(y)
+        if self.odd == "skips" and self.calls % 3 == 0:
+            z = y[:, :4]
+        elif self.odd == "calls twice":
+            z = self.c(y) + self.c(y.flip(2))
+        elif self.odd == "by name":
+            z = self.c(input=y)
+        elif self.odd == "transposed":
+            z = self.c(y.to(memory_format=torch.channels_last))
+        else:
+            z = self.c(y)
+        z = z.mean((2, 3))
+        return self.e(F.relu(self.d(z)))
+
+
+def turn(monkeypatch, on):
+    """Have places read together, or not, wherever the tests run."""
+    from actprune.statistics import kernels
+
+    monkeypatch.setattr(fused, "kernels", lambda device: kernels if on else None)
+
+
+def observed(model, batches, together, monkeypatch, positions="auto", expected=100_000, mode=torch.inference_mode, ids=None):
+    turn(monkeypatch, together)
+    pruner = Pruner(model, batches[0][:1], Panel({k: v() for k, v in EVERY.items()}), Budget(params=0.5), compensation=Mean(),
+                    positions=positions)  # fmt: skip
+    first = 0
+    if hasattr(model, "calls"):
+        model.calls = 0
+    with mode(), pruner.observe(expected) as observation:
+        for x in batches:
+            numbers = torch.arange(first, first + len(x))
+            observation.begin_batch(numbers if ids is None else ids(numbers))
+            model(x)
+            first += len(x)
+    return pruner, observation
+
+
+def statistics(observation):
+    found = [s for by_key in observation.scores.values() for sites in by_key.values() for s in sites]
+    return found + [statistic for _, statistic in observation.folds.values()]
+
+
+def agree(together, alone):
+    """Both observed the same: what is counted exactly, what is summed, in another order perhaps, up to rounding."""
+    for one, other in zip(statistics(together), statistics(alone), strict=True):
+        for name, state in other.metric_state.items():
+            if state.dtype == torch.int64 or name in ("n_samples", "n_values", "zeros", "low", "high"):
+                assert torch.equal(getattr(one, name), state), name
+        torch.testing.assert_close(one.compute(), other.compute(), rtol=1e-6, atol=1e-6)
+
+
+def same(model, batches, monkeypatch, places, **settings):
+    """As many places are read together, and both ways agree."""
+    _, alone = observed(model, batches, False, monkeypatch, **settings)
+    _, together = observed(model, batches, True, monkeypatch, **settings)
+    assert not alone._fused._together
+    assert len(together._fused._together) == places
+    agree(together, alone)
+
+
+def data(n=4, size=8, each=6, dtype=torch.float32):
+    torch.manual_seed(1)
+    return [torch.randn(each, 3, size, size, dtype=dtype).to(DEVICE) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("odd", "places"),
+    [("", 4), ("by name", 4), ("writes in place", 3), ("skips", 4), ("calls twice", 3), ("transposed", 3)],
+)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_odd_networks(odd, places, mode, monkeypatch):
+    torch.manual_seed(0)
+    same(Net(odd).eval().to(DEVICE), data(7), monkeypatch, places, mode=mode)
+
+
+@pytest.mark.parametrize(("positions", "expected"), [("auto", 100_000), ("auto", 5_000), (3, None), (64, None)])
+def test_a_residual_network_whose_channels_are_padded(positions, expected, monkeypatch):
+    torch.manual_seed(0)
+    same(CifarResNet(8).eval().to(DEVICE), data(3, 16), monkeypatch, 7, positions=positions, expected=expected)
+
+
+def test_maps_that_are_read_whole_are_read_alone(monkeypatch):
+    same(Net().eval().to(DEVICE), data(), monkeypatch, 0, positions=None)
+
+
+def test_batches_of_other_sizes_and_repeated_samples(monkeypatch):
+    torch.manual_seed(0)
+    batches = [*data(3), *data(1, each=4), *data(1, each=9), *data(1, 10), *data(2)]
+
+    def ids(numbers):
+        return torch.where(numbers % 13 == 12, -1, numbers)
+
+    same(Net().eval().to(DEVICE), batches, monkeypatch, 4)
+    same(Net().eval().to(DEVICE), batches, monkeypatch, 4, ids=ids)
+    same(Net().double().eval().to(DEVICE), [x.double() for x in batches], monkeypatch, 4)
+
+
+def test_little_memory(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(9)
+    _, whole = observed(model, batches, True, monkeypatch)
+    per_row = whole._fused._layout.out.numel() // whole._fused._layout.rows
+    monkeypatch.setattr(layout, "WAITING", 4 * per_row * 14)  # two batches of 6, not three
+    same(model, batches, monkeypatch, 4)
+    monkeypatch.setattr(layout, "WAITING", 4 * per_row * 5)  # not even one
+    same(model, batches, monkeypatch, 0)
+
+
+def test_activations_that_do_not_stay_until_the_end_of_the_batch(monkeypatch):
+    torch.manual_seed(0)
+    batches, model = data(4), Net().eval().to(DEVICE)
+    monkeypatch.setattr(fused, "_memory", lambda device: 1 << 18)  # 8 KiB are kept: one map of 6 channels is 9 KiB
+    monkeypatch.setattr(layout, "WAITING", 1 << 12)
+    same(model, batches, monkeypatch, 4)
+    _, observation = observed(model, batches, True, monkeypatch)
+    assert len(observation._fused._chunks) > 1
+    same(Net("skips").eval().to(DEVICE), data(7), monkeypatch, 4)
+
+
+def test_the_batch_of_a_nan_is_named(monkeypatch):
+    batches = data(6)
+    batches[4][2, 1, 3, 3] = float("nan")
+    torch.manual_seed(0)
+    pruner, observation = observed(Net().eval().to(DEVICE), batches, True, monkeypatch, expected=100)
+    with pytest.raises(ObservationError, match="first in batch 4"):
+        pruner.scores(observation)
+
+
+def test_scores_may_be_asked_for_between_batches_and_the_model_be_run(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(4)
+    found = []
+    for together in (True, False):
+        turn(monkeypatch, together)
+        pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5), positions=2)
+        with torch.no_grad(), pruner.observe() as observation:
+            for number, x in enumerate(batches):
+                observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                model(x)
+                if number == 2:
+                    with observation.paused():
+                        model(x * 100)
+                _ = observation.scores
+                model(x + 1)  # counts as more of the same samples
+        found.append(observation)
+    agree(*found)
+
+
+def test_kernels_that_do_not_compile_are_done_without(monkeypatch, caplog):
+    from actprune.statistics import kernels
+
+    def fails(device):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(kernels, "try_out", fails)
+    caplog.set_level("INFO")
+    fused.kernels.cache_clear()
+    assert fused.kernels(torch.device("cuda", 7)) is None
+    assert "places are read one by one, which takes longer: RuntimeError: no compiler" in caplog.text
+    assert fused.kernels(torch.device("cpu")) is None
+
+
+def test_kernels_are_tried_out():
+    from actprune.statistics import kernels
+
+    kernels.try_out(DEVICE)

@@ -1,0 +1,56 @@
+"""One kernel reads what PyTorch reads place by place."""
+
+import pytest
+import torch
+
+from actprune.statistics import at_positions, every_second, sample_positions
+from triton_device import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+IDS = torch.tensor([3, 7, 1 << 40, 12345, 99, 0, 21])
+
+
+def activations(dtype):
+    torch.manual_seed(0)
+    return [torch.randn(len(IDS), channels, space).to(DEVICE, dtype) for channels, space in ((4, 50), (3, 7), (6, 1))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("halved", [False, True])
+def test_few_positions_are_those_that_are_drawn(dtype, halved):
+    from actprune.statistics import kernels
+
+    large, small, single = activations(dtype)
+    k, rows, row = 3, 12, 2
+    drawn, after = rows * 7 * k, rows * 7 * k + rows * 6
+    sources = [kernels.Source(4, 50, k, True, 0, 7, 0), kernels.Source(3, 7, k, True, 4, 7, 0)]
+    sources.append(kernels.Source(6, 1, 1, False, 0, 6, drawn))
+    out = torch.full((after + 5,), float("nan"), device=DEVICE)
+    heads = torch.cat([torch.tensor([x.data_ptr() for x in (large, small, single)]), IDS]).to(DEVICE)
+    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 12, halved, dtype)
+
+    read = every_second(IDS, seed=0) if halved else torch.arange(len(IDS))
+    assert 0 < len(read) < len(IDS) or not halved
+    want = torch.full((rows, 7, k), float("nan"))
+    for x, columns in ((large, slice(0, 4)), (small, slice(4, 7))):
+        want[row + read, columns] = at_positions(x.cpu(), sample_positions(IDS, x.shape[2], k, seed=0)).float()[read]
+    torch.testing.assert_close(out[:drawn].view(rows, 7, k).cpu(), want, rtol=0, atol=0, equal_nan=True)
+    whole = torch.full((rows, 6, 1), float("nan"))
+    whole[row : row + len(IDS)] = single.float().cpu()
+    torch.testing.assert_close(out[drawn:after].view(rows, 6, 1).cpu(), whole, rtol=0, atol=0, equal_nan=True)
+    assert out[after:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_are_those_of_the_maps(dtype):
+    from actprune.statistics import kernels
+
+    maps = [torch.randn(5, 4, 130).to(DEVICE, dtype), torch.randn(5, 40, 7).to(DEVICE, dtype)]
+    maps[1][2, 3, 4], maps[0][0, 0, 0] = float("nan"), float("inf")
+    out = torch.zeros(8 * 44, device=DEVICE)
+    sources = [kernels.Source(4, 130, 1, False, 0, 44, 0), kernels.Source(40, 7, 1, False, 4, 44, 0)]
+    heads = torch.tensor([x.data_ptr() for x in maps], device=DEVICE)
+    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 40, dtype)
+    want = torch.cat([torch.zeros(3, 44), torch.cat([x.cpu().double().mean(2) for x in maps], 1).float()])
+    torch.testing.assert_close(out.view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
