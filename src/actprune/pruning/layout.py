@@ -10,6 +10,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from types import ModuleType
 
 import torch
@@ -23,6 +25,7 @@ WAITING = 1 << 28
 """Bytes of what was read that wait at most, and no more than 1/64 of the device's memory."""
 _INT32 = 1 << 31
 _BYTES = 4
+_KIND = attrgetter("shape", "dtype")
 
 
 @dataclass
@@ -71,20 +74,19 @@ class Chunk:
         self.launches: list[Launch] = []
         self.is_read = False
         """Whether that was done for the present batch."""
-        self._dtypes = [place.dtype for place in places]
-        self._shapes: dict[int, list[torch.Size]] = {}
+        self._once = [1] * len(places)
+        self._expected: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
 
     def addresses(self, n_samples: int, device: torch.device) -> list[int] | None:
         """Where the activations lie, if each place was given one tensor like that of the first batch; else None."""
-        if n_samples not in self._shapes:
-            self._shapes[n_samples] = [torch.Size((n_samples, *place.shape)) for place in self.places]
-        if any([len(seen) != 1 for seen in self.seen]):
+        if n_samples not in self._expected:
+            self._expected[n_samples] = [(torch.Size((n_samples, *place.shape)), place.dtype) for place in self.places]
+        # few calls, all in C: between two batches nothing of this is in a CPU's cache
+        if list(map(len, self.seen)) != self._once:
             return None
-        kept = [seen[0] for seen in self.seen]
-        # few and plain calls: between two batches nothing of this is in a CPU's cache
+        kept = list(chain.from_iterable(self.seen))
         as_before = (
-            [x.shape for x in kept] == self._shapes[n_samples]
-            and [x.dtype for x in kept] == self._dtypes
+            list(map(_KIND, kept)) == self._expected[n_samples]
             and all(map(Tensor.is_contiguous, kept))
             and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
         )

@@ -8,7 +8,8 @@ To be imported where it is used: needs Triton, which PyTorch brings along for GP
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
 """What is read."""
 
+_COMPILED: dict[object, Any] = {}
 _BLOCK = 1024
 _LINES, _WIDTH = 32, 64
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
@@ -50,10 +52,12 @@ def try_out(device: torch.device) -> None:
     """Compile and run both kernels once; raises where that does not work."""
     x, out = torch.zeros(1, 1, 1, device=device), torch.ones(2, device=device)
     heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(1, 1, 1, False, 0, 1, base) for base in (0, 1)]
-    few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
-    means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
-    if out.any():
-        raise RuntimeError("kernels of Triton run, and compute something else")
+    for _ in range(2):  # the second time as compiled
+        out.fill_(1)
+        few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
+        means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
+        if out.any():
+            raise RuntimeError("kernels of Triton run, and compute something else")
 
 
 def table(sources: list[Source], device: torch.device) -> Tensor:
@@ -84,9 +88,8 @@ def few(
         halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
         dtype: of what is read, one of ``TYPES``.
     """
-    n_places = len(sources)
-    grid = (triton.cdiv(n_samples * widest, _BLOCK), n_places)
-    _few[grid](heads, sources, out, row, n_samples, n_places, HALVED=halved, DTYPE=TYPES[dtype], BLOCK=_BLOCK)
+    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), 1)
+    _launch(_few, grid, (heads, sources, out, row, n_samples, len(sources)), (halved, TYPES[dtype], _BLOCK))
 
 
 def means(
@@ -99,8 +102,23 @@ def means(
     dtype: torch.dtype,
 ) -> None:
     """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
-    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources))
-    _means[grid](heads, sources, out, row, n_samples, DTYPE=TYPES[dtype], LINES=_LINES, WIDTH=_WIDTH)
+    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), 1)
+    _launch(_means, grid, (heads, sources, out, row, n_samples), (TYPES[dtype], _LINES, _WIDTH))
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+    """Launch a kernel; from the second time on as it was compiled, which spares Triton looking what it is given.
+
+    All numbers are of the same kind every time, and all tensors begin where PyTorch's allocator puts them.
+    """
+    key = (kernel.fn, constants, arguments[0].device)
+    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext():
+        if key in _COMPILED:
+            _COMPILED[key][grid](*arguments, *constants)
+        else:
+            compiled = kernel[grid](*arguments, *constants)
+            if compiled is not None:  # as it is where kernels are interpreted
+                _COMPILED[key] = compiled
 
 
 @triton.jit
