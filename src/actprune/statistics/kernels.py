@@ -86,7 +86,8 @@ def few(
     """
     n_places = len(sources)
     grid = (triton.cdiv(n_samples * widest, _BLOCK), n_places)
-    _few[grid](heads, sources, out, row, n_samples, n_places, HALVED=halved, DTYPE=TYPES[dtype], BLOCK=_BLOCK)
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whichever has the tensors
+        _few[grid](heads, sources, out, row, n_samples, n_places, HALVED=halved, DTYPE=TYPES[dtype], BLOCK=_BLOCK)
 
 
 def means(
@@ -100,7 +101,8 @@ def means(
 ) -> None:
     """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
     grid = (triton.cdiv(n_samples * widest, _LINES), len(sources))
-    _means[grid](heads, sources, out, row, n_samples, DTYPE=TYPES[dtype], LINES=_LINES, WIDTH=_WIDTH)
+    with torch.cuda.device_of(out):
+        _means[grid](heads, sources, out, row, n_samples, DTYPE=TYPES[dtype], LINES=_LINES, WIDTH=_WIDTH)
 
 
 @triton.jit
