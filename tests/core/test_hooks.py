@@ -69,3 +69,30 @@ def test_packed_sequences_are_heard_as_they_are():
     with listening(model, {"lstm": heard.append}):
         model["lstm"](packed)
     assert heard == [packed]
+
+
+def test_listeners_may_leave_in_any_order():
+    model, x, heard = Calls(), torch.randn(2, 3), []
+    first, second, third = (listening(model, {"a": lambda x, name=name: heard.append(name)}) for name in "123")
+    for listener in (first, second, third):
+        listener.__enter__()
+    for leaves, stay in ((second, ["3", "1"]), (first, ["3"]), (third, [])):
+        leaves.__exit__(None, None, None)
+        heard.clear()
+        model.a(x)
+        assert heard == stay
+    assert "forward" not in vars(model.a)
+
+
+def test_a_forward_that_is_patched_meanwhile_stays_and_is_not_heard_afterwards():
+    model, x, heard = Calls(), torch.randn(2, 3), []
+    plain = model.a(x)
+    with listening(model, {"a": heard.append, "b": heard.append}):
+        inner = model.a.forward
+        model.a.forward = lambda x: 2 * inner(x)
+        del model.b.forward
+        torch.testing.assert_close(model.a(x), 2 * plain)
+        assert len(heard) == 1
+    torch.testing.assert_close(model.a(x), 2 * plain)
+    assert len(heard) == 1
+    assert "forward" not in vars(model.b)

@@ -10,6 +10,7 @@ from actprune.compensation import Mean
 from actprune.core.errors import ObservationError
 from actprune.models.resnet import CifarResNet
 from actprune.pruning import Panel, fused, layout
+from actprune.statistics import every_second
 from triton_device import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -37,6 +38,8 @@ class Net(nn.Module):
         y = self.b(x)
         if self.odd == "writes in place":
             F.relu_(x)
+        elif self.odd == "writes uncounted":
+            x.data.mul_(2)
         y = F.relu(y)
         if self.odd == "skips" and self.calls % 3 == 0:
             z = y[:, :4]
@@ -46,6 +49,12 @@ class Net(nn.Module):
             z = self.c(input=y)
         elif self.odd == "transposed":
             z = self.c(y.to(memory_format=torch.channels_last))
+        elif self.odd == "sliced":
+            z = self.c(y[..., :-1])
+        elif self.odd == "twice at times":
+            z = self.c(y)
+            if self.calls % 3 == 0:
+                self.b(2 * x)
         else:
             z = self.c(y)
         z = z.mean((2, 3))
@@ -105,7 +114,17 @@ def data(n=4, size=8, each=6, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("odd", "places"),
-    [("", 4), ("by name", 4), ("writes in place", 3), ("skips", 4), ("calls twice", 3), ("transposed", 3)],
+    [
+        ("", 4),
+        ("by name", 4),
+        ("writes in place", 3),
+        ("writes uncounted", 3),
+        ("skips", 4),
+        ("calls twice", 3),
+        ("transposed", 3),
+        ("sliced", 3),
+        ("twice at times", 4),
+    ],
 )
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_odd_networks(odd, places, mode, monkeypatch):
@@ -154,7 +173,66 @@ def test_activations_that_do_not_stay_until_the_end_of_the_batch(monkeypatch):
     same(model, batches, monkeypatch, 4)
     _, observation = observed(model, batches, True, monkeypatch)
     assert len(observation._fused._chunks) > 1
-    same(Net("skips").eval().to(DEVICE), data(7), monkeypatch, 4)
+    for odd in ("skips", "twice at times"):
+        same(Net(odd).eval().to(DEVICE), data(7), monkeypatch, 4)
+
+
+@pytest.mark.parametrize("memory", [1 << 18, 1 << 30])
+def test_of_other_maps_and_of_more_samples_nothing_is_kept(memory, monkeypatch):
+    """Each batch is as large as the memory for one, and is over when the next one begins."""
+    monkeypatch.setattr(fused, "_memory", lambda device: memory)
+    monkeypatch.setattr(layout, "WAITING", 1 << 22)
+    turn(monkeypatch, True)
+    torch.manual_seed(0)
+    model, kept = Net().eval().to(DEVICE), []
+    batches = [*data(1, each=1), *data(1, each=1), *data(1, each=1, size=9), *data(1, each=20)]
+    pruner = Pruner(model, batches[0], criteria.Variance(), Budget(params=0.5))
+    with torch.inference_mode(), pruner.observe(100) as observation:
+        for number, x in enumerate(batches):
+            observation.begin_batch(torch.arange(1000 * number, 1000 * number + len(x)))
+            model(x)
+            kept.append(sum(len(place.seen) for chunk in observation._fused._chunks for place in chunk.places))
+    assert kept[1] > 0 == kept[2]
+    assert (kept[3] == 0) == (memory == 1 << 18)
+
+
+def test_a_write_is_found_out_where_the_first_samples_are_not_read(monkeypatch):
+    torch.manual_seed(0)
+    model, batches, found = Net("writes in place").eval().to(DEVICE), data(9, each=1), []
+    assert 3 not in every_second(torch.arange(9), seed=0)
+    for together in (True, False):
+        turn(monkeypatch, together)
+        pruner = Pruner(model, batches[0], criteria.Variance(), Budget(params=0.5), compensation=None)
+        with torch.inference_mode(), pruner.observe(100_000) as observation:
+            for number, x in enumerate(batches, 3):
+                observation.begin_batch(torch.tensor([number]))
+                model(x)
+        found.append(observation)
+    assert found[0]._fused._together
+    agree(*found)
+
+
+def test_recorded_in_two_parts(monkeypatch):
+    turn(monkeypatch, True)
+    monkeypatch.setattr(fused.Fused, "_apart", lambda *args: pytest.fail("the places' ears are others"))
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(4)
+    pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
+    observation = pruner.observation(100)
+    for part in (0, 2):
+        with torch.inference_mode(), observation.recording():
+            for number in (part, part + 1):
+                observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                model(batches[number])
+    assert {statistic.n_samples.item() for statistic in statistics(observation)} == {24}
+
+
+def test_samples_by_other_integers_and_batches_without_any(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), [*data(3), *data(1, each=0), *data(2)]
+    _, wide = observed(model, batches, False, monkeypatch)
+    for together in (True, False):
+        agree(observed(model, batches, together, monkeypatch, ids=torch.Tensor.int)[1], wide)
 
 
 def test_the_batch_of_a_nan_is_named(monkeypatch):

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,15 +55,30 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
 class Ear:
     """Stands in for a module's forward and hears what it is given; copied or pickled with a module, it is the plain forward."""
 
-    __slots__ = ("_forward", "watcher")
+    __slots__ = ("_before", "_forward", "watcher")
 
-    def __init__(self, forward: Callable[..., Any], watcher: Callable[[Tensor], object]) -> None:
-        self._forward, self.watcher = forward, watcher
+    def __init__(self, module: nn.Module, watcher: Callable[[Tensor], object]) -> None:
+        self._forward, self.watcher = module.forward, watcher
+        self._before = vars(module).get("forward")
+        module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward once the watcher has seen the first argument."""
         self.watcher(args[0] if args else kwargs["input"])
         return self._forward(*args, **kwargs)
+
+    def remove(self, module: nn.Module) -> None:
+        """Hear nothing more, and leave what others put in the forward's place since: they may go in another order."""
+        self.watcher = _not_heard
+        outer = vars(module).get("forward")
+        while isinstance(outer, Ear) and outer is not self and outer._forward is not self:
+            outer = outer._forward
+        if outer is self and self._before is None:
+            del module.forward
+        elif outer is self:
+            module.forward = self._before  # type: ignore[method-assign]
+        elif isinstance(outer, Ear):
+            outer._forward, outer._before = self._forward, self._before
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -81,6 +95,10 @@ def _itself(forward: Any) -> Any:
     return forward
 
 
+def _not_heard(_: Tensor) -> None:
+    pass
+
+
 @contextmanager
 def listening(model: nn.Module, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[dict[str, Ear]]:
     """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``, packed sequences included.
@@ -91,18 +109,9 @@ def listening(model: nn.Module, watchers: Mapping[str, Callable[[Tensor], object
     with ExitStack() as stack:
         for path, watcher in watchers.items():
             module = model.get_submodule(path)
-            ears[path] = ear = Ear(module.forward, watcher)
-            before = vars(module).get("forward")
-            module.forward = ear  # type: ignore[method-assign]
-            stack.callback(partial(_restore, module, before))
+            ears[path] = ear = Ear(module, watcher)
+            stack.callback(ear.remove, module)
         yield ears
-
-
-def _restore(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward  # type: ignore[method-assign]
 
 
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

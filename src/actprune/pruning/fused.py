@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 _KEPT = 32
 """Activations are kept until they are this part of the device's memory."""
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class _Trial:
@@ -38,6 +40,8 @@ class _Trial:
     x: Tensor
     version: int | None
     """How often x had been written to when it was read; None where nobody counts."""
+    bits: Tensor
+    """Sums of x's bits at that time: not every write is counted, nor does every one change what is read of few samples."""
 
 
 class Fused:
@@ -62,14 +66,18 @@ class Fused:
         self._others: list[Reads] | None = None
         self._ids: list[Tensor] = []
         self._batches: list[int] = []
-        self._row = 0
+        self._row = self._most = 0
         self._now: Tensor | None = None
         self._is_first, self._is_on = True, False
         updates.others.append(self._drained)
 
     def listen(self, ears: Mapping[int, Ear]) -> None:
         """Say who hears what a place is given: identity of its reads -> ear; for those that hear for nobody else."""
-        self._ears = ears
+        self._ears, self._is_on = ears, False
+        for chunk in self._chunks:
+            for place in chunk.places:
+                place.ear = ears[id(place.reads)]
+                place.alone = place.ear.watcher
 
     def others(self, reads: Iterable[Reads]) -> list[Reads]:
         """Of these, those that are read by themselves; the same ones are asked about each time."""
@@ -81,7 +89,8 @@ class Fused:
         """A batch comes, with these samples, (N,) on the CPU; None where it has rows that do not count."""
         if self._layout is not None and ids is not None and self._row + len(ids) > self._layout.rows:
             self._updates.flush()
-            ids = ids if len(ids) <= self._layout.rows else None
+        if self._layout is not None and ids is not None and len(ids) > self._most:
+            ids = None
         self._now = ids
         self._turn(on=ids is not None)
 
@@ -93,7 +102,7 @@ class Fused:
         if self._is_first:
             self._set_up(ids)
         elif self._layout is not None:
-            if all([chunk.is_read or self._read(chunk, ids, self._layout) for chunk in self._chunks]):
+            if all([not any(c.seen) if c.is_read else self._read(c, ids, self._layout) for c in self._chunks]):
                 self._waits(ids)
             else:
                 self._apart(ids, self._layout)
@@ -112,6 +121,8 @@ class Fused:
         for chunk in self._chunks:
             for place in chunk.places:
                 place.ear.watcher = place.seen.append if on else place.alone
+        for chunk in self._chunks if on else ():
+            chunk.places[0].ear.watcher = partial(self._first, chunk.places[0])
         for chunk in self._chunks[:-1] if on else ():
             chunk.places[-1].ear.watcher = partial(self._last, chunk)
 
@@ -126,49 +137,40 @@ class Fused:
         if self._kernels is None:
             self._kernels, self._device = kernels(device), device
             self._is_first = self._kernels is not None
-        if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES:
+        if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES or not x.is_contiguous():
             return
         place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands)
-        self._trials.append(_Trial(place, x, None if x.is_inference() else x._version))
+        self._trials.append(_Trial(place, x, None if x.is_inference() else x._version, _bits(x)))
         self._kept += x.numel() * x.element_size()
         if self._kept > _memory(device) // _KEPT:
-            self._close(self._now)
+            self._close()
 
-    def _close(self, ids: Tensor) -> None:
+    def _close(self) -> None:
         """Make a chunk of the places that still hold what was read."""
         trials, self._trials, self._kept = [t for t in self._trials if self._is_once(t.place)], [], 0
-        changed = {id(t) for t in trials if t.version is not None and t.x._version != t.version}
-        changed |= self._differing([t for t in trials if t.version is None], ids)
-        self._chunks.append(Chunk([t.place for t in trials if id(t) not in changed]))
+        if not trials:
+            return
+        changed = _changed([trial.bits for trial in trials], [_bits(trial.x) for trial in trials])
+        changed |= {k for k, t in enumerate(trials) if t.version is not None and t.x._version != t.version}
+        self._chunks.append(Chunk([trial.place for k, trial in enumerate(trials) if k not in changed]))
 
     def _is_once(self, place: Place) -> bool:
         return all(self._updates.waits_once(hand.parts) for hand in place.hands)
-
-    def _differing(self, trials: list[_Trial], ids: Tensor) -> set[int]:
-        """Trials that are read otherwise now than when their place was reached; the host waits once for all of them."""
-        kinds: dict[object, list[tuple[_Trial, Tensor, Tensor]]] = defaultdict(list)
-        for trial in trials:
-            for before, again in trial.place.reads.again(trial.x, ids):
-                kinds[before.shape[::2], before.dtype].append((trial, before, again))
-        units, differs = [], []
-        for found in kinds.values():
-            before, again = torch.cat([x for _, x, _ in found], 1), torch.cat([x for _, _, x in found], 1)
-            differs.append((before != again).any(2).any(0))
-            units += [trial for trial, here, _ in found for _ in range(here.shape[1])]
-        told = torch.cat(differs).tolist() if differs else []
-        return {id(trial) for trial, is_other in zip(units, told, strict=True) if is_other}
 
     def _set_up(self, ids: Tensor) -> None:
         """Lay out what is read from now on, and move what was read of this batch there."""
         if not self._trials and not self._chunks:
             return
         self._is_first = False
-        self._close(ids)
+        self._close()
         once = ([place for place in chunk.places if self._is_once(place)] for chunk in self._chunks)
         self._chunks = [Chunk(places) for places in once if places]
         layout = Layout(self._chunks, self._kernels, self._sampling.k, self._updates.kind, self._device, _memory(self._device))
         if layout.rows < len(ids):
             return
+        # of more samples, more would be kept
+        largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
+        self._most = min(layout.rows, max(len(ids), _memory(self._device) // _KEPT // max(1, largest)))
         self._layout, self._others = layout, None
         rows = to(self._sampling.rows(ids), self._device) if self._sampling.is_halved else None
         self._together = {id(place.reads) for chunk in self._chunks for place in chunk.places}
@@ -177,11 +179,21 @@ class Fused:
 
     # every other batch
 
+    def _first(self, place: Place, x: Tensor) -> None:
+        """The first place of a chunk was reached; in a batch of maps of another size, nothing is kept."""
+        if x.shape[1:] == place.shape:
+            place.seen.append(x)
+        else:
+            self._turn(on=False)
+            place.alone(x)
+
     def _last(self, chunk: Chunk, x: Tensor) -> None:
         """The last place of a chunk was reached, of which no more is to be kept."""
         chunk.seen[-1].append(x)
-        if self._now is not None and self._layout is not None and not chunk.is_read:
-            self._read(chunk, self._now, self._layout)
+        if self._now is None or self._layout is None or chunk.is_read:
+            return
+        if not self._read(chunk, self._now, self._layout):
+            self._each(chunk)
 
     def _read(self, chunk: Chunk, ids: Tensor, layout: Layout) -> bool:
         """Read what a chunk's places kept, if that is as it was in the first batch."""
@@ -207,15 +219,20 @@ class Fused:
             rows = to(self._sampling.rows(ids), self._device)
         few = every if rows is None else every[rows]
         for chunk in self._chunks:
+            self._each(chunk)
             for place in chunk.places:
-                seen = list(place.seen)
-                place.seen.clear()
-                for x in seen:
-                    self._alone(place.reads, x)
                 for hand in place.hands if chunk.is_read else ():
                     x = layout.at(place, hand, self._row, len(ids))
                     halved = hand.how == "few" and rows is not None
                     self._updates.add(hand.parts, x[rows] if halved else x.clone(), few if halved else every)
+
+    def _each(self, chunk: Chunk) -> None:
+        """Read by themselves what a chunk's places keep."""
+        for place in chunk.places:
+            seen = list(place.seen)
+            place.seen.clear()
+            for x in seen:
+                self._alone(place.reads, x)
 
     def _waits(self, ids: Tensor) -> None:
         self._row += len(ids)
@@ -251,6 +268,18 @@ def kernels(device: torch.device) -> Any:
         _LOG.info("places are read one by one, which takes longer: %s: %s", type(error).__name__, error)
         return None
     return found
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Sums over samples of the bits of each element, int64: NaN equals itself, and what moves within a sample shows."""
+    return x.detach().view(_INTEGERS[x.element_size()]).view(len(x), -1).sum(0)
+
+
+def _changed(before: list[Tensor], after: list[Tensor]) -> set[int]:
+    """Which of several tensors are not what they were; the host waits once for all of them."""
+    ends = torch.tensor([len(bits) for bits in before], device="cpu").cumsum(0)
+    differ = (torch.cat(before) != torch.cat(after)).nonzero().flatten().cpu()
+    return set(torch.bucketize(differ, ends, right=True).tolist())
 
 
 def _memory(device: torch.device) -> int:

@@ -23,6 +23,8 @@ from actprune.pruning.updates import Company, Part
 
 WAITING = 1 << 28
 """Bytes of what was read that wait at most, and no more than 1/64 of the device's memory."""
+_ROWS = 1 << 17
+"""Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
 _INT32 = 1 << 31
 _BYTES = 4
 _KIND = attrgetter("shape", "dtype")
@@ -146,7 +148,7 @@ class Layout:
                 region.units += place.shape[0]
         per_row = sum(region.units * region.k for region in self._regions.values())
         fits = all(math.prod(place.shape) * k < _INT32 for place in places)
-        self.rows = min(WAITING, memory // 64) // _BYTES // per_row if places and fits else 0
+        self.rows = min(_ROWS, min(WAITING, memory // 64) // _BYTES // per_row) if places and fits else 0
         """Samples that it holds; 0 where nothing can be read so."""
         if not self.rows:
             return

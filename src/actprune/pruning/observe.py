@@ -205,7 +205,7 @@ class Observation:
             self._updates.batch_ends()
         self._began = True
         self._sampling.next_batch()
-        self._rows.begin(sample_ids, labels)
+        self._rows.begin(sample_ids.to("cpu", torch.int64), labels)
         self._next_id += len(self._rows.ids)
         self._fused.begin(None if self._rows.leaves_out else self._rows.ids)
         for reads in self._fused.others(self._reads.values()):

@@ -10,7 +10,7 @@ CPU's cache, and every call costs a multiple; on a device, what counts is that i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,7 @@ class Reads:
     def get_ready(self, ids: Tensor) -> None:
         """Expect what was read in the batch before, of these samples, (N,) on the CPU."""
         self._expected, self._ready = None, []
-        if self.usual is None:
+        if self.usual is None or not len(ids):
             return
         (shape, dtype, device), hands = self.usual
         channels, positions = shape[1], math.prod(shape[2:])
@@ -146,17 +146,6 @@ class Reads:
             for part in hand.parts if len(there) else ():
                 self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
         self.usual = ((shape, x.dtype, x.device), hands) if plain else None
-
-    def again(self, x: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What was read of x, (N, C, *positions) as the usual place reads it, and waits; and what is read of it now."""
-        maps = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        assert self.usual is not None
-        for hand in self.usual[1]:
-            if hand.how == "few":
-                now = torch.take(x, self._sampling.flat(ids, x.shape[1], maps.shape[2], x.device))
-            else:
-                now = maps.mean(2, keepdim=True, dtype=torch.float32) if hand.how == "mean" else maps
-            yield self._updates.waiting(hand.parts), now
 
     def _divided(self, space: int, device: torch.device) -> list[Hand]:
         """Who gets what of maps of one size."""

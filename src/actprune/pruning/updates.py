@@ -149,10 +149,6 @@ class Updates:
         else:
             part.statistic.update(part.of(x), ids, labels)
 
-    def waiting(self, parts: Sequence[Part]) -> Tensor:
-        """What waits for these parts, the only thing."""
-        return self._waiting[id(parts)].reads[0]
-
     def withdraw(self, parts: Sequence[Part]) -> Tensor:
         """Take back what waits for these parts, the only thing."""
         place = self._waiting.pop(id(parts))

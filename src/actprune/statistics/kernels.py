@@ -8,7 +8,6 @@ To be imported where it is used: needs Triton, which PyTorch brings along for GP
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +111,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...],
     All numbers are of the same kind every time, and all tensors begin where PyTorch's allocator puts them.
     """
     key = (kernel.fn, constants, arguments[0].device)
-    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext():
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whichever has the tensors
         if key in _COMPILED:
             _COMPILED[key][grid](*arguments, *constants)
         else:
