@@ -32,6 +32,7 @@ from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
 from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
+from actprune.pruning.settings import is_plain
 from actprune.pruning.unfolded import tell_unfolded
 from actprune.pruning.updates import Make, Part, Updates
 from actprune.statistics import EVERYTHING, Accumulator, Density, all_reduce
@@ -106,7 +107,7 @@ class Observation:
     def _statistic(self, key: str, make: Make, size: int) -> Any:
         """A statistic that has seen nothing; one of each size is made, the others are like it."""
         like = self._like.get((key, size))
-        if isinstance(like, Accumulator) and like.joinable:
+        if isinstance(like, Accumulator) and like.joinable and is_plain(like):
             return like.another()
         self._like[key, size] = made = make(size)
         return made
