@@ -288,7 +288,11 @@ class Observation:
             at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
             self._fused.listen({id(reads): ears[path] for path, reads in at})
             stack.enter_context(watch_operands(self._model, self._operands))
-            yield
+            try:
+                yield
+            except BaseException:  # who handles it may need the memory
+                self._fused.drop()
+                raise
         self._updates.flush()
 
     def _statistics(self) -> list[Statistic]:
