@@ -1,5 +1,7 @@
 """What all places of a network are read together gives what each gives by itself, whatever the network does."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,6 +212,29 @@ def test_a_write_is_found_out_where_the_first_samples_are_not_read(monkeypatch):
         found.append(observation)
     assert found[0]._fused._together
     agree(*found)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_of_a_batch_that_breaks_off_nothing_is_kept(batch, monkeypatch):
+    turn(monkeypatch, True)
+    torch.manual_seed(0)
+    model, batches, held, kept = Net().eval().to(DEVICE), data(3), [], []
+    pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
+    model.c.register_forward_pre_hook(lambda module, args: held.append(weakref.ref(args[0])))
+
+    def observe():
+        with torch.inference_mode(), pruner.observe(100) as observation:
+            kept.append(observation)
+            for number, x in enumerate(batches):
+                observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                model(x)
+                if number == batch:
+                    assert held[-1]() is not None
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe()
+    assert held[-1]() is None
 
 
 def test_recorded_in_two_parts(monkeypatch):

@@ -9,9 +9,10 @@ from torch import nn
 from actprune import Budget, Pruner
 from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
+from actprune.core.views import Criterion
 from actprune.criteria import Reconstruction
 from actprune.pruning.updates import Part, Updates
-from actprune.statistics import Activity, Histogram, LinearRademacher, Moments
+from actprune.statistics import Accumulator, Activity, Histogram, LinearRademacher, Moments
 
 
 def test_reconstruction_sees_variances_over_positions_with_either_compensation():
@@ -122,3 +123,62 @@ def test_what_was_counted_before_an_error_is_not_counted_again(monkeypatch):
         updates.flush()
     updates.flush()
     assert [int(s.n_samples) for s in statistics if s is not broken] == [4, 4]
+
+
+class _Own(Accumulator):
+    """A statistic of somebody else's: what it keeps besides its states says how, and is its own."""
+
+    joinable = True
+
+    def __init__(self, n_units, keeps):
+        super().__init__(n_units)
+        self.add_state("total", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.keeps = keeps
+        if keeps == "width":
+            self.width = n_units
+        elif keeps == "preset":
+            self.total += 5
+        elif keeps == "buffer":
+            self.register_buffer("sums", torch.zeros(n_units, dtype=torch.float64))
+        elif keeps in ("tensor", "list"):
+            self.sums = torch.zeros(n_units, dtype=torch.float64) if keeps == "tensor" else [0.0]
+
+    def accumulate(self, x, sample_ids):
+        sums = x.double().sum((0, 2))
+        if self.keeps == "width":
+            sums = sums.view(self.width)
+        elif self.keeps in ("buffer", "tensor"):
+            self.sums += sums
+            sums = self.sums
+        elif self.keeps == "list":
+            self.sums.append(sums.sum().item())
+            sums = sums + sum(self.sums)
+        self.total += sums
+        return sums
+
+    def evaluate(self):
+        return self.total
+
+
+@pytest.mark.parametrize("keeps", ["width", "preset", "buffer", "tensor", "list"])
+def test_what_a_statistic_keeps_besides_its_states_is_not_shared(keeps):
+    class Sums(Criterion):
+        def statistics(self):
+            return {"sums": partial(_Own, keeps=keeps)}
+
+        def score(self, view):
+            return view.statistics["sums"][0].compute()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    x, ids = torch.randn(5, 3), torch.arange(5)
+    pruner = Pruner(model, x, Sums(), Budget(params=0.5))
+    with torch.no_grad(), pruner.observe() as observation:
+        observation.begin_batch(ids)
+        model(x)
+    found = [sites[0] for by_key in observation.scores.values() for sites in by_key.values()]
+    assert len(found) == 3
+    for depth, statistic in enumerate(found, 1):
+        alone = _Own(4, keeps)
+        alone.update(model[:depth](x).detach().unsqueeze(2), ids)
+        torch.testing.assert_close(statistic.compute(), alone.compute(), rtol=1e-6, atol=1e-6)

@@ -114,6 +114,15 @@ class Fused:
         self.end()
         self._turn(on=False)
 
+    def drop(self) -> None:
+        """The batch broke off: hold nothing of it."""
+        self._trials, self._now = [], None
+        for chunk in self._chunks:
+            chunk.is_read = False
+            for seen in chunk.seen:
+                seen.clear()
+        self._turn(on=False)
+
     def _turn(self, on: bool) -> None:
         if self._is_on == on or self._layout is None:
             return
@@ -131,8 +140,8 @@ class Fused:
     def try_out(self, reads: Reads, x: Tensor) -> None:
         """A place was read by itself in the first batch: x, as it was given."""
         usual, ear = reads.usual, self._ears.get(id(reads))
-        if not self._is_first or self._now is None or usual is None or ear is None:
-            return
+        if not self._is_first or self._now is None or usual is None or ear is None or type(x) is not Tensor:
+            return  # what a subclass shows need not lie in its memory
         (shape, dtype, device), hands = usual
         if self._kernels is None:
             self._kernels, self._device = kernels(device), device

@@ -32,6 +32,7 @@ from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
 from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
+from actprune.pruning.settings import is_plain
 from actprune.pruning.unfolded import tell_unfolded
 from actprune.pruning.updates import Make, Part, Updates
 from actprune.statistics import EVERYTHING, Accumulator, Density, all_reduce
@@ -106,7 +107,7 @@ class Observation:
     def _statistic(self, key: str, make: Make, size: int) -> Any:
         """A statistic that has seen nothing; one of each size is made, the others are like it."""
         like = self._like.get((key, size))
-        if isinstance(like, Accumulator) and like.joinable:
+        if isinstance(like, Accumulator) and like.joinable and is_plain(like):
             return like.another()
         self._like[key, size] = made = make(size)
         return made
@@ -287,7 +288,11 @@ class Observation:
             at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
             self._fused.listen({id(reads): ears[path] for path, reads in at})
             stack.enter_context(watch_operands(self._model, self._operands))
-            yield
+            try:
+                yield
+            except BaseException:  # who handles it may need the memory
+                self._fused.drop()
+                raise
         self._updates.flush()
 
     def _statistics(self) -> list[Statistic]:

@@ -9,9 +9,11 @@ from actprune.core.views import Statistic
 
 
 def settings(statistic: Statistic) -> tuple[object, ...]:
-    """Class and own plain attributes, the number of units aside; where there are others, the object itself."""
+    """Class and own plain attributes, the number of units aside; where there is anything else, the object itself."""
     plain = (bool, int, float, str, tuple, type(None))
-    found = {}
+    found: dict[str, object] = {}
+    if statistic._buffers or statistic._parameters or statistic._modules:
+        return (type(statistic), id(statistic))
     for name, value in vars(statistic).items():
         if name in statistic._defaults or name in _OF_METRICS or name == "n_units":
             continue
@@ -19,6 +21,11 @@ def settings(statistic: Statistic) -> tuple[object, ...]:
             return (type(statistic), id(statistic))
         found[name] = value
     return (type(statistic), tuple(sorted(found.items(), key=lambda item: item[0])))
+
+
+def is_plain(statistic: Statistic) -> bool:
+    """Whether its states and settings are all there is of it, so that a copy of these makes another one."""
+    return isinstance(settings(statistic)[1], tuple)
 
 
 class _Bare(Statistic):

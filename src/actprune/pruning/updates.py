@@ -115,6 +115,8 @@ class Updates:
         self._wholes: dict[tuple[int, ...], Accumulator] = {}
         self._member: dict[int, tuple[int, ...]] = {}
         self._settings: dict[int, tuple[object, ...]] = {}
+        self._of_any_size: dict[str, bool] = {}
+        """By key of parts, whether settings do not depend on the number of units: only then may a whole have a part's."""
 
     def add(
         self,
@@ -164,7 +166,12 @@ class Updates:
         """The same for parts that can be updated together."""
         known = self._settings.get(id(part.statistic))
         if known is None:
-            known = self._settings[id(part.statistic)] = (part.key, settings(part.statistic))
+            own = settings(part.statistic)
+            if part.key not in self._of_any_size:
+                other = part.make(part.statistic.n_units + 1)
+                self._of_any_size[part.key] = other is not None and settings(other) == own
+            own = own if self._of_any_size[part.key] else (own, id(part.statistic))
+            known = self._settings[id(part.statistic)] = (part.key, own)
         return known
 
     def batch_ends(self) -> None:

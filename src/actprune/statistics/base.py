@@ -70,9 +70,8 @@ class Accumulator(Statistic):
 
     def constant(self, name: str) -> float | None:
         """What a state is full of at the beginning; None where its elements differ."""
-        default = self._defaults[name]
-        assert isinstance(default, Tensor)
-        least, greatest = default.aminmax() if default.numel() else (default.new_zeros(()),) * 2
+        state: Tensor = self._defaults[name] if self.update_called else getattr(self, name)  # type: ignore[assignment]
+        least, greatest = state.aminmax() if state.numel() else (state.new_zeros(()),) * 2
         return least.item() if least == greatest else None
 
     def reset(self) -> None:
@@ -139,7 +138,8 @@ class Accumulator(Statistic):
         made = type(self).__new__(type(self))
         own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
         with torch.inference_mode(False):
-            states = {name: default.clone() for name, default in self._defaults.items() if isinstance(default, Tensor)}
+            first = self._defaults if self.update_called else {name: getattr(self, name) for name in self._defaults}
+            states = {name: state.clone() for name, state in first.items() if isinstance(state, Tensor)}
         vars(made).update(own | states)
         bound = {name: MethodType(getattr(type(made), name), made) for name in ("update", "compute")}
         vars(made).update(update=made._wrap_update(bound["update"]), compute=made._wrap_compute(bound["compute"]))
