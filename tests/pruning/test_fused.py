@@ -183,6 +183,7 @@ def test_activations_that_do_not_stay_until_the_end_of_the_batch(monkeypatch):
 def test_of_other_maps_and_of_more_samples_nothing_is_kept(memory, monkeypatch):
     """Each batch is as large as the memory for one, and is over when the next one begins."""
     monkeypatch.setattr(fused, "_memory", lambda device: memory)
+    monkeypatch.setattr(layout, "_SHARE", 32)
     monkeypatch.setattr(layout, "WAITING", 1 << 22)
     turn(monkeypatch, True)
     torch.manual_seed(0)

@@ -22,7 +22,9 @@ from actprune.pruning.reads import Hand, Reads
 from actprune.pruning.updates import Company, Part
 
 WAITING = 1 << 28
-"""Bytes of what was read that wait at most, and no more than 1/64 of the device's memory."""
+"""Bytes of what was read that wait at most; counting takes several times that."""
+_SHARE = 128
+"""Of the device's memory, they are no more than this part."""
 _ROWS = 1 << 17
 """Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
 _INT32 = 1 << 31
@@ -148,7 +150,7 @@ class Layout:
                 region.units += place.shape[0]
         per_row = sum(region.units * region.k for region in self._regions.values())
         fits = all(math.prod(place.shape) * k < _INT32 for place in places)
-        self.rows = min(_ROWS, min(WAITING, memory // 64) // _BYTES // per_row) if places and fits else 0
+        self.rows = min(_ROWS, min(WAITING, memory // _SHARE) // _BYTES // per_row) if places and fits else 0
         """Samples that it holds; 0 where nothing can be read so."""
         if not self.rows:
             return

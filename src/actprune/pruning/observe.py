@@ -73,7 +73,7 @@ class Observation:
         self._gates: dict[str, dict[Place, dict[int, Reads]]] = defaultdict(lambda: defaultdict(dict))
         self._reads: dict[tuple[str, int | None, int, int], Reads] = {}
         self._where: dict[int, str] = {}
-        self._like: dict[tuple[str, int], Statistic | None] = {}
+        self._like: dict[tuple[str, int], Accumulator] = {}
         self._criterion(graph, criterion)
         if compensation is not None:
             self._compensation(graph, compensation)
@@ -107,9 +107,11 @@ class Observation:
     def _statistic(self, key: str, make: Make, size: int) -> Any:
         """A statistic that has seen nothing; one of each size is made, the others are like it."""
         like = self._like.get((key, size))
-        if isinstance(like, Accumulator) and like.joinable and is_plain(like):
+        if like is not None:
             return like.another()
-        self._like[key, size] = made = make(size)
+        made = make(size)
+        if isinstance(made, Accumulator) and made.joinable and is_plain(made):
+            self._like[key, size] = made
         return made
 
     def _nothing(self, module: str, dim: int) -> Reads:
