@@ -54,3 +54,31 @@ def test_means_are_those_of_the_maps(dtype):
     kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 40, dtype)
     want = torch.cat([torch.zeros(3, 44), torch.cat([x.cpu().double().mean(2) for x in maps], 1).float()])
     torch.testing.assert_close(out.view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("takes_constants", [True, False])
+def test_what_was_compiled_is_launched_again_whatever_it_takes(takes_constants, monkeypatch):
+    from actprune.statistics import kernels
+
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            def run(*arguments):
+                if len(arguments) != (5 if takes_constants else 3):
+                    raise TypeError(f"takes other than {len(arguments)} arguments")
+                launched.append((grid, arguments[:3]))
+
+            return run
+
+    class Kernel:
+        fn = "kernel"
+
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments[:3])) or Compiled()
+
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    x = torch.zeros(1)
+    for row in range(3):
+        kernels._launch(Kernel(), (1, 2, 1), (x, row, 7), (True, "float32"))
+    assert launched == [((1, 2, 1), (x, row, 7)) for row in range(3)]

@@ -112,12 +112,15 @@ def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...],
     """
     key = (kernel.fn, constants, arguments[0].device)
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whichever has the tensors
-        if key in _COMPILED:
-            _COMPILED[key][grid](*arguments, *constants)
-        else:
+        if key not in _COMPILED:
             compiled = kernel[grid](*arguments, *constants)
             if compiled is not None:  # as it is where kernels are interpreted
                 _COMPILED[key] = compiled
+            return
+        try:
+            _COMPILED[key][grid](*arguments, *constants)
+        except TypeError:  # of older Triton, what is compiled does not take its constants
+            _COMPILED[key][grid](*arguments)
 
 
 @triton.jit
