@@ -38,6 +38,8 @@ class Net(nn.Module):
         self.calls += 1
         x = self.a(x)
         y = self.b(x)
+        if self.odd == "writes later" and self.calls > 3:
+            F.relu_(x)
         if self.odd == "writes in place":
             F.relu_(x)
         elif self.odd == "writes uncounted":
@@ -288,6 +290,30 @@ def test_scores_may_be_asked_for_between_batches_and_the_model_be_run(monkeypatc
                 model(x + 1)  # counts as more of the same samples
         found.append(observation)
     agree(*found)
+
+
+def test_a_write_that_begins_later_costs_its_place_one_batch(monkeypatch, caplog):
+    """Without inference mode, where PyTorch counts writes."""
+    torch.manual_seed(0)
+    model, batches = Net("writes later").eval().to(DEVICE), data(6)
+    _, together = observed(model, batches, True, monkeypatch, mode=torch.no_grad)
+    assert caplog.text.count("b: what it reads is written to in place afterwards, in batch 3 and not in the first one") == 1
+    assert not together._fused._together
+    _, alone = observed(model, batches, False, monkeypatch, mode=torch.no_grad)
+    turn(monkeypatch, False)
+    pruner = Pruner(model, batches[0][:1], Panel({k: v() for k, v in EVERY.items()}), Budget(params=0.5), compensation=Mean())
+    model.calls = 0
+    with torch.no_grad(), pruner.observe(100_000) as without:
+        for number, x in enumerate(batches):
+            if number != 3:
+                without.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                model(x)
+    for name, by_key in together.scores.items():
+        expected = without if name == "a" else alone
+        for key, sites in by_key.items():
+            for one, other in zip(sites, expected.scores[name][key], strict=True):
+                assert one.n_samples == other.n_samples
+                torch.testing.assert_close(one.compute(), other.compute(), rtol=1e-6, atol=1e-6)
 
 
 def test_kernels_that_do_not_compile_are_done_without(monkeypatch, caplog):

@@ -31,6 +31,10 @@ _LOG = logging.getLogger(__name__)
 _KEPT = 32
 """Activations are kept until they are this part of the device's memory."""
 
+_WRITTEN = (
+    "%s: what it reads is written to in place afterwards, in batch %d and not in the first one; that batch is left out there, "
+    "and from now on every layer is read at once, which takes longer"
+)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,8 +42,6 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Trial:
     place: Place
     x: Tensor
-    version: int | None
-    """How often x had been written to when it was read; None where nobody counts."""
     bits: Tensor
     """Sums of x's bits at that time: not every write is counted, nor does every one change what is read of few samples."""
 
@@ -68,7 +70,7 @@ class Fused:
         self._batches: list[int] = []
         self._row = self._most = 0
         self._now: Tensor | None = None
-        self._is_first, self._is_on = True, False
+        self._is_first, self._is_on, self._gives_up = True, False, False
         updates.others.append(self._drained)
 
     def listen(self, ears: Mapping[int, Ear]) -> None:
@@ -108,6 +110,9 @@ class Fused:
                 self._apart(ids, self._layout)
             for chunk in self._chunks:
                 chunk.is_read = False
+            if self._gives_up:
+                self._updates.flush()
+                self._chunks, self._layout, self._together, self._others = [], None, set(), None
 
     def stop(self) -> None:
         """What comes now is not part of the batch."""
@@ -148,8 +153,8 @@ class Fused:
             self._is_first = self._kernels is not None
         if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES or not x.is_contiguous():
             return
-        place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands)
-        self._trials.append(_Trial(place, x, None if x.is_inference() else x._version, _bits(x)))
+        place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands, None if x.is_inference() else x._version)
+        self._trials.append(_Trial(place, x, _bits(x)))
         self._kept += x.numel() * x.element_size()
         if self._kept > _memory(device) // _KEPT:
             self._close()
@@ -160,7 +165,8 @@ class Fused:
         if not trials:
             return
         changed = _changed([trial.bits for trial in trials], [_bits(trial.x) for trial in trials])
-        changed |= {k for k, t in enumerate(trials) if t.version is not None and t.x._version != t.version}
+        counted = ((k, trial) for k, trial in enumerate(trials) if trial.place.version is not None)
+        changed |= {k for k, trial in counted if trial.x._version != trial.place.version}
         self._chunks.append(Chunk([trial.place for k, trial in enumerate(trials) if k not in changed]))
 
     def _is_once(self, place: Place) -> bool:
@@ -206,9 +212,16 @@ class Fused:
 
     def _read(self, chunk: Chunk, ids: Tensor, layout: Layout) -> bool:
         """Read what a chunk's places kept, if that is as it was in the first batch."""
-        addresses = chunk.addresses(len(ids), self._device)
-        if addresses is None:
+        kept = chunk.given(len(ids), self._device)
+        if kept is None:
             return False
+        if written := chunk.written(kept):
+            self._gives_up = True
+            for k in written:
+                chunk.seen[k].clear()
+                _LOG.warning(_WRITTEN, chunk.places[k].reads.module, self._updates.batch)
+            return False
+        addresses = list(map(Tensor.data_ptr, kept))
         for launch in chunk.launches:
             heads = _heads(addresses if launch.places is None else [addresses[at] for at in launch.places], ids, self._device)
             arguments = (heads, launch.sources, layout.out, self._row, len(ids), launch.widest)

@@ -29,7 +29,7 @@ _ROWS = 1 << 17
 """Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
 _INT32 = 1 << 31
 _BYTES = 4
-_KIND = attrgetter("shape", "dtype")
+_KIND, _VERSION = attrgetter("shape", "dtype"), attrgetter("_version")
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Place:
     """Of what is read, without samples."""
     dtype: torch.dtype
     hands: list[Hand]
+    version: int | None
+    """How often what it was given first had been written to when it was read; None where nobody counts."""
     seen: list[Tensor] = field(default_factory=list)
     """What it was given in this batch."""
 
@@ -79,10 +81,12 @@ class Chunk:
         self.is_read = False
         """Whether that was done for the present batch."""
         self._once = [1] * len(places)
+        versions = [place.version for place in places]
+        self._versions = None if None in versions else versions
         self._expected: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
 
-    def addresses(self, n_samples: int, device: torch.device) -> list[int] | None:
-        """Where the activations lie, if each place was given one tensor like that of the first batch; else None."""
+    def given(self, n_samples: int, device: torch.device) -> list[Tensor] | None:
+        """The activations, if each place was given one tensor like that of the first batch; else None."""
         if n_samples not in self._expected:
             self._expected[n_samples] = [(torch.Size((n_samples, *place.shape)), place.dtype) for place in self.places]
         # few calls, all in C: between two batches nothing of this is in a CPU's cache
@@ -94,7 +98,14 @@ class Chunk:
             and all(map(Tensor.is_contiguous, kept))
             and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
         )
-        return list(map(Tensor.data_ptr, kept)) if as_before else None
+        return kept if as_before else None
+
+    def written(self, kept: list[Tensor]) -> list[int]:
+        """Which of them have been written to more or less often than those of the first batch."""
+        if self._versions is None or kept[0].is_inference():
+            return []
+        now = list(map(_VERSION, kept))
+        return [] if now == self._versions else [k for k, version in enumerate(self._versions) if now[k] != version]
 
 
 @dataclass
