@@ -1,5 +1,6 @@
 """What all places of a network are read together gives what each gives by itself, whatever the network does."""
 
+import contextlib
 import weakref
 
 import pytest
@@ -37,15 +38,17 @@ class Net(nn.Module):
     def forward(self, x):
         self.calls += 1
         x = self.a(x)
+        for _ in range(self.calls if self.odd == "writes before" else 0):
+            x.add_(0.1)
         y = self.b(x)
-        if self.odd == "writes later" and self.calls > 3:
+        if "writes later" in self.odd and self.calls > 3:
             F.relu_(x)
         if self.odd == "writes in place":
             F.relu_(x)
         elif self.odd == "writes uncounted":
             x.data.mul_(2)
         y = F.relu(y)
-        if self.odd == "skips" and self.calls % 3 == 0:
+        if self.odd == "skips" and self.calls % 3 == 0 or self.odd == "writes later, skips" and self.calls == 4:
             z = y[:, :4]
         elif self.odd == "calls twice":
             z = self.c(y) + self.c(y.flip(2))
@@ -123,6 +126,7 @@ def data(n=4, size=8, each=6, dtype=torch.float32):
         ("by name", 4),
         ("writes in place", 3),
         ("writes uncounted", 3),
+        ("writes before", 4),
         ("skips", 4),
         ("calls twice", 3),
         ("transposed", 3),
@@ -292,10 +296,14 @@ def test_scores_may_be_asked_for_between_batches_and_the_model_be_run(monkeypatc
     agree(*found)
 
 
-def test_a_write_that_begins_later_costs_its_place_one_batch(monkeypatch, caplog):
+@pytest.mark.parametrize("memory", [1 << 30, 1 << 18])
+@pytest.mark.parametrize("odd", ["writes later", "writes later, skips"])
+def test_a_write_that_begins_later_costs_its_place_one_batch(odd, memory, monkeypatch, caplog):
     """Without inference mode, where PyTorch counts writes."""
+    monkeypatch.setattr(fused, "_memory", lambda device: memory)
+    monkeypatch.setattr(layout, "_SHARE", 1)
     torch.manual_seed(0)
-    model, batches = Net("writes later").eval().to(DEVICE), data(6)
+    model, batches = Net(odd).eval().to(DEVICE), data(6)
     _, together = observed(model, batches, True, monkeypatch, mode=torch.no_grad)
     assert caplog.text.count("b: what it reads is written to in place afterwards, in batch 3 and not in the first one") == 1
     assert not together._fused._together
@@ -314,6 +322,70 @@ def test_a_write_that_begins_later_costs_its_place_one_batch(monkeypatch, caplog
             for one, other in zip(sites, expected.scores[name][key], strict=True):
                 assert one.n_samples == other.n_samples
                 torch.testing.assert_close(one.compute(), other.compute(), rtol=1e-6, atol=1e-6)
+
+
+def test_modes_may_change_between_batches(monkeypatch):
+    """What is read may be counted in one batch and not in the next one, at one place and not at another."""
+    torch.manual_seed(0)
+    model, batches, found = Net().eval().to(DEVICE), data(4), []
+    usual = torch.randn(6, 6, 8, 8).to(DEVICE)
+    model.b.register_forward_pre_hook(lambda module, args: (usual + 0 if torch.is_grad_enabled() else usual,))
+    for together in (True, False):
+        turn(monkeypatch, together)
+        pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
+        with pruner.observe(100_000) as observation:
+            for number, mode in enumerate((torch.no_grad, torch.inference_mode, torch.enable_grad, torch.inference_mode)):
+                observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                with mode():
+                    model(batches[number])
+        found.append(observation)
+    assert len(found[0]._fused._together) == 4
+    agree(*found)
+
+
+class Doubled(torch.Tensor):
+    """Shows twice what lies in its memory."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*(2 * x.as_subclass(torch.Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+def test_what_a_subclass_shows_later_is_read_by_itself(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(4)
+
+    def odd(module, args):
+        return (args[0].as_subclass(Doubled),) if model.calls == 3 else None
+
+    model.b.register_forward_pre_hook(odd)
+    same(model, batches, monkeypatch, 4, mode=torch.no_grad)
+
+
+def test_a_first_batch_that_breaks_off_is_forgotten(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(fused, "_memory", lambda device: 1 << 18)
+    monkeypatch.setattr(layout, "_SHARE", 32)
+    model, batches, found = Net().eval().to(DEVICE), data(4), []
+
+    def breaks_off(module, args):
+        if model.calls == 1:
+            raise KeyboardInterrupt
+
+    model.e.register_forward_pre_hook(breaks_off)
+    for together in (True, False):
+        turn(monkeypatch, together)
+        pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
+        model.calls, observation = 0, pruner.observation(100_000)
+        for start in (0, 1):
+            with contextlib.suppress(KeyboardInterrupt), torch.no_grad(), observation.recording():
+                for number in range(start, 4):
+                    observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                    model(batches[number])
+            _ = observation.scores
+        found.append(observation)
+    agree(*found)
 
 
 def test_kernels_that_do_not_compile_are_done_without(monkeypatch, caplog):

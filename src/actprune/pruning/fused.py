@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
-from actprune.pruning.layout import Chunk, Layout, Place, to
+from actprune.pruning.layout import Chunk, Layout, Place, to, writes
 from actprune.pruning.reads import Reads
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.updates import Company, Updates
@@ -44,6 +44,7 @@ class _Trial:
     x: Tensor
     bits: Tensor
     """Sums of x's bits at that time: not every write is counted, nor does every one change what is read of few samples."""
+    writes: int
 
 
 class Fused:
@@ -134,7 +135,7 @@ class Fused:
         self._is_on = on
         for chunk in self._chunks:
             for place in chunk.places:
-                place.ear.watcher = place.seen.append if on else place.alone
+                place.ear.watcher = place.keep if on else place.alone
         for chunk in self._chunks if on else ():
             chunk.places[0].ear.watcher = partial(self._first, chunk.places[0])
         for chunk in self._chunks[:-1] if on else ():
@@ -153,8 +154,8 @@ class Fused:
             self._is_first = self._kernels is not None
         if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES or not x.is_contiguous():
             return
-        place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands, None if x.is_inference() else x._version)
-        self._trials.append(_Trial(place, x, _bits(x)))
+        place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands)
+        self._trials.append(_Trial(place, x, _bits(x), writes(x)))
         self._kept += x.numel() * x.element_size()
         if self._kept > _memory(device) // _KEPT:
             self._close()
@@ -165,8 +166,7 @@ class Fused:
         if not trials:
             return
         changed = _changed([trial.bits for trial in trials], [_bits(trial.x) for trial in trials])
-        counted = ((k, trial) for k, trial in enumerate(trials) if trial.place.version is not None)
-        changed |= {k for k, trial in counted if trial.x._version != trial.place.version}
+        changed |= {k for k, trial in enumerate(trials) if writes(trial.x) != trial.writes}
         self._chunks.append(Chunk([trial.place for k, trial in enumerate(trials) if k not in changed]))
 
     def _is_once(self, place: Place) -> bool:
@@ -197,14 +197,14 @@ class Fused:
     def _first(self, place: Place, x: Tensor) -> None:
         """The first place of a chunk was reached; in a batch of maps of another size, nothing is kept."""
         if x.shape[1:] == place.shape:
-            place.seen.append(x)
+            place.keep(x)
         else:
             self._turn(on=False)
             place.alone(x)
 
     def _last(self, chunk: Chunk, x: Tensor) -> None:
         """The last place of a chunk was reached, of which no more is to be kept."""
-        chunk.seen[-1].append(x)
+        chunk.places[-1].keep(x)
         if self._now is None or self._layout is None or chunk.is_read:
             return
         if not self._read(chunk, self._now, self._layout):
@@ -212,14 +212,8 @@ class Fused:
 
     def _read(self, chunk: Chunk, ids: Tensor, layout: Layout) -> bool:
         """Read what a chunk's places kept, if that is as it was in the first batch."""
-        kept = chunk.given(len(ids), self._device)
+        kept = None if self._is_written(chunk) else chunk.given(len(ids), self._device)
         if kept is None:
-            return False
-        if written := chunk.written(kept):
-            self._gives_up = True
-            for k in written:
-                chunk.seen[k].clear()
-                _LOG.warning(_WRITTEN, chunk.places[k].reads.module, self._updates.batch)
             return False
         addresses = list(map(Tensor.data_ptr, kept))
         for launch in chunk.launches:
@@ -250,11 +244,21 @@ class Fused:
 
     def _each(self, chunk: Chunk) -> None:
         """Read by themselves what a chunk's places keep."""
+        self._is_written(chunk)
         for place in chunk.places:
             seen = list(place.seen)
             place.seen.clear()
-            for x in seen:
+            for x, _ in seen:
                 self._alone(place.reads, x)
+
+    def _is_written(self, chunk: Chunk) -> bool:
+        """Whether anything that a chunk's places keep is no longer as it was given; that is let go."""
+        written = chunk.written()
+        for place in written:
+            self._gives_up = True
+            place.seen.clear()
+            _LOG.warning(_WRITTEN, place.reads.module, self._updates.batch)
+        return bool(written)
 
     def _waits(self, ids: Tensor) -> None:
         self._row += len(ids)

@@ -29,7 +29,7 @@ _ROWS = 1 << 17
 """Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
 _INT32 = 1 << 31
 _BYTES = 4
-_KIND, _VERSION = attrgetter("shape", "dtype"), attrgetter("_version")
+_KIND = attrgetter("shape", "dtype", "__class__")
 
 
 @dataclass
@@ -44,10 +44,12 @@ class Place:
     """Of what is read, without samples."""
     dtype: torch.dtype
     hands: list[Hand]
-    version: int | None
-    """How often what it was given first had been written to when it was read; None where nobody counts."""
-    seen: list[Tensor] = field(default_factory=list)
-    """What it was given in this batch."""
+    seen: list[tuple[Tensor, int]] = field(default_factory=list)
+    """What it was given in this batch, and how often that had been written to until then."""
+
+    def keep(self, x: Tensor) -> None:
+        """It was given x."""
+        self.seen.append((x, writes(x)))
 
     @property
     def space(self) -> int:
@@ -81,18 +83,17 @@ class Chunk:
         self.is_read = False
         """Whether that was done for the present batch."""
         self._once = [1] * len(places)
-        versions = [place.version for place in places]
-        self._versions = None if None in versions else versions
-        self._expected: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
+        self._expected: dict[int, list[tuple[torch.Size, torch.dtype, type]]] = {}
 
     def given(self, n_samples: int, device: torch.device) -> list[Tensor] | None:
         """The activations, if each place was given one tensor like that of the first batch; else None."""
         if n_samples not in self._expected:
-            self._expected[n_samples] = [(torch.Size((n_samples, *place.shape)), place.dtype) for place in self.places]
+            expected = [(torch.Size((n_samples, *place.shape)), place.dtype, Tensor) for place in self.places]
+            self._expected[n_samples] = expected
         # few calls, all in C: between two batches nothing of this is in a CPU's cache
         if list(map(len, self.seen)) != self._once:
             return None
-        kept = list(chain.from_iterable(self.seen))
+        kept = [x for x, _ in chain.from_iterable(self.seen)]
         as_before = (
             list(map(_KIND, kept)) == self._expected[n_samples]
             and all(map(Tensor.is_contiguous, kept))
@@ -100,12 +101,11 @@ class Chunk:
         )
         return kept if as_before else None
 
-    def written(self, kept: list[Tensor]) -> list[int]:
-        """Which of them have been written to more or less often than those of the first batch."""
-        if self._versions is None or kept[0].is_inference():
+    def written(self) -> list[Place]:
+        """Places of which something that is kept was written to since."""
+        if all(writes(x) == before for x, before in chain.from_iterable(self.seen)):
             return []
-        now = list(map(_VERSION, kept))
-        return [] if now == self._versions else [k for k, version in enumerate(self._versions) if now[k] != version]
+        return [place for place in self.places if any(writes(x) != before for x, before in place.seen)]
 
 
 @dataclass
@@ -249,3 +249,8 @@ class Layout:
 def to(x: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, for which the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def writes(x: Tensor) -> int:
+    """How often PyTorch counted that x was written to; 0 where it does not count, under inference mode."""
+    return 0 if x.is_inference() else x._version
