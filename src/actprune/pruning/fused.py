@@ -122,7 +122,8 @@ class Fused:
 
     def drop(self) -> None:
         """The batch broke off: hold nothing of it."""
-        self._trials, self._now = [], None
+        self._trials, self._kept, self._now = [], 0, None
+        self._chunks = [] if self._is_first else self._chunks
         for chunk in self._chunks:
             chunk.is_read = False
             for seen in chunk.seen:
