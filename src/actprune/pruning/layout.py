@@ -83,14 +83,14 @@ class Chunk:
         self.is_read = False
         """Whether that was done for the present batch."""
         self._once = [1] * len(places)
-        self._expected: dict[int, list[tuple[torch.Size, torch.dtype, type]]] = {}
+        self._expected: dict[int, list[tuple[torch.Size, torch.dtype, type[Tensor]]]] = {}
 
     def given(self, n_samples: int, device: torch.device) -> list[Tensor] | None:
         """The activations, if each place was given one tensor like that of the first batch; else None."""
         if n_samples not in self._expected:
             expected = [(torch.Size((n_samples, *place.shape)), place.dtype, Tensor) for place in self.places]
             self._expected[n_samples] = expected
-        # few calls, all in C: between two batches nothing of this is in a CPU's cache
+        # few calls, most in C: between two batches nothing of this is in a CPU's cache
         if list(map(len, self.seen)) != self._once:
             return None
         kept = [x for x, _ in chain.from_iterable(self.seen)]
