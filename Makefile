@@ -42,6 +42,7 @@ bench: $(READY)  ## the benchmarks (hours); DATA=DIR WEIGHTS=DIR add those on CI
 	$(BIN)/python benchmarks/graph_cost.py --peer
 	$(BIN)/python benchmarks/prunability.py --peer
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/validation_epoch.py
 	$(BIN)/python benchmarks/prox_step.py
 	$(BIN)/python benchmarks/serene.py
 	$(BIN)/python benchmarks/compensation_cost.py
