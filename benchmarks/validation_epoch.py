@@ -28,24 +28,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from overhead import keep_memory
+from overhead import ALONE, BATCH, keep_memory
 from provenance import commit
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from actprune import Budget, Schedule, criteria
+from actprune import Budget, Schedule
 from actprune.models.resnet import CifarResNet
 from actprune.training import PruningCallback
 
-BATCH = 256
-MADE: dict[str, Any] = {
-    "zero_rate": (criteria.ZeroRate, None),
-    "variance": (criteria.Variance, None),
-    "rms": (criteria.RMS, None),
-    "rademacher": (partial(criteria.Rademacher, estimate="monte_carlo", replicates=64), None),
-    "entropy": (criteria.Entropy, None),
-    "entropy, mean compensation": (criteria.Entropy, "mean"),
-}
+MADE: dict[str, Any] = {name: (ALONE[name], None) for name in ("zero_rate", "variance", "rms", "rademacher", "entropy")}
+MADE["entropy, mean compensation"] = (ALONE["entropy"], "mean")
 
 
 class Task(LightningModule):

@@ -114,9 +114,9 @@ def same(model, batches, monkeypatch, places, **settings):
     agree(together, alone)
 
 
-def data(n=4, size=8, each=6, dtype=torch.float32):
+def data(n=4, size=8, each=6):
     torch.manual_seed(1)
-    return [torch.randn(each, 3, size, size, dtype=dtype).to(DEVICE) for _ in range(n)]
+    return [torch.randn(each, 3, size, size).to(DEVICE) for _ in range(n)]
 
 
 @pytest.mark.parametrize(

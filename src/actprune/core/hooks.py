@@ -73,10 +73,8 @@ class Ear:
         outer = vars(module).get("forward")
         while isinstance(outer, Ear) and outer is not self and outer._forward is not self:
             outer = outer._forward
-        if outer is self and self._before is None:
-            del module.forward
-        elif outer is self:
-            module.forward = self._before  # type: ignore[method-assign]
+        if outer is self:
+            put_back(module, "forward", self._before)
         elif isinstance(outer, Ear):
             outer._forward, outer._before = self._forward, self._before
 
@@ -89,6 +87,14 @@ class Ear:
 
     def __reduce__(self) -> Any:
         return _itself, (self._forward,)
+
+
+def put_back(module: nn.Module, name: str, value: Any) -> None:
+    """Give an attribute of the instance its value again, or the class's own where the instance had none."""
+    if value is None:
+        vars(module).pop(name, None)
+    else:
+        object.__setattr__(module, name, value)
 
 
 def _itself(forward: Any) -> Any:

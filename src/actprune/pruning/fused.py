@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
-from actprune.pruning.layout import Chunk, Layout, Place, to, writes
+from actprune.core.tensors import sent, writes
+from actprune.pruning.layout import Chunk, Layout, Place
 from actprune.pruning.reads import Reads
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.updates import Company, Updates
-from actprune.statistics import every_second
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Trial:
     x: Tensor
     bits: Tensor
     """Sums of x's bits at that time: not every write is counted, nor does every one change what is read of few samples."""
-    writes: int
+    writes: int | None
 
 
 class Fused:
@@ -188,9 +188,8 @@ class Fused:
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
         self._most = min(layout.rows, max(len(ids), _memory(self._device) // _KEPT // max(1, largest)))
         self._layout, self._others = layout, None
-        rows = to(self._sampling.rows(ids), self._device) if self._sampling.is_halved else None
         self._together = {id(place.reads) for chunk in self._chunks for place in chunk.places}
-        layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), rows)
+        layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves(ids))
         self._waits(ids)
 
     # every other batch
@@ -231,9 +230,7 @@ class Fused:
 
     def _apart(self, ids: Tensor, layout: Layout) -> None:
         """Some places were reached otherwise than in the first batch: this batch of all places is handed over by itself."""
-        every, rows = self._sampling.on(self._device, ids), None
-        if self._sampling.is_halved:
-            rows = to(self._sampling.rows(ids), self._device)
+        every, rows = self._sampling.on(self._device, ids), self._halves(ids)
         few = every if rows is None else every[rows]
         for chunk in self._chunks:
             self._each(chunk)
@@ -261,6 +258,10 @@ class Fused:
             _LOG.warning(_WRITTEN, place.reads.module, self._updates.batch)
         return bool(written)
 
+    def _halves(self, ids: Tensor) -> Tensor | None:
+        """On the device, the rows that are read where positions are drawn; None: all."""
+        return sent(self._sampling.halves(ids), self._device) if self._sampling.is_halved else None
+
     def _waits(self, ids: Tensor) -> None:
         self._row += len(ids)
         self._ids.append(ids)
@@ -275,11 +276,11 @@ class Fused:
         self._ids, self._batches, self._row = [], [], 0
         halved = None
         if self._sampling.is_halved:
-            read = every_second(ids, seed=0)
+            read = self._sampling.halves(ids)
             ends = torch.tensor(sizes, device="cpu").cumsum(0)
             counted = torch.bucketize(read, ends, right=True).bincount(minlength=len(sizes)).tolist()
-            halved = (to(read, self._device), counted)
-        yield from self._layout.companies(len(ids), to(ids, self._device), sizes, numbers, halved)
+            halved = (sent(read, self._device), counted)
+        yield from self._layout.companies(len(ids), sent(ids, self._device), sizes, numbers, halved)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
+from actprune.core.tensors import sent, writes
 from actprune.pruning.reads import Hand, Reads
 from actprune.pruning.updates import Company, Part
 
@@ -44,8 +45,8 @@ class Place:
     """Of what is read, without samples."""
     dtype: torch.dtype
     hands: list[Hand]
-    seen: list[tuple[Tensor, int]] = field(default_factory=list)
-    """What it was given in this batch, and how often that had been written to until then."""
+    seen: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    """What it was given in this batch, and how often that had been written to until then, see ``writes``."""
 
     def keep(self, x: Tensor) -> None:
         """It was given x."""
@@ -185,7 +186,7 @@ class Layout:
             number = next((at for at, order in enumerate(orders) if torch.equal(order, columns)), len(orders))
             orders += [columns] if number == len(orders) else []
             region.companies.append(([part for part, _ in pile], number))
-        region.orders = [None, *(to(order, device) for order in orders[1:])]
+        region.orders = [None, *(sent(order, device) for order in orders[1:])]
 
     def _launches(self, chunk: Chunk, kernels: ModuleType, device: torch.device) -> Iterator[Launch]:
         found = defaultdict(list)
@@ -244,13 +245,3 @@ class Layout:
             ordered = [x if order is None else x.index_select(1, order) for order in region.orders]
             for parts, number in region.companies:
                 yield Company(parts, ordered[number], there, counted, numbers)
-
-
-def to(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for which the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def writes(x: Tensor) -> int:
-    """How often PyTorch counted that x was written to; 0 where it does not count, under inference mode."""
-    return 0 if x.is_inference() else x._version

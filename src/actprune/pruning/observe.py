@@ -286,7 +286,7 @@ class Observation:
             stack.enter_context(uncompiled())
             watchers = {k: _all(v, is_recurrent(self._model.get_submodule(k))) for k, v in self._inputs.items()}
             ears = stack.enter_context(listening(self._model, watchers))
-            own = {path for path, watchers in self._inputs.items() if len(watchers) == 1}
+            own = {path for path, heard in self._inputs.items() if len(heard) == 1}
             at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
             self._fused.listen({id(reads): ears[path] for path, reads in at})
             stack.enter_context(watch_operands(self._model, self._operands))
@@ -337,8 +337,8 @@ def _is_identity(at: np.ndarray) -> bool:
     return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))
 
 
-def _all(watchers: list[Watcher], is_recurrent: bool) -> Callable[[Any], object]:
-    if len(watchers) == 1 and not is_recurrent:
+def _all(watchers: list[Watcher], may_be_packed: bool) -> Callable[[Any], object]:
+    if len(watchers) == 1 and not may_be_packed:
         return watchers[0]
 
     def watch(x: Tensor | PackedSequence) -> None:

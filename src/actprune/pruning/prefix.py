@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from actprune.core.hooks import put_back
+
 Forward = Callable[[], Any]
 """Runs the model on one batch and returns its output."""
 
@@ -122,10 +124,7 @@ def _handed_out(kept: dict[nn.Module, deque[Any]], forward: Forward) -> Iterator
         yield shorter
     finally:
         for module, before in own.items():
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before  # type: ignore[method-assign]
+            put_back(module, "forward", before)
 
 
 def _versions(output: Any) -> list[int]:

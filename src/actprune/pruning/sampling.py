@@ -73,6 +73,10 @@ class Sampling:
             self._flat[channels, positions, device] = known
         return known
 
+    def halves(self, ids: Tensor) -> Tensor:
+        """The rows that are read where every second sample is, where the ids are."""
+        return every_second(ids, seed=0)
+
     def rows(self, ids: Tensor) -> Tensor:
         """The rows that are read of a batch of which positions were drawn, where the ids are."""
         return self._read(ids)[0].squeeze(1)
@@ -84,7 +88,7 @@ class Sampling:
             # rows that are no samples may be too few to leave any out
             numbered = any(ids is numbers for numbers in self._numbers.values())
             halved = self._density.halved and not numbered
-            rows = every_second(ids, seed=0) if halved else torch.arange(len(ids), device=ids.device)
+            rows = self.halves(ids) if halved else torch.arange(len(ids), device=ids.device)
             read = ids[rows] if halved else ids
             known = self._rows[id(ids)] = (rows.unsqueeze(1), read, position_bits(read, self._density.positions or 1, seed=0))
         return known

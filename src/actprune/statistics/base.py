@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ class Accumulator(Statistic):
         else:  # all at once: a device would take longer for each batch than for its numbers
             counts = torch.tensor(sizes, device="cpu")
             numbers = torch.tensor(batches, dtype=torch.float32, device="cpu").repeat_interleave(counts)
-            rows = (numbers.pin_memory() if x.is_cuda else numbers).to(x.device, non_blocking=True)
-            fine = torch.isfinite(x).all(2)
+            fine, rows = torch.isfinite(x).all(2), sent(numbers, x.device)
             when = rows.unsqueeze(1).expand_as(fine).masked_fill(fine, torch.inf).amin(0).to(self.first_nonfinite.dtype)
         torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
 

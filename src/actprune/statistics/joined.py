@@ -34,16 +34,16 @@ def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
         own = vars(whole)
         own.update(n_units=sum(part.n_units for part in parts), _device=device)
         for name in parts[0].metric_state:
-            default: Tensor = getattr(parts[0], name)
+            first: Tensor = getattr(parts[0], name)
             sizes = [len(state) if state.dim() else 1 for part in parts for state in (getattr(part, name),)]
             value = parts[0].constant(name) if is_new else None
             if value is None:
-                states = torch.cat([getattr(part, name).reshape(-1, *default.shape[1:]) for part in parts]).to(device)
+                states = torch.cat([getattr(part, name).reshape(-1, *first.shape[1:]) for part in parts]).to(device)
             else:  # rather than moving each to the device
-                states = torch.full((sum(sizes), *default.shape[1:]), value, dtype=default.dtype, device=device)
+                states = torch.full((sum(sizes), *first.shape[1:]), value, dtype=first.dtype, device=device)
             own[name] = states  # torch would take longer to look what kind of attribute it is than to make it
             for part, state in zip(parts, states.split(sizes), strict=True):
-                vars(part)[name] = state if default.dim() else state.view(())
+                vars(part)[name] = state if first.dim() else state.view(())
         for part in parts:
             vars(part)["_device"] = device
         own["_update_count"] = max(part._update_count for part in parts)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError
+from actprune.core.tensors import writes
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.counter import hashed, signs
 
@@ -42,13 +43,8 @@ class _Latest:
             if settings == [replicates, seed] and _same(sample_ids, ids, version, copy):
                 return known
         drawn = signs(hashed(0, sample_ids, torch.zeros_like(sample_ids)), replicates, seed, torch.float64)
-        self._known = (sample_ids, _version(sample_ids), sample_ids.clone(), replicates, seed, drawn)
+        self._known = (sample_ids, writes(sample_ids), sample_ids.clone(), replicates, seed, drawn)
         return drawn
-
-
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was written to; None where nobody counts."""
-    return None if x.is_inference() else x._version
 
 
 def _same(sample_ids: Tensor, known: Tensor, version: int | None, copy: Tensor) -> bool:
@@ -57,7 +53,7 @@ def _same(sample_ids: Tensor, known: Tensor, version: int | None, copy: Tensor) 
         return False
     if copy.device.type == "cpu":
         return torch.equal(sample_ids, copy)
-    return sample_ids is known and version is not None and _version(sample_ids) == version
+    return sample_ids is known and version is not None and writes(sample_ids) == version
 
 
 _LATEST = _Latest()

@@ -26,9 +26,9 @@ from torchmetrics import Metric
 
 from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ConfigError, TraceError
-from actprune.core.hooks import uncompiled
+from actprune.core.hooks import put_back, uncompiled
 from actprune.training.copies import submodule
-from actprune.training.replay import Replay, copied, is_network_part, mapped, put_back
+from actprune.training.replay import Replay, copied, is_network_part, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 OnCall = Callable[[tuple[Any, ...], dict[str, Any]], None]

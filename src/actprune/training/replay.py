@@ -103,14 +103,6 @@ def is_network_part(module: nn.Module) -> bool:
     return not isinstance(module, Metric) and any(True for _ in module.parameters())
 
 
-def put_back(task: LightningModule, name: str, value: Any) -> None:
-    """Give an attribute of the instance its value again, or the class's own where the instance had none."""
-    if value is None:
-        vars(task).pop(name, None)
-    else:
-        object.__setattr__(task, name, value)
-
-
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """A nested structure (mappings, tuples, lists, dataclasses) with ``function`` applied to its tensors."""
     if isinstance(value, Tensor):

@@ -1,0 +1,16 @@
+"""Small questions to tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def writes(x: Tensor) -> int | None:
+    """How often x was written to; None where PyTorch does not count, under inference mode."""
+    return None if x.is_inference() else x._version
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """What a CPU holds, on a device; the host does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
