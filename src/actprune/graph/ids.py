@@ -23,7 +23,7 @@ class IdSpace:
     """Allocates ids, ties them and locks them with a reason."""
 
     def __init__(self) -> None:
-        self._parent = np.arange(1024, dtype=np.int64)
+        self._parent = _own_parents(1024)
         self._size = 0
         self._locks: list[tuple[NDArray[np.int64], str]] = []
 
@@ -40,23 +40,16 @@ class IdSpace:
     def fresh(self, n: int) -> NDArray[np.int64]:
         """Return ``n`` new ids."""
         start, self._size = self._size, self._size + n
-        if self._size > len(self._parent):
-            capacity = 2 * self._size
-            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity, dtype=np.int64)])
+        if self._size > len(self._parent) - 2:
+            parent = _own_parents(2 * self._size)
+            parent[:start] = self._parent[:start]
+            self._parent = parent
         return np.arange(start, self._size, dtype=np.int64)
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the root of every id (``FIXED`` and ``FREE`` stay as they are)."""
-        special = ids < 0
-        if special.any():
-            roots = ids.copy()
-            roots[~special] = self.find(ids[~special])
-            return roots
         roots = self._parent[ids]
-        while True:
-            up = self._parent[roots]
-            if np.array_equal(up, roots):
-                break
+        while not ((up := self._parent[roots]) == roots).all():
             roots = up
         self._parent[ids] = roots
         return roots
@@ -115,6 +108,11 @@ class IdSpace:
             numbers = np.arange(len(self._locks) - 1, -1, -1)
             lock[self.find(ids)] = np.repeat(numbers, [len(self._locks[number][0]) for number in numbers])
         return lock
+
+
+def _own_parents(n: int) -> NDArray[np.int64]:
+    """Ids that are tied to nothing; ``FREE`` and ``FIXED``, read as indices from the end, are their own parents too."""
+    return np.append(np.arange(n, dtype=np.int64), [FREE, FIXED])
 
 
 def first(candidates: Sequence[Ids]) -> Ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import is_not
+from operator import is_, is_not
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,22 @@ class Binding:
     """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
+@dataclass
+class Joined:
+    """One concatenation: in a dense block the next one begins with all of it."""
+
+    dim: int
+    parts: Sequence[list[Ids]]
+    """Ids of every tensor; the very lists, which stay the same until something writes to the tensor."""
+    ids: list[Ids]
+    extent: int
+    """Of the result along ``dim``."""
+
+    def begins(self, dim: int, parts: Sequence[list[Ids]]) -> bool:
+        """Whether another concatenation begins with all of this one."""
+        return self.dim == dim and 0 < len(self.parts) <= len(parts) and all(map(is_, self.parts, parts))
+
+
 @dataclass(kw_only=True)
 class TraceState(Naming):
     """Mutable state of one trace; rules see only this."""
@@ -111,10 +127,13 @@ class TraceState(Naming):
     """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
+    joined: Joined | None = None
+    """The last concatenation."""
     storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
     where: str = ""
     """The running operator and module, for reasons."""
     _ids: ByTensor[list[Ids]] = field(default_factory=ByTensor)
+    _unmet: ByTensor[bool] = field(default_factory=ByTensor)  # fixed, for nothing is known of them
     _origins: ByTensor[str] = field(default_factory=ByTensor)
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
@@ -143,7 +162,9 @@ class TraceState(Naming):
             return known
         name = self.names.get(id(tensor)) or self._stored(tensor)
         if name is None:
-            return [None] * tensor.dim()
+            self._ids[tensor] = known = [None] * tensor.dim()
+            self._unmet[tensor] = True
+            return known
         if name not in self.tensor_ids:
             self.tensors[name] = tensor
             self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
@@ -166,12 +187,12 @@ class TraceState(Naming):
 
     def ids_of(self, tensors: Sequence[Tensor]) -> list[list[Ids]]:
         """The same of many tensors: a concatenation of hundreds is mostly questions."""
-        known = [ids for ids in self._ids.each(tensors) if ids]
-        return known if len(known) == len(tensors) else [self.ids(tensor) for tensor in tensors]
+        known = list(self._ids.each(tensors))
+        return known if all(known) else [self.ids(tensor) for tensor in tensors]  # type: ignore[return-value]
 
     def known(self, tensor: Tensor) -> bool:
         """Whether a rule has said what a tensor is."""
-        return tensor in self._ids
+        return tensor in self._ids and tensor not in self._unmet
 
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator
@@ -185,6 +206,7 @@ class TraceState(Naming):
     def set(self, tensor: Tensor, ids: Sequence[Ids]) -> None:
         """Remember the ids of an operator's output; a tensor written in place is no longer what it was."""
         self._ids[tensor] = list(ids)
+        self._unmet.pop(tensor)
         self._producers.pop(tensor)
         self._origins.pop(tensor)
 
@@ -220,7 +242,7 @@ class TraceState(Naming):
 
     def producers(self, tensors: Sequence[Tensor]) -> list[Contraction]:
         """The contractions whose outputs are among these tensors."""
-        return [producer for producer in self._producers.each(tensors) if producer is not None]
+        return list(filter(None, self._producers.each(tensors)))
 
     def producer(self, tensor: Tensor) -> Contraction | None:
         """The contraction whose output this is, if it is one."""

@@ -175,8 +175,12 @@ class ChannelTracer(TorchDispatchMode):
                     t.asked += [Binding(frame.path, name, index, column) for index, column in found if column is not None]
 
     def _refuse(self, func: Any, inputs: list[Tensor]) -> None:
+        self.state.joined = None  # something may be resized in place
         for tensor in inputs:
-            for ids in self.state.ids(tensor):
+            met = self.state.ids(tensor)
+            if len(met) != tensor.dim():
+                self.state.set(tensor, [None] * tensor.dim())
+            for ids in met:
                 if ids is not None:
                     self.state.lock(ids, f"no rule for {func.overloadpacket}")
                     self.state.refused.append((str(func.overloadpacket), ids))

@@ -27,9 +27,8 @@ class _Classes:
     def __init__(self, state: TraceState) -> None:
         roots = state.space.find(np.arange(len(state.space)))
         used = np.zeros(len(roots), bool)
-        for dims in state.tensor_ids.values():
-            for ids in dims:
-                used[roots[ids[ids >= 0]]] = True
+        held = [ids for dims in state.tensor_ids.values() for ids in dims]
+        used[roots[np.concatenate([*held, roots[:0]])]] = True
         self.roots = np.flatnonzero(used)
         number = np.full(len(roots), -1)
         number[self.roots] = np.arange(len(self.roots))
@@ -70,7 +69,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     sites = _sites(state, reads)
     columns = {(name, dim): column for name, dims in tensors.items() for dim, column in enumerate(dims)}
     groups = group(columns, reasons, consumed[:n] | produced[:n], _once(sites), reads, state)
-    cost = _cost(state, model, classes, tensors, metrics)
+    cost = _cost(state, model, classes, tensors, reads, metrics)
     followers, possible = (
         tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts), b.assumed) for b in bindings)
         for bindings in (state.bindings, state.possible + state.asked)
@@ -181,9 +180,11 @@ def _cost(
     model: nn.Module,
     classes: _Classes,
     tensors: dict[str, list[NDArray[np.int64]]],
+    reads: list[NDArray[np.int64] | None],
     metrics: tuple[str, ...],
 ) -> CostModel:
     cost = CostModel(len(classes.roots))
+    known = {id(c.reads): read for c, read in zip(state.contractions, reads, strict=True) if read is not None}
     for name, parameter in model.named_parameters():
         if name.startswith(metrics):
             continue
@@ -192,5 +193,6 @@ def _cost(
         else:
             cost.add("params", parameter.numel(), [])
     for contraction in (c for c in state.contractions if not c.training and not f"{c.module}.".startswith(metrics)):
-        cost.add("macs", contraction.macs, [classes.of(ids) for ids in contraction.widths])
+        widths = [known[id(ids)] if id(ids) in known else classes.of(ids) for ids in contraction.widths]
+        cost.add("macs", contraction.macs, widths)
     return cost

@@ -15,7 +15,9 @@ from actprune.surgery.transaction import Transaction
 
 def keep_indices(size: int, gone: list[int]) -> Tensor:
     """Positions that stay of a dimension."""
-    return torch.from_numpy(np.delete(np.arange(size), gone))
+    stays = np.ones(size, bool)
+    stays[np.fromiter(gone, np.int64, len(gone))] = False
+    return torch.from_numpy(np.flatnonzero(stays))
 
 
 def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

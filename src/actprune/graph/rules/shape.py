@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actprune.graph.ids import FIXED, Ids, free
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import Binding, Joined, TraceState
 
 
 @rule("t")
@@ -95,11 +95,16 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
 @rule("cat")
 def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Ids are concatenated along the dimension and tied along the others."""
-    tensors, every = a.tensors, t.ids_of(a.tensors)
-    if set(map(len, every)) != {out.dim()}:  # no detections at all: one empty dimension
-        tensors = [x for x in tensors if x.dim() == out.dim()]
-        every = t.ids_of(tensors)
-    dim = a.dim % out.dim()
+    tensors, parts, dim = a.tensors, t.ids_of(a.tensors), a.dim % out.dim()
+    if t.joined is not None and t.joined.begins(dim, parts):
+        n = len(t.joined.parts)
+        every, tensors, extents = [t.joined.ids, *parts[n:]], tensors[n:], [t.joined.extent]
+    else:
+        every, extents = parts, []
+    if any(len(ids) != out.dim() for ids in every):  # no detections at all: one empty dimension
+        tensors = [x for x in a.tensors if x.dim() == out.dim()]
+        every = parts = t.ids_of(tensors)
+        extents = []
     result: list[Ids] = []
     for d, columns in enumerate(zip(*every, strict=True)):
         if d != dim:
@@ -109,8 +114,10 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         elif all(map(is_, columns, itertools.repeat(None))):
             result.append(None)
         else:
-            filled = [np.full(x.shape[d], FIXED) if ids is None else ids for x, ids in zip(tensors, columns, strict=True)]
+            extents += [x.shape[d] for x in tensors]
+            filled = [np.full(n, FIXED) if ids is None else ids for n, ids in zip(extents, columns, strict=True)]
             result.append(np.concatenate(filled))
+    t.joined = Joined(dim, parts, result, out.shape[dim])
     t.set(out, result)
 
 
