@@ -8,6 +8,8 @@ that is ``FIXED`` throughout. Union-find: Tarjan 1975; here vectorised over arra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import TypeAlias
 
 import numpy as np
@@ -113,6 +115,22 @@ class IdSpace:
 def _own_parents(n: int) -> NDArray[np.int64]:
     """Ids that are tied to nothing; ``FREE`` and ``FIXED``, read as indices from the end, are their own parents too."""
     return np.append(np.arange(n, dtype=np.int64), [FREE, FIXED])
+
+
+@dataclass
+class Joined:
+    """One concatenation: in a dense block the next one begins with all of it."""
+
+    dim: int
+    parts: Sequence[list[Ids]]
+    """Ids of every tensor; the very lists, which stay the same until something writes to the tensor."""
+    ids: list[Ids]
+    extent: int
+    """Of the result along ``dim``."""
+
+    def begins(self, dim: int, parts: Sequence[list[Ids]]) -> bool:
+        """Whether another concatenation begins with all of this one."""
+        return self.dim == dim and 0 < len(self.parts) <= len(parts) and all(map(is_, self.parts, parts))
 
 
 def first(candidates: Sequence[Ids]) -> Ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import is_, is_not
+from operator import is_not
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actprune.graph.ids import Ids, IdSpace, first
+from actprune.graph.ids import Ids, IdSpace, Joined, first
 from actprune.graph.naming import Naming
 from actprune.graph.weak import ByTensor
 
@@ -69,22 +69,6 @@ class Binding:
     """One id per counted thing: the attribute's new value is how many of them stay."""
     assumed: bool = False
     """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
-
-
-@dataclass
-class Joined:
-    """One concatenation: in a dense block the next one begins with all of it."""
-
-    dim: int
-    parts: Sequence[list[Ids]]
-    """Ids of every tensor; the very lists, which stay the same until something writes to the tensor."""
-    ids: list[Ids]
-    extent: int
-    """Of the result along ``dim``."""
-
-    def begins(self, dim: int, parts: Sequence[list[Ids]]) -> bool:
-        """Whether another concatenation begins with all of this one."""
-        return self.dim == dim and 0 < len(self.parts) <= len(parts) and all(map(is_, self.parts, parts))
 
 
 @dataclass(kw_only=True)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 from torch import Tensor
 
-from actprune.graph.ids import FIXED, Ids, free
+from actprune.graph.ids import FIXED, Ids, Joined, free
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, Joined, TraceState
+from actprune.graph.state import Binding, TraceState
 
 
 @rule("t")
