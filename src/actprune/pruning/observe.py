@@ -26,7 +26,7 @@ from actprune.core.hooks import Watcher, listening, uncompiled, watch_operands
 from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, is_recurrent
-from actprune.pruning.folded import layer_of
+from actprune.pruning.folded import layer_of, statistic_of
 from actprune.pruning.fused import Fused
 from actprune.pruning.gradients import differentiated
 from actprune.pruning.reads import Reads
@@ -131,21 +131,21 @@ class Observation:
             cuttable[group.classes] = True
         tell_unfolded(self._model, graph)
         runs = Counter(consumer.weight for consumer in graph.consumers)
+        plain = type(compensation) is Mean  # whose statistics are alike for all layers
+        # variances over positions, too, only where a criterion asks for them
+        means_do = plain and not self._needs_readers
         for number, consumer in enumerate(graph.consumers):
             if not cuttable[consumer.reads].any():
                 continue
             layer = layer_of(self._model, consumer, runs[consumer.weight])
-            make = partial(compensation.statistic, layer)
-            plain = type(compensation) is Mean  # whose statistics are alike for all layers
+            make = partial(statistic_of, compensation, means_do, layer)
             statistic = self._statistic("compensation", make, len(consumer.reads)) if plain else make(len(consumer.reads))
             if statistic is None:
                 continue
             self._where[id(statistic)] = f"the input of {consumer.site!r}"
             self._folds[number] = (layer, statistic)
-            # variances over positions, too, only where a criterion asks for them
-            statistic.means_do = plain and not self._needs_readers
             place = (consumer.module, consumer.ordinal, consumer.operand)
-            if statistic.means_do:
+            if means_do:
                 part = Part("compensation", make, statistic)
                 self._read_at(*place, consumer.dim).folded.append((layer, part))
             else:
