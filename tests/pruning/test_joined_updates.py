@@ -10,7 +10,7 @@ from actprune import Budget, Pruner
 from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
-from actprune.criteria import Reconstruction
+from actprune.criteria import Entropy, Reconstruction
 from actprune.pruning.updates import Part, Updates
 from actprune.statistics import Accumulator, Activity, Histogram, LinearRademacher, Moments
 
@@ -182,3 +182,19 @@ def test_what_a_statistic_keeps_besides_its_states_is_not_shared(keeps):
         alone = _Own(4, keeps)
         alone.update(model[:depth](x).detach().unsqueeze(2), ids)
         torch.testing.assert_close(statistic.compute(), alone.compute(), rtol=1e-6, atol=1e-6)
+
+
+def test_all_places_of_a_kind_are_counted_with_one_call(monkeypatch):
+    """What compensation accumulates, too."""
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Conv2d(4, 2, 1)).eval(), torch.rand(3, 4, 6, 6)
+    calls = []
+    for kind in (Histogram, Moments):
+        count = partial(lambda how, self, *args: calls.append((type(self), self.n_units)) or how(self, *args), kind.accumulate)
+        monkeypatch.setattr(kind, "accumulate", lambda self, *args, count=count: count(self, *args))
+    pruner = Pruner(model, x, Entropy(), Budget(params=0.9), compensation=Mean())
+    with pruner.observe() as observation, torch.no_grad():
+        for batch in range(3):
+            observation.begin_batch(torch.arange(3) + 3 * batch)
+            model(x)
+    assert sorted(calls, key=str) == [(Histogram, 24), (Moments, 24)]
