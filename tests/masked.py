@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from actprune.core.calling import call
+from actprune.pruning.apart import keep_apart
 from actprune.pruning.plans import draft
 from actprune.surgery import cut
 from reductions import over_kept
@@ -269,14 +270,15 @@ def counted(model, example):
 
 
 def random_units(graph, seed, most=None):
-    """Units of every unlocked group, drawn: none, a few, or all but one."""
+    """Units of every unlocked group, drawn: none, a few, or all but one; fewer where widths have to differ."""
     generator = torch.Generator().manual_seed(seed)
     units = {}
     for group in graph.unlocked:
         limit = group.size - 1 if most is None else min(group.size - 1, most)
         n = int(torch.randint(0, limit + 1, (), generator=generator))
-        units[group.name] = sorted(torch.randperm(group.size, generator=generator)[:n].tolist())
-    return units
+        units[group.name] = torch.randperm(group.size, generator=generator)[:n].tolist()
+    leaving = keep_apart(graph, units, {name: len(drawn) for name, drawn in units.items()})
+    return {name: sorted(units[name][:n]) for name, n in leaving.items()}
 
 
 def check_cuts(build, graph, x, seeds=3, counts=True):

@@ -8,12 +8,12 @@ from collections.abc import Collection
 from torch import nn
 
 from actprune.core.calling import Example
-from actprune.graph.graph import Consumer, Follower, Graph, Group, Site
+from actprune.graph.graph import Apart, Consumer, Follower, Graph, Group, Site
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.tracer import run, twice
 from actprune.graph.units import build
 
-__all__ = ["Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace", "twice"]
+__all__ = ["Apart", "Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace", "twice"]
 
 
 class Trace:

@@ -98,6 +98,22 @@ class Follower:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Two widths that the code compares and finds different: it may do something else once they are equal."""
+
+    module: str
+    one: NDArray[np.int64]
+    """Class index of every position."""
+    other: NDArray[np.int64] | int
+    """The same, or what does not change."""
+
+    def widths(self, removed: NDArray[np.bool_]) -> tuple[int, int]:
+        """Both when the marked classes are gone."""
+        stays = np.append(~removed, True)
+        return int(stays[self.one].sum()), self.other if isinstance(self.other, int) else int(stays[self.other].sum())
+
+
+@dataclass(frozen=True)
 class Graph:
     """What ``trace`` returns."""
 
@@ -119,6 +135,8 @@ class Graph:
     """What every operator produced, for a rehearsal to compare with."""
     unknown: Mapping[str, int]
     """Operators without a rule that met cuttable ids -> how often."""
+    apart: tuple[Apart, ...] = ()
+    """Widths that must not become equal."""
 
     @property
     def params(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_not
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -71,6 +71,10 @@ class Binding:
     """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
+Column: TypeAlias = "NDArray[np.int64] | tuple[str, int]"
+"""Ids along a dimension; of a parameter or buffer that no operator has met yet, its name and which dimension."""
+
+
 @dataclass(kw_only=True)
 class TraceState(Naming):
     """Mutable state of one trace; rules see only this."""
@@ -111,6 +115,8 @@ class TraceState(Naming):
     """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
+    apart: list[tuple[str, Column, Column | int]] = field(default_factory=list)
+    """(module, extent, extent) that the code compared and found different."""
     joined: Joined | None = None
     """The last concatenation."""
     storages: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = field(default_factory=dict)
@@ -177,6 +183,12 @@ class TraceState(Naming):
     def known(self, tensor: Tensor) -> bool:
         """Whether a rule has said what a tensor is."""
         return tensor in self._ids and tensor not in self._unmet
+
+    def told(self, tensor: Tensor) -> Sequence[Column | None]:
+        """What a comparison may say of a tensor's extents; to ask for a shape meets no parameter."""
+        known = self._ids.get(tensor)
+        name = self.names.get(id(tensor)) if known is None else None
+        return known or ([] if name is None else [(name, dim) for dim in range(tensor.dim())])
 
     def _stored(self, tensor: Tensor) -> str | None:
         # `parameter.data` is another tensor over the same storage, made without an operator

@@ -25,6 +25,7 @@ from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
 from actprune.graph import remains
+from actprune.graph.compared import Comparisons
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.state import Binding, TraceState
@@ -271,7 +272,7 @@ def _learned(model: nn.Module) -> list[str]:
 def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
     with module_stack(model) as state.frames:
         tracer = ChannelTracer(state)
-        with tracer, Wholes(tracer) if wanted(model) else nullcontext():
+        with tracer, Comparisons(state), Wholes(tracer) if wanted(model) else nullcontext():
             output = call(model, example)
         state.where = "the model's output"
         returned = list(_tensors(output))

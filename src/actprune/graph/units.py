@@ -13,10 +13,10 @@ from torchmetrics import Metric
 from actprune.core.layers import runs_torch_forward
 from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
-from actprune.graph.graph import Consumer, Follower, Graph, Site
+from actprune.graph.graph import Apart, Consumer, Follower, Graph, Site
 from actprune.graph.grouping import group
 from actprune.graph.rules.recurrent import is_recurrent
-from actprune.graph.state import TraceState
+from actprune.graph.state import Column, TraceState
 
 _HOOKABLE = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -104,6 +104,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         shapes,
         Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, state.means, classes.of),
         _unknown(state, classes, consumed | produced),
+        _apart(state, classes),
     )
 
 
@@ -114,6 +115,32 @@ def _may_tie(state: TraceState, classes: _Classes) -> dict[str, list[tuple[NDArr
         if differ := [(a, b) for a, b in of_path if not np.array_equal(a, b)]:
             found[path] = differ
     return found
+
+
+def _apart(state: TraceState, classes: _Classes) -> tuple[Apart, ...]:
+    """What the code found different, each pair once, where either can change."""
+
+    def of(column: Column | int) -> NDArray[np.int64] | int:
+        if isinstance(column, tuple):
+            name, dim = column
+            if name not in state.tensor_ids:
+                return -1
+            column = state.tensor_ids[name][dim]
+        return column if isinstance(column, int) else classes.of(column)
+
+    found: dict[tuple[str, bytes, bytes], Apart] = {}
+    for module, *pair in state.apart:
+        one, other = (of(column) for column in pair)
+        if isinstance(one, int) or (one < 0).all():
+            one, other = other, one if isinstance(one, int) else len(one)
+        if isinstance(one, int) or (one < 0).all():
+            continue
+        other = len(other) if not isinstance(other, int) and (other < 0).all() else other
+        found.setdefault(
+            (module, one.tobytes(), str(other).encode() if isinstance(other, int) else other.tobytes()),
+            Apart(module, one, other),
+        )
+    return tuple(found.values())
 
 
 def _agree(state: TraceState) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from actprune.compensation import Compensation
+from actprune.core.errors import SurgeryError
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
+from actprune.pruning.apart import equal
 from actprune.pruning.folded import takes_bias
 from actprune.pruning.observe import Observation
 
@@ -28,9 +30,17 @@ def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) ->
         model: the model the graph was traced on.
         graph: its channel graph.
         units: group name -> indices of the units that leave.
+
+    Raises:
+        SurgeryError: two widths that the code tells apart would become equal.
     """
     chosen = {name: np.fromiter(indices, dtype=np.int64) for name, indices in units.items()}
     gone = graph.removed({name: indices.tolist() for name, indices in chosen.items()})
+    if (same := equal(graph, gone)) is not None:
+        raise SurgeryError(
+            f"two widths that {same.module or 'the model'} finds different would both be {same.widths(gone)[0]}, and its code "
+            "would do something else then; let a unit more or fewer leave"
+        )
     removed: Positions = defaultdict(dict)
     leaves = np.append(gone, False)
     for (tensor, dim), column in graph.columns.items():

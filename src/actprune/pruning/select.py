@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.graph import Graph, Group
+from actprune.pruning.apart import keep_apart
 
 _SCOPES = ("global", "uniform")
 _NORMALISERS = ("mean", "max", "standard", "rank", "none")
@@ -111,7 +112,14 @@ def select(
             f"max_ratio={selection.max_ratio}{rounding} and locked groups keep the rest{_unscored(graph, scores)}; raise the "
             f"budget or max_ratio{' or lower round_to' * bool(rounding)}"
         )
-    return order.units(order.first_within(target))
+    for prefix in range(order.first_within(target), len(order) + 1):
+        units = order.units(prefix, more=True)
+        if graph.left(unit, graph.removed(units)) <= target:
+            return units
+    raise BudgetError(
+        f"the budget asks for {target:,.0f} {unit}, which widths that have to stay different do not allow: the code does "
+        "something else where they are equal; raise the budget or max_ratio"
+    )
 
 
 def select_below(
@@ -176,10 +184,12 @@ class _Order:
         """Units that may leave."""
         return len(self._order)
 
-    def units(self, prefix: int) -> dict[str, list[int]]:
-        """Group name -> sorted indices of the units that leave."""
-        parts = zip(self._groups, self._ranked, self._counts(prefix), strict=True)
-        return {g.name: sorted(units[:n]) for g, units, n in parts if n}
+    def units(self, prefix: int, more: bool = False) -> dict[str, list[int]]:
+        """Group name -> sorted indices of the units that leave; ``more``: rather a few more than fewer."""
+        ranked = {g.name: units for g, units in zip(self._groups, self._ranked, strict=True)}
+        taken = dict(zip(ranked, self._counts(prefix).tolist(), strict=True))
+        taken = keep_apart(self._graph, ranked, taken, self._round_to, more)
+        return {name: sorted(ranked[name][:n]) for name, n in taken.items() if n}
 
     def cost(self, prefix: int) -> int:
         """Parameters, multiply-adds or units that would be left."""

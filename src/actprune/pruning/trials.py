@@ -12,6 +12,7 @@ from torch import nn
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.stack import module_stack
 from actprune.graph import Graph, Group
+from actprune.pruning.apart import keep_apart
 from actprune.pruning.checker import Checker
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
@@ -59,7 +60,9 @@ class Trials:
         """The first failure when these groups are cut, or None."""
         kinds = {path: type(module) for path, module in self.model.named_modules()}
         for number in range(len(self.shares)):
-            chosen = {group.name: self.shares.of(number, group) for group in groups}
+            shares = {group.name: self.shares.of(number, group) for group in groups}
+            taken = keep_apart(graph, shares, {name: len(units) for name, units in shares.items()})
+            chosen = {name: shares[name][:n] for name, n in taken.items()}
             plan, gone = draft(self.model, graph, chosen), graph.removed(chosen)
             for second, run in enumerate(self.runs):
                 with undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
