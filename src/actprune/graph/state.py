@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actprune.graph.ids import Ids, IdSpace, Joined, first
 from actprune.graph.naming import Naming
+from actprune.graph.splits import Splits
 from actprune.graph.weak import ByTensor
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ Column: TypeAlias = "NDArray[np.int64] | tuple[str, int]"
 
 
 @dataclass(kw_only=True)
-class TraceState(Naming):
+class TraceState(Naming, Splits):
     """Mutable state of one trace; rules see only this."""
 
     names: dict[int, str]
@@ -91,14 +92,6 @@ class TraceState(Naming):
     """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""
     asked: list[Binding] = field(default_factory=list)
     """Attributes that equal an extent of what their module is given: tried after those of ``possible``."""
-    outer: frozenset[str] = frozenset()
-    """Modules in which a split keeps its last factor but one cuttable, where nothing names the head count."""
-    guessed: set[str] = field(default_factory=set)
-    """Modules with a split whose cuttable factor was not named by any attribute."""
-    guesses: list[Ids] = field(default_factory=list)
-    """What such splits left cuttable."""
-    scored: set[str] = field(default_factory=set)
-    """Modules in which a cuttable dimension is summed over between two activations, or a guessed one has its extreme taken."""
     coincidences: dict[str, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = field(default_factory=dict)
     """Module path -> pairs of ids: what a view there produced, and an input of that module of the same extent."""
     training: bool = False

@@ -28,6 +28,7 @@ from actprune.graph import remains
 from actprune.graph.compared import Comparisons
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
+from actprune.graph.splits import Factor, settled
 from actprune.graph.state import Binding, TraceState
 from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
@@ -212,19 +213,16 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
 def run(model: nn.Module, example: Example, training: bool = False) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
-    Where a dimension was split for attention and no attribute names the heads, a second run takes the outer factor for them.
     What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time.
 
     Raises:
         TraceError: the model fails on the example.
     """
     with GARBAGE.turned():
-        state = _run(model, example, frozenset(), training)
-        attention = frozenset(state.guessed & state.scored)
-        return _run(model, example, attention, training) if attention else state
+        return settled(functools.partial(_run, model, example, training))
 
 
-def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bool) -> TraceState:
+def _run(model: nn.Module, example: Example, training: bool, outer: frozenset[str], apart: frozenset[Factor]) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
@@ -233,7 +231,7 @@ def _run(model: nn.Module, example: Example, outer: frozenset[str], training: bo
         names[id(tensor)] = name
         if tensor.numel() and tensor.layout == torch.strided:
             storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
-    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, outer=outer)
+    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, outer=outer, apart=apart)
     with undisturbed(model):
         try:
             _follow(model, example, state)

@@ -79,6 +79,7 @@ def select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """One position of a dimension: that dimension cannot be cut, unless nobody looks at the values."""
     ids = list(t.ids(a.input))
     picked = ids.pop(a.dim)
+    t.pick(picked)
     t.set(out, ids)
     t.lock_once_read(out, picked, "select on this dimension")
 
@@ -87,7 +88,9 @@ def select(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
     """Every position of a dimension by itself: that dimension cannot be cut."""
     ids = list(t.ids(a.input))
-    t.lock(ids.pop(a.dim), "unbind of this dimension")
+    picked = ids.pop(a.dim)
+    t.pick(picked)
+    t.lock(picked, "unbind of this dimension")
     for tensor in out:
         t.set(tensor, ids)
 

@@ -57,6 +57,8 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
     for axis in axes:
         if np.array_equal(grid, np.broadcast_to(_line(grid, axis), grid.shape)):
             return _only(grid, axis)
+    place = t.frames[-1].place, tuple(factors)
+    axes = [axis for axis in axes if (*place, axis) not in t.apart] or axes
     heads = _head_axis(t, grid, axes)
     if heads is None and len(axes) > 1:
         t.guessed.add(t.frames[-1].path)
@@ -65,6 +67,7 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
         chosen = axes[-1] if heads is None else heads
     t.tie_all(_merged_line(grid, chosen), grid, "split of a dimension that is partly fixed")
     found = _only(grid, chosen)
+    t.chosen[id(found[chosen])] = found[chosen], (*place, chosen)
     if heads is None and len(axes) > 1:
         t.guesses.append(found[chosen])
     return found
