@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from actprune import Budget, Pruner, criteria
-from actprune.compensation import Mean
+from actprune import Budget, Pruner, Selection, criteria, prune
+from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.labels import is_class_vector
 from actprune.statistics import ClassHistogram, Density
@@ -230,3 +230,28 @@ def test_the_maps_that_were_read_last_decide_over_borders():
             model(torch.randn(2, 3, size, size))
             layer = next(layer for layer, _ in observation.folds.values() if layer.name == "1")
             assert layer.space == (size, size)
+
+
+class Encoder(nn.Module):
+    """PyTorch runs each of its layers as one kernel in evaluation, and nests batches of which a mask leaves out steps."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x, padded=None):
+        return self.head(self.encoder(x, src_key_padding_mask=padded).mean(1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("compensation", [Mean(), LeastSquares()])
+def test_layers_whose_forwards_pytorch_passes_over_are_observed(compensation, padded):
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(6, 5, 8)
+    inputs = {"x": x, "padded": torch.arange(5).expand(6, 5) > torch.arange(6).unsqueeze(1)} if padded else x
+    own = [f"encoder.layers.{number}.self_attn" for number in range(2)]  # else operands of attention are watched, with hooks
+    wanted = {"selection": Selection(ignore=own), "compensation": compensation}
+    record = prune(model, inputs, [inputs], criterion=criteria.Variance(), budget=Budget(units=0.5), **wanted)
+    assert record.widths["encoder.layers.0.linear1"][1] < 12
+    assert torch.backends.mha.get_fastpath_enabled()

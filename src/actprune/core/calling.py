@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from actprune.core.hooks import uncompiled
-from actprune.core.switches import GENERATOR, PLAIN_ATTENTION
+from actprune.core.switches import EVERY_MODULE, GENERATOR, PLAIN_ATTENTION
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]"
 """A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``lambda model: ...``."""
@@ -47,11 +47,12 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module's own training flag is as it was."""
+    """Evaluation mode inside the block, with every module called; afterwards its own training flag is as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with EVERY_MODULE.turned():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from actprune.core.switches import EAGER, PLAIN_ATTENTION
+from actprune.core.switches import EAGER, EVERY_MODULE, PLAIN_ATTENTION
 
 CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d"})
 """Operators that count as one contraction each, in the order in which a module runs them."""
@@ -27,8 +27,11 @@ Watcher = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """What is compiled runs eagerly inside the block, around a model too: hooks of what it holds would not fire otherwise."""
-    with EAGER.turned():
+    """What is compiled runs eagerly inside the block, around a model too, and so does what PyTorch runs as one kernel.
+
+    Otherwise hooks of what it holds would not fire, and forwards would not be called.
+    """
+    with EAGER.turned(), EVERY_MODULE.turned():
         yield
 
 

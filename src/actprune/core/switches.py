@@ -44,14 +44,19 @@ class Switch:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def _every_module() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    with EVERY_MODULE.turned(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -65,6 +70,9 @@ def _kept() -> Iterator[None]:
             gc.enable()
 
 
+EVERY_MODULE = Switch(_every_module)
+"""No fused kernel for a transformer's layer: it reads the weights of the layers inside past their forwards, and nests padded
+batches."""
 PLAIN_ATTENTION = Switch(_plain_attention)
 """No fused kernel for attention: every product in it is an operator that can be seen."""
 EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
