@@ -71,7 +71,7 @@ class Comparisons(TorchFunctionMode):
     def differ(self, one: Column, other: Column | int) -> None:
         """The code compared two extents that are not equal."""
         if self._state is not None:
-            self._state.apart.append((self._state.frames[-1].path, one, other))
+            self._state.unequal.append((self._state.frames[-1].path, one, other))
 
     def _width(self, n: int, column: Column | None) -> int:
         if column is None:

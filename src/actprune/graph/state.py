@@ -108,7 +108,7 @@ class TraceState(Naming, Splits):
     """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
-    apart: list[tuple[str, Column, Column | int]] = field(default_factory=list)
+    unequal: list[tuple[str, Column, Column | int]] = field(default_factory=list)
     """(module, extent, extent) that the code compared and found different."""
     joined: Joined | None = None
     """The last concatenation."""

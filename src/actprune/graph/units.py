@@ -129,7 +129,7 @@ def _apart(state: TraceState, classes: _Classes) -> tuple[Apart, ...]:
         return column if isinstance(column, int) else classes.of(column)
 
     found: dict[tuple[str, bytes, bytes], Apart] = {}
-    for module, *pair in state.apart:
+    for module, *pair in state.unequal:
         one, other = (of(column) for column in pair)
         if isinstance(one, int) or (one < 0).all():
             one, other = other, one if isinstance(one, int) else len(one)
