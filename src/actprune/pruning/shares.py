@@ -24,20 +24,22 @@ _FIXED: tuple[Callable[[int, int], Sequence[int]], ...] = (
 class Shares:
     """Several cuts of any groups of a model, one of them such that widths which may be one become different.
 
-    Where parts follow integers that may equal them by chance, a last one leaves one unit of every part: a third, rounded,
-    stays right as long as one unit leaves.
+    Where parts follow integers that may equal them by chance, another one leaves one unit of every part: a third, rounded,
+    stays right as long as one unit leaves. Where an integer may follow one of several groups of two units, every other of
+    them is cut alone, then the rest: what runs with one head may run anything, so what has both must run with it.
     What a group loses depends on its name alone: a repair that ties groups somewhere changes no cut elsewhere.
     """
 
     def __init__(self, graph: Graph) -> None:
         pairs = list(_pairs(graph).values())
         self._of_parts = _of_parts(graph)
+        self._pairs_of_units = _pairs_of_units(graph)
         self._seed = min(range(_SEEDS), key=lambda seed: self._equal(graph, pairs, seed)) if pairs else 0
         self._told_apart = _told_apart(graph, pairs, self._seed)
 
     def __len__(self) -> int:
         """Number of cuts."""
-        return len(_FIXED) + 1 + bool(self._of_parts)
+        return len(_FIXED) + 1 + bool(self._of_parts) + 2 * bool(self._pairs_of_units)
 
     def of(self, number: int, group: Group) -> Sequence[int]:
         """Units that leave a group in one of the cuts."""
@@ -46,7 +48,9 @@ class Shares:
         if number == len(_FIXED):
             n = self._told_apart.get(group.name, group.size)
             return range(n) if n < group.size else _drawn(self._seed, group)
-        return range(0 if self._of_parts.isdisjoint(group.members) else group.size - 1)
+        if number == len(_FIXED) + 1 and self._of_parts:
+            return range(0 if self._of_parts.isdisjoint(group.members) else group.size - 1)
+        return range(self._pairs_of_units.get(group.name) == len(self) - number)
 
     @staticmethod
     def _equal(graph: Graph, pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], seed: int) -> int:
@@ -98,6 +102,18 @@ def _of_parts(graph: Graph) -> frozenset[tuple[str, int]]:
             counted[follower.counts] = True
     counted[-1] = False  # positions without a class
     return frozenset(key for group in graph.unlocked if counted[group.classes].any() for key in group.members)
+
+
+def _pairs_of_units(graph: Graph) -> dict[str, int]:
+    """Groups of two units that one integer may follow beside others -> 1 or 2, by turns."""
+    owner = {cls: group.name for group in graph.unlocked if group.size == 2 for cls in group.classes.tolist()}
+    followed: dict[tuple[str, str, int | None], dict[str, None]] = {}
+    for one in graph.possible:
+        names = {owner.get(cls, "") for cls in one.counts.tolist()}
+        if len(names) == 1 and "" not in names:
+            followed.setdefault((one.module, one.attribute, one.index), {}).update(dict.fromkeys(names))
+    rivals = dict.fromkeys(name for names in followed.values() if len(names) > 1 for name in names)
+    return {name: 1 + number % 2 for number, name in enumerate(rivals)}
 
 
 def _pairs(graph: Graph) -> dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64]]]:
