@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from actprune.core.hooks import listening
+from actprune.core.hooks import listening, watch_inputs, watch_operands
 from actprune.core.layers import runs_torch_forward
 
 
@@ -96,3 +96,13 @@ def test_a_forward_that_is_patched_meanwhile_stays_and_is_not_heard_afterwards()
     torch.testing.assert_close(model.a(x), 2 * plain)
     assert len(heard) == 1
     assert "forward" not in vars(model.b)
+
+
+def test_what_a_copy_runs_is_not_heard_as_the_original():
+    model, x, heard = Calls(), torch.randn(2, 3), []
+    with watch_inputs(model, {"a": heard.append}), watch_operands(model, {"b": {(0, 1): [heard.append]}}):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        outputs = [twin(x) for twin in copies]
+        assert not heard
+        torch.testing.assert_close(outputs, [model(x)] * 2)
+        assert len(heard) == 2

@@ -35,6 +35,25 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+class Live:
+    """A hook of one module: copied or pickled with it, it does nothing, for what a copy runs is not what is watched."""
+
+    __slots__ = ("_hook",)
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the hook."""
+        return self._hook(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Live:
+        return Live(_not_heard)
+
+    def __reduce__(self) -> Any:
+        return Live, (_not_heard,)
+
+
 @contextmanager
 def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
     """Call ``watchers[path](x)`` with the first argument of every forward of the module at ``path``; packed, with its rows."""
@@ -50,7 +69,7 @@ def watch_inputs(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[
                 other = read._replace(data=other) if packed else other
                 return ((other, *args[1:]), kwargs) if args else (args, {**kwargs, "input": other})
 
-            handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            handle = model.get_submodule(path).register_forward_pre_hook(Live(hook), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -104,7 +123,7 @@ def _itself(forward: Any) -> Any:
     return forward
 
 
-def _not_heard(_: Tensor) -> None:
+def _not_heard(*_: Any) -> None:
     pass
 
 
@@ -236,10 +255,10 @@ def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watch
             running[-1].paused -= 1
 
     # before other hooks, which may run contractions of their own: so the trace numbered them (a spectral norm, for one)
-    stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-    stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+    stack.callback(module.register_forward_pre_hook(Live(enter), prepend=True).remove)
+    stack.callback(module.register_forward_hook(Live(leave), always_call=True).remove)
     for child in module.children():
         if isinstance(child, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as the module's own
             continue
-        stack.callback(child.register_forward_pre_hook(pause, prepend=True).remove)
-        stack.callback(child.register_forward_hook(resume, always_call=True).remove)
+        stack.callback(child.register_forward_pre_hook(Live(pause), prepend=True).remove)
+        stack.callback(child.register_forward_hook(Live(resume), always_call=True).remove)

@@ -26,7 +26,7 @@ from torchmetrics import Metric
 
 from actprune.core.calling import call, undisturbed
 from actprune.core.errors import ConfigError, TraceError
-from actprune.core.hooks import put_back, uncompiled
+from actprune.core.hooks import Live, put_back, uncompiled
 from actprune.training.copies import submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped
 
@@ -59,7 +59,7 @@ class Network:
             with _watch_forward(self.module, on_call):
                 yield
         else:
-            handle = self.module.register_forward_pre_hook(lambda _, a, k: on_call(a, k), with_kwargs=True)
+            handle = self.module.register_forward_pre_hook(Live(lambda _, a, k: on_call(a, k)), with_kwargs=True)
             try:
                 yield
             finally:
@@ -94,8 +94,8 @@ class Watcher:
         for module in self.task.modules():
             if module is self.task or module in measuring or not is_network_part(module):
                 continue
-            self._stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            self._stack.callback(module.register_forward_pre_hook(Live(self._enter), with_kwargs=True).remove)
+            self._stack.callback(module.register_forward_hook(Live(self._leave), always_call=True).remove)
 
     def stop(self) -> None:
         """Remove the hooks; harmless when there are none."""
@@ -147,7 +147,7 @@ class Watcher:
 
         for part in module.modules():
             if is_network_part(part):
-                self._stack.callback(part.register_forward_pre_hook(seen, with_kwargs=True).remove)
+                self._stack.callback(part.register_forward_pre_hook(Live(seen), with_kwargs=True).remove)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.own_forward = self.own_forward or (args, kwargs)
