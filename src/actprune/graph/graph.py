@@ -94,7 +94,7 @@ class Follower:
 
     def value(self, removed: NDArray[np.bool_]) -> int:
         """The attribute's value when the marked classes are gone."""
-        return int(np.append(~removed, True)[self.counts].sum())
+        return _left(self.counts, removed)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,12 @@ class Apart:
 
     def widths(self, removed: NDArray[np.bool_]) -> tuple[int, int]:
         """Both when the marked classes are gone."""
-        stays = np.append(~removed, True)
-        return int(stays[self.one].sum()), self.other if isinstance(self.other, int) else int(stays[self.other].sum())
+        return _left(self.one, removed), self.other if isinstance(self.other, int) else _left(self.other, removed)
+
+
+def _left(column: NDArray[np.int64], removed: NDArray[np.bool_]) -> int:
+    """How many positions stay when the marked classes are gone; class -1 indexes the appended entry: never removed."""
+    return int(np.append(~removed, True)[column].sum())
 
 
 @dataclass(frozen=True)

@@ -120,26 +120,24 @@ def _may_tie(state: TraceState, classes: _Classes) -> dict[str, list[tuple[NDArr
 def _apart(state: TraceState, classes: _Classes) -> tuple[Apart, ...]:
     """What the code found different, each pair once, where either can change."""
 
-    def of(column: Column | int) -> NDArray[np.int64] | int:
+    def width(column: Column | int) -> NDArray[np.int64] | int:
+        """Classes of every position; a number where none can leave, -1 for a parameter that nothing reads."""
         if isinstance(column, tuple):
             name, dim = column
-            if name not in state.tensor_ids:
-                return -1
-            column = state.tensor_ids[name][dim]
-        return column if isinstance(column, int) else classes.of(column)
+            column = state.tensor_ids[name][dim] if name in state.tensor_ids else -1
+        if isinstance(column, int):
+            return column
+        of_positions = classes.of(column)
+        return of_positions if (of_positions >= 0).any() else len(of_positions)
 
-    found: dict[tuple[str, bytes, bytes], Apart] = {}
+    found: dict[tuple[str, bytes, bytes | int], Apart] = {}
     for module, *pair in state.unequal:
-        one, other = (of(column) for column in pair)
-        if isinstance(one, int) or (one < 0).all():
-            one, other = other, one if isinstance(one, int) else len(one)
-        if isinstance(one, int) or (one < 0).all():
-            continue
-        other = len(other) if not isinstance(other, int) and (other < 0).all() else other
-        found.setdefault(
-            (module, one.tobytes(), str(other).encode() if isinstance(other, int) else other.tobytes()),
-            Apart(module, one, other),
-        )
+        one, other = map(width, pair)
+        if isinstance(one, int):
+            one, other = other, one
+        if not isinstance(one, int):
+            key = module, one.tobytes(), other if isinstance(other, int) else other.tobytes()
+            found.setdefault(key, Apart(module, one, other))
     return tuple(found.values())
 
 
