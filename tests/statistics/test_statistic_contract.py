@@ -121,9 +121,11 @@ def sensitivity_reference(x, mode="full"):
     return np.abs(x).mean((0, 2))
 
 
-def rank_reference(x, shape=(SIDE, SIDE)):
-    maps = x.astype(np.float32).reshape(*x.shape[:2], *shape)
-    return np.array([[np.linalg.matrix_rank(m) for m in row] for row in maps]).mean(0)
+def rank_reference(x, shape=(SIDE, SIDE), threshold=1.0):
+    """Ranks of float32 maps, from singular values in float64; ``threshold``: in units of the one that is defined."""
+    values = np.linalg.svd(x.astype(np.float32).astype(np.float64).reshape(*x.shape[:2], *shape), compute_uv=False)
+    least = threshold * max(shape) * np.finfo(np.float32).eps * values.max(2, keepdims=True)
+    return (values > least).sum(2).mean(0)
 
 
 class Case(NamedTuple):
@@ -231,6 +233,11 @@ def test_every_statistic_has_a_case():
 def test_streaming_is_the_reference_on_all_data(case, kind):
     x = activations(kind)
     statistic = run(case, x, [9, 1, 8, 5])
+    if case.cls is MapRank:  # in float32 a singular value may be off by the threshold's order, on either side by processor
+        high, low = (torch.from_numpy(case.reference(x.double().numpy(), **case.options, threshold=t)) for t in (0.5, 2))
+        assert (low <= statistic.compute()).all() and (statistic.compute() <= high).all()
+        assert kind == "offset" or torch.equal(low, high)
+        return
     expected = case.reference(x.double().numpy(), **case.options)
     assert_same(statistic.compute(), expected, case.exact, rtol=2e-6)
 
