@@ -77,6 +77,8 @@ def turn(monkeypatch, on):
 
 def observed(model, batches, together, monkeypatch, positions="auto", expected=100_000, mode=torch.inference_mode, ids=None):
     turn(monkeypatch, together)
+    if hasattr(model, "calls"):
+        model.calls = 0
     pruner = Pruner(model, batches[0][:1], Panel({k: v() for k, v in EVERY.items()}), Budget(params=0.5), compensation=Mean(),
                     positions=positions)  # fmt: skip
     first = 0
@@ -160,6 +162,106 @@ def test_batches_of_other_sizes_and_repeated_samples(monkeypatch):
     same(Net().eval().to(DEVICE), batches, monkeypatch, 4)
     same(Net().eval().to(DEVICE), batches, monkeypatch, 4, ids=ids)
     same(Net().double().eval().to(DEVICE), [x.double() for x in batches], monkeypatch, 4)
+
+
+def read_at_once(monkeypatch):
+    """How many batches each launch reads, as they come."""
+    from actprune.statistics import kernels
+
+    found, launch = [], kernels.few
+    monkeypatch.setattr(kernels, "few", lambda *args: found.append(args[5]) or launch(*args))
+    return found
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_several_batches_are_read_at_once(mode, monkeypatch):
+    found = read_at_once(monkeypatch)
+    torch.manual_seed(0)
+    batches = [*data(21), *data(1, each=4)]
+    batches[13] = torch.cat([batches[13], batches[14]])
+    same(Net().eval().to(DEVICE), batches, monkeypatch, 4, mode=mode, positions=3)
+    # the first one is read place by place, in eight it is seen that all memory is new; one is larger, the last one smaller
+    assert found == [1] * 8 + [4, 1, 7, 1]
+
+
+@pytest.mark.parametrize("odd", ["skips", "twice at times", "writes later"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_something_odd_happens_while_batches_are_kept(odd, mode, monkeypatch, caplog):
+    """Not all batches are kept, nor all at once; a write is found out where PyTorch counts, else the first of it is not."""
+    found = read_at_once(monkeypatch)
+    torch.manual_seed(0)
+    model, batches = Net(odd).eval().to(DEVICE), data(26)
+    if odd == "writes later":
+        monkeypatch.setattr(model, "forward", lambda x: late(model, x, 12))
+    _, together = observed(model, batches, True, monkeypatch, mode=mode, positions=3)
+    _, alone = observed(model, batches, False, monkeypatch, mode=mode, positions=3)
+    assert max(found) == (2 if odd != "writes later" else 8 if mode is torch.inference_mode else 1)
+    if odd != "writes later":
+        agree(together, alone)
+    elif mode is torch.no_grad:
+        assert caplog.text.count("b: what it reads is written to in place afterwards, in batch 11 and not in the first") == 1
+        assert {s.n_samples.item() for sites in together.scores["a"].values() for s in sites} == {25 * 6}
+        assert {s.n_samples.item() for sites in together.scores["b"].values() for s in sites} == {26 * 6}
+
+
+def late(model, x, call):
+    """As the network runs, but from this call on what b reads is written to afterwards."""
+    model.calls += 1
+    x = model.a(x)
+    y = F.relu(model.b(x))
+    if model.calls == call:
+        F.relu_(x)
+    return model.e(F.relu(model.d(model.c(y).mean((2, 3)))))
+
+
+def in_turns(model, buffers, first=0):
+    """What b reads lies in one of a few buffers, which are used in turns, from this call on."""
+    ring = [torch.empty(6, 6, 8, 8).to(DEVICE) for _ in range(buffers)]
+    return model.b.register_forward_pre_hook(
+        lambda module, args: (ring[model.calls % buffers].copy_(args[0]),) if model.calls > first else None
+    )
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 7, 8])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_place_is_given_the_same_memory_again(buffers, mode, monkeypatch):
+    """What was kept of an earlier batch would be no longer there."""
+    found = read_at_once(monkeypatch)
+    torch.manual_seed(0)
+    model, batches, seen = Net().eval().to(DEVICE), data(30), []
+    for together in (True, False):
+        turn(monkeypatch, together)
+        pruner = Pruner(model, batches[0], Panel({k: v() for k, v in EVERY.items()}), Budget(params=0.5), positions=3)
+        with mode(), pruner.observe(100_000) as observation:
+            handle = in_turns(model, buffers)
+            for number, x in enumerate(batches):
+                observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+                model(x)
+        handle.remove()
+        seen.append(observation)
+    assert len(seen[0]._fused._together) == 4
+    agree(*seen)
+    assert max(found) == (8 if buffers == 8 else 1)
+
+
+def test_a_place_is_given_the_same_memory_again_late(monkeypatch, caplog):
+    """Nothing wrong is counted: what is overwritten is left out."""
+    turn(monkeypatch, True)
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(30)
+    pruner = Pruner(model, batches[0], criteria.Variance(), Budget(params=0.5), compensation=None, positions=3)
+    model.calls = 0
+    with torch.inference_mode(), pruner.observe(100_000) as observation:
+        handle = in_turns(model, 2, first=11)
+        for number, x in enumerate(batches):
+            observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
+            model(x)
+    handle.remove()
+    warned = [f"batch {number} and not in the first one" in caplog.text for number in range(30)]
+    n = {name: sites[0].n_samples.item() for name, by_key in observation.scores.items() for sites in by_key.values()}
+    assert n.pop("a") == 6 * (30 - sum(warned))
+    assert set(n.values()) == {30 * 6}
+    assert [number for number, was in enumerate(warned) if was] == [11, 12, 13, 14]
 
 
 def test_little_memory(monkeypatch):

@@ -24,11 +24,11 @@ def test_few_positions_are_those_that_are_drawn(dtype, halved):
     large, small, single = activations(dtype)
     k, rows, row = 3, 12, 2
     drawn, after = rows * 7 * k, rows * 7 * k + rows * 6
-    sources = [kernels.Source(4, 50, k, True, 0, 7, 0), kernels.Source(3, 7, k, True, 4, 7, 0)]
-    sources.append(kernels.Source(6, 1, 1, False, 0, 6, drawn))
+    sources = [kernels.Source(1, 4, 50, k, True, 0, 7, 0), kernels.Source(2, 3, 7, k, True, 4, 7, 0)]
+    sources.append(kernels.Source(0, 6, 1, 1, False, 0, 6, drawn))
     out = torch.full((after + 5,), float("nan"), device=DEVICE)
-    heads = torch.cat([torch.tensor([x.data_ptr() for x in (large, small, single)]), IDS]).to(DEVICE)
-    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 12, halved, dtype)
+    heads = torch.cat([torch.tensor([x.data_ptr() for x in (single, large, small)]), IDS]).to(DEVICE)
+    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 1, 12, halved, dtype)
 
     read = every_second(IDS, seed=0) if halved else torch.arange(len(IDS))
     assert 0 < len(read) < len(IDS) or not halved
@@ -49,11 +49,36 @@ def test_means_are_those_of_the_maps(dtype):
     maps = [torch.randn(5, 4, 130).to(DEVICE, dtype), torch.randn(5, 40, 7).to(DEVICE, dtype)]
     maps[1][2, 3, 4], maps[0][0, 0, 0] = float("nan"), float("inf")
     out = torch.zeros(8 * 44, device=DEVICE)
-    sources = [kernels.Source(4, 130, 1, False, 0, 44, 0), kernels.Source(40, 7, 1, False, 4, 44, 0)]
+    sources = [kernels.Source(0, 4, 130, 1, False, 0, 44, 0), kernels.Source(1, 40, 7, 1, False, 4, 44, 0)]
     heads = torch.tensor([x.data_ptr() for x in maps], device=DEVICE)
-    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 40, dtype)
+    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 1, 40, dtype)
     want = torch.cat([torch.zeros(3, 44), torch.cat([x.cpu().double().mean(2) for x in maps], 1).float()])
     torch.testing.assert_close(out.view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_several_batches_are_read_as_one_after_the_other(dtype):
+    from actprune.statistics import kernels
+
+    batches, k, halved = [activations(dtype) for _ in range(3)], 3, True
+    for number, batch in enumerate(batches):
+        batch[:] = [x + number for x in batch]
+    ids = [IDS + 50 * number for number in range(3)]
+    sources = [kernels.Source(0, 4, 50, k, True, 0, 4, 0), kernels.Source(1, 3, 7, 7, False, 0, 3, 1000)]
+    of_means = [kernels.Source(2, 6, 1, 1, False, 0, 10, 2000), kernels.Source(0, 4, 50, 1, False, 6, 10, 2000)]
+    found = []
+    for together in (True, False):
+        out = torch.full((3000,), float("nan"), device=DEVICE)
+        for group in ([0, 1, 2],) if together else ([0], [1], [2]):
+            places = [[batches[number][place] for number in group] for place in range(3)]
+            addresses = torch.tensor([x.data_ptr() for place in places for x in place])
+            heads = torch.cat([addresses, *(ids[number] for number in group)]).to(DEVICE)
+            shape = (out, 2 + len(IDS) * group[0], len(IDS), len(group))
+            kernels.few(heads, kernels.table(sources, DEVICE), *shape, 21, halved, dtype)
+            kernels.means(heads, kernels.table(of_means, DEVICE), *shape, 6, dtype)
+        found.append(out.cpu())
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    assert 0 < found[0].isnan().sum() < 3000
 
 
 @pytest.mark.parametrize("takes_constants", [True, False])

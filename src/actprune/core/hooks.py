@@ -142,6 +142,18 @@ def listening(model: nn.Module, watchers: Mapping[str, Callable[[Tensor], object
         yield ears
 
 
+def joined(watchers: list[Watcher], may_be_packed: bool) -> Callable[[Any], object]:
+    """All watchers of one module as one; what may be a packed sequence is handed to them as its rows."""
+    if len(watchers) == 1 and not may_be_packed:
+        return watchers[0]
+
+    def watch(x: Tensor | PackedSequence) -> None:
+        for watcher in watchers:
+            watcher(x.data if isinstance(x, PackedSequence) else x)
+
+    return watch
+
+
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the operator's schema, defaults filled in."""
     named = {}

@@ -2,8 +2,9 @@
 
 During the first batch every place is read as it comes, and tried out: what it was given must still be as it was when the batch
 is over, that is, nobody may write to it in place meanwhile. From then on a place only keeps what it is given, until the batch
-ends or what is kept becomes much, and one kernel (``statistics.kernels``) reads all of it. What was read waits (``layout``) for
-many batches.
+ends or what is kept becomes much, and one kernel (``statistics.kernels``) reads all of it. Where there is room, it is kept for
+several batches, once some have shown that a place is not given the same memory again. What was read waits (``layout``) for many
+batches.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,31 +21,26 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
-from actprune.core.tensors import sent, writes
-from actprune.pruning.layout import Chunk, Layout, Place
+from actprune.core.tensors import sent
+from actprune.pruning.kept import Chunk, Place, Proof
+from actprune.pruning.layout import Layout
 from actprune.pruning.reads import Reads
 from actprune.pruning.sampling import Sampling
+from actprune.pruning.tried import Trials
 from actprune.pruning.updates import Company, Updates
 
 _LOG = logging.getLogger(__name__)
 
 _KEPT = 32
 """Activations are kept until they are this part of the device's memory."""
+_FREE = 4
+"""Of more than one batch is kept what fits into this part of the memory that is free."""
+_OFF, _BARE, _COUNTED = "each place reads", "each place keeps", "each place keeps, and how often that was written to"
 
 _WRITTEN = (
     "%s: what it reads is written to in place afterwards, in batch %d and not in the first one; that batch is left out there, "
     "and from now on every layer is read at once, which takes longer"
 )
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass
-class _Trial:
-    place: Place
-    x: Tensor
-    bits: Tensor
-    """Sums of x's bits at that time: not every write is counted, nor does every one change what is read of few samples."""
-    writes: int | None
 
 
 class Fused:
@@ -54,15 +50,21 @@ class Fused:
         sampling: what is drawn.
         updates: knows the number of the batch, and takes what was read.
         alone: reads one place by itself.
+        again: inside it, samples and number of an earlier batch are those of what is read.
     """
 
-    def __init__(self, sampling: Sampling, updates: Updates, alone: Callable[[Reads, Tensor], None]) -> None:
-        self._sampling, self._updates, self._alone = sampling, updates, alone
+    def __init__(
+        self,
+        sampling: Sampling,
+        updates: Updates,
+        alone: Callable[[Reads, Tensor], None],
+        again: Callable[[Tensor, int], AbstractContextManager[None]],
+    ) -> None:
+        self._sampling, self._updates, self._alone, self._again = sampling, updates, alone, again
         self._kernels: Any = None
         self._device = torch.device("cpu")
         self._ears: Mapping[int, Ear] = {}
-        self._trials: list[_Trial] = []
-        self._kept = 0
+        self._trials = Trials(self._is_once)
         self._chunks: list[Chunk] = []
         self._layout: Layout | None = None
         self._together: set[int] = set()
@@ -71,12 +73,15 @@ class Fused:
         self._batches: list[int] = []
         self._row = self._most = 0
         self._now: Tensor | None = None
-        self._is_first, self._is_on, self._gives_up = True, False, False
+        self._group: list[tuple[Tensor, int]] = []
+        """Samples and number of each batch of which everything is kept, to be read at once."""
+        self._proof = Proof(0)
+        self._how, self._is_first, self._gives_up = _OFF, True, False
         updates.others.append(self._drained)
 
     def listen(self, ears: Mapping[int, Ear]) -> None:
         """Say who hears what a place is given: identity of its reads -> ear; for those that hear for nobody else."""
-        self._ears, self._is_on = ears, False
+        self._ears, self._how = ears, _OFF
         for chunk in self._chunks:
             for place in chunk.places:
                 place.ear = ears[id(place.reads)]
@@ -90,12 +95,15 @@ class Fused:
 
     def begin(self, ids: Tensor | None) -> None:
         """A batch comes, with these samples, (N,) on the CPU; None where it has rows that do not count."""
-        if self._layout is not None and ids is not None and self._row + len(ids) > self._layout.rows:
-            self._updates.flush()
-        if self._layout is not None and ids is not None and len(ids) > self._most:
-            ids = None
+        if self._layout is not None and ids is not None:
+            if self._group and len(ids) != len(self._group[0][0]):
+                self._read_group()
+            if self._row + (len(self._group) + 1) * len(ids) > self._layout.rows:
+                self._updates.flush()
+            if len(ids) > self._most:
+                ids = None
         self._now = ids
-        self._turn(on=ids is not None)
+        self._turn(_OFF if ids is None else _BARE if torch.is_inference_mode_enabled() else _COUNTED)
 
     def end(self) -> None:
         """The batch is over."""
@@ -105,12 +113,14 @@ class Fused:
         if self._is_first:
             self._set_up(ids)
         elif self._layout is not None:
-            if all([not any(c.seen) if c.is_read else self._read(c, ids, self._layout) for c in self._chunks]):
-                self._waits(ids)
+            n = len(self._group)
+            if all(chunk.holds(0 if chunk.is_read else n + 1) for chunk in self._chunks):
+                self._group.append((ids, self._updates.batch))
+                if n + 1 >= self._proof.at_once(len(ids)):
+                    self._read_group()
             else:
+                self._read_group()
                 self._apart(ids, self._layout)
-            for chunk in self._chunks:
-                chunk.is_read = False
             if self._gives_up:
                 self._updates.flush()
                 self._chunks, self._layout, self._together, self._others = [], None, set(), None
@@ -118,29 +128,36 @@ class Fused:
     def stop(self) -> None:
         """What comes now is not part of the batch."""
         self.end()
-        self._turn(on=False)
+        self._read_group()
+        self._proof.begin_again()
+        self._turn(_OFF)
 
     def drop(self) -> None:
         """The batch broke off: hold nothing of it."""
-        self._trials, self._kept, self._now = [], 0, None
+        self._now = None
+        self._trials.clear()
         self._chunks = [] if self._is_first else self._chunks
         for chunk in self._chunks:
             chunk.is_read = False
-            for seen in chunk.seen:
-                seen.clear()
-        self._turn(on=False)
+            chunk.forget(slice(len(self._group), None))
+        self._proof.begin_again()
+        self._turn(_OFF)
 
-    def _turn(self, on: bool) -> None:
-        if self._is_on == on or self._layout is None:
+    def _turn(self, how: str) -> None:
+        if self._how == how or self._layout is None:
             return
-        self._is_on = on
-        for chunk in self._chunks:
-            for place in chunk.places:
-                place.ear.watcher = place.keep if on else place.alone
-        for chunk in self._chunks if on else ():
+        if how != _OFF:
+            self._read_group()
+        self._how = how
+        for place in (place for chunk in self._chunks for place in chunk.places):
+            place.ear.watcher = place.alone if how == _OFF else self._keeps(place)
+        for chunk in self._chunks if how != _OFF else ():
             chunk.places[0].ear.watcher = partial(self._first, chunk.places[0])
-        for chunk in self._chunks[:-1] if on else ():
+        for chunk in self._chunks[:-1] if how != _OFF else ():
             chunk.places[-1].ear.watcher = partial(self._last, chunk)
+
+    def _keeps(self, place: Place) -> Callable[[Tensor], object]:
+        return place.seen.append if self._how == _BARE else place.keep
 
     # the first batch
 
@@ -156,26 +173,21 @@ class Fused:
         if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES or not x.is_contiguous():
             return
         place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands)
-        self._trials.append(_Trial(place, x, _bits(x), writes(x)))
-        self._kept += x.numel() * x.element_size()
-        if self._kept > _memory(device) // _KEPT:
+        self._trials.add(place, x)
+        if self._trials.kept > _memory(device) // _KEPT:
             self._close()
 
     def _close(self) -> None:
-        """Make a chunk of the places that still hold what was read."""
-        trials, self._trials, self._kept = [t for t in self._trials if self._is_once(t.place)], [], 0
-        if not trials:
-            return
-        changed = _changed([trial.bits for trial in trials], [_bits(trial.x) for trial in trials])
-        changed |= {k for k, trial in enumerate(trials) if writes(trial.x) != trial.writes}
-        self._chunks.append(Chunk([trial.place for k, trial in enumerate(trials) if k not in changed]))
+        chunk = self._trials.chunk()
+        if chunk is not None:
+            self._chunks.append(chunk)
 
     def _is_once(self, place: Place) -> bool:
         return all(self._updates.waits_once(hand.parts) for hand in place.hands)
 
     def _set_up(self, ids: Tensor) -> None:
         """Lay out what is read from now on, and move what was read of this batch there."""
-        if not self._trials and not self._chunks:
+        if not self._trials.kept and not self._chunks:
             return
         self._is_first = False
         self._close()
@@ -186,86 +198,105 @@ class Fused:
             return
         # of more samples, more would be kept
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
-        self._most = min(layout.rows, max(len(ids), _memory(self._device) // _KEPT // max(1, largest)))
+        room = _memory(self._device) // _KEPT // max(1, largest)
+        self._most = min(layout.rows, max(len(ids), room))
+        self._proof = Proof(min(room, _free(self._device) // _FREE // max(1, largest)) if len(self._chunks) == 1 else 0)
         self._layout, self._others = layout, None
         self._together = {id(place.reads) for chunk in self._chunks for place in chunk.places}
         layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves(ids))
-        self._waits(ids)
+        self._waits(ids, self._updates.batch)
 
     # every other batch
 
     def _first(self, place: Place, x: Tensor) -> None:
         """The first place of a chunk was reached; in a batch of maps of another size, nothing is kept."""
-        if x.shape[1:] == place.shape:
-            place.keep(x)
-        else:
-            self._turn(on=False)
+        if x.shape[1:] != place.shape:
+            self._turn(_OFF)
             place.alone(x)
+            return
+        if self._how == _BARE and not torch.is_inference_mode_enabled():
+            self._turn(_COUNTED)
+        self._keeps(place)(x)
 
     def _last(self, chunk: Chunk, x: Tensor) -> None:
         """The last place of a chunk was reached, of which no more is to be kept."""
-        chunk.places[-1].keep(x)
+        self._keeps(chunk.places[-1])(x)
         if self._now is None or self._layout is None or chunk.is_read:
             return
-        if not self._read(chunk, self._now, self._layout):
+        if not self._read(chunk, [self._now], self._layout):
             self._each(chunk)
 
-    def _read(self, chunk: Chunk, ids: Tensor, layout: Layout) -> bool:
-        """Read what a chunk's places kept, if that is as it was in the first batch."""
-        kept = None if self._is_written(chunk) else chunk.given(len(ids), self._device)
-        if kept is None:
+    def _read_group(self) -> None:
+        """Read what all places kept of whole batches."""
+        group, self._group, layout = self._group, [], self._layout
+        if not group or layout is None:
+            return
+        ids = [each for each, _ in group]
+        if all(chunk.is_read or self._read(chunk, ids, layout) for chunk in self._chunks):
+            for each, number in group:
+                self._waits(each, number)
+        else:
+            self._proof.begin_again()
+            for each, number in group:
+                with self._again(each, number):
+                    self._apart(each, layout, 1)
+        for chunk in self._chunks:
+            chunk.is_read = False
+
+    def _read(self, chunk: Chunk, ids: list[Tensor], layout: Layout) -> bool:
+        """Read what a chunk's places kept first, of some batches, if that is as it was in the very first batch."""
+        n_samples, n_batches = len(ids[0]), len(ids)
+        addresses = chunk.given(n_samples, n_batches, self._device)
+        if addresses is None:
             return False
-        addresses = list(map(Tensor.data_ptr, kept))
+        heads = _heads(addresses, ids, self._device)
         for launch in chunk.launches:
-            heads = _heads(addresses if launch.places is None else [addresses[at] for at in launch.places], ids, self._device)
-            arguments = (heads, launch.sources, layout.out, self._row, len(ids), launch.widest)
+            arguments = (heads, launch.sources, layout.out, self._row, n_samples, n_batches, launch.widest)
             if launch.is_mean:
                 self._kernels.means(*arguments, launch.dtype)
             else:
                 self._kernels.few(*arguments, self._sampling.is_halved, launch.dtype)
-        for seen in chunk.seen:
-            seen.clear()
+        self._proof.add(chunk, n_samples)
+        chunk.forget(slice(n_batches))
         chunk.is_read = True
         return True
 
-    def _apart(self, ids: Tensor, layout: Layout) -> None:
-        """Some places were reached otherwise than in the first batch: this batch of all places is handed over by itself."""
+    def _apart(self, ids: Tensor, layout: Layout, n: int | None = None) -> None:
+        """Some places were reached otherwise than in the first batch: hand over a batch of all places by itself.
+
+        ``n``: how many of the things that each place keeps are that batch's; None: all.
+        """
         every, rows = self._sampling.on(self._device, ids), self._halves(ids)
         few = every if rows is None else every[rows]
         for chunk in self._chunks:
-            self._each(chunk)
+            self._each(chunk, n)
             for place in chunk.places:
                 for hand in place.hands if chunk.is_read else ():
                     x = layout.at(place, hand, self._row, len(ids))
                     halved = hand.how == "few" and rows is not None
                     self._updates.add(hand.parts, x[rows] if halved else x.clone(), few if halved else every)
+            chunk.is_read &= n is not None
 
-    def _each(self, chunk: Chunk) -> None:
-        """Read by themselves what a chunk's places keep."""
-        self._is_written(chunk)
+    def _each(self, chunk: Chunk, n: int | None = None) -> None:
+        """Read by themselves the first n things that each of a chunk's places keeps, which were not written to; None: all."""
         for place in chunk.places:
-            seen = list(place.seen)
-            place.seen.clear()
-            for x, _ in seen:
+            seen, written = place.seen[:n], place.written(n or 0)
+            del place.seen[:n], place.writes[:n]
+            if written & set(range(len(seen))):
+                self._gives_up = True
+                _LOG.warning(_WRITTEN, place.reads.module, self._updates.batch)
+                continue
+            for x in seen:
                 self._alone(place.reads, x)
-
-    def _is_written(self, chunk: Chunk) -> bool:
-        """Whether anything that a chunk's places keep is no longer as it was given; that is let go."""
-        written = chunk.written()
-        for place in written:
-            self._gives_up = True
-            place.seen.clear()
-            _LOG.warning(_WRITTEN, place.reads.module, self._updates.batch)
-        return bool(written)
 
     def _halves(self, ids: Tensor) -> Tensor | None:
         """On the device, the rows that are read where positions are drawn; None: all."""
         return sent(self._sampling.halves(ids), self._device) if self._sampling.is_halved else None
 
-    def _waits(self, ids: Tensor) -> None:
+    def _waits(self, ids: Tensor, number: int) -> None:
         self._row += len(ids)
         self._ids.append(ids)
-        self._batches.append(self._updates.batch)
+        self._batches.append(number)
 
     def _drained(self) -> Iterator[Company]:
         """Everything that waits."""
@@ -298,27 +329,23 @@ def kernels(device: torch.device) -> Any:
     return found
 
 
-def _bits(x: Tensor) -> Tensor:
-    """Sums of the bits of every so manieth element, int64, at most 4,096 of them: NaN equals itself, and what moves shows."""
-    bits = x.detach().view(_INTEGERS[x.element_size()])
-    return bits.view(-1, math.gcd(bits.numel(), 1 << 12)).sum(0)
-
-
-def _changed(before: list[Tensor], after: list[Tensor]) -> set[int]:
-    """Which of several tensors are not what they were; the host waits once for all of them."""
-    ends = torch.tensor([len(bits) for bits in before], device="cpu").cumsum(0)
-    differ = (torch.cat(before) != torch.cat(after)).nonzero().flatten().cpu()
-    return set(torch.bucketize(differ, ends, right=True).tolist())
-
-
 def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
 
 
-def _heads(addresses: list[int], ids: Tensor, device: torch.device) -> Tensor:
-    """What a kernel is told of a batch, in one copy for which the host does not wait."""
-    host = torch.empty(len(addresses) + len(ids), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+def _free(device: torch.device) -> int:
+    """Bytes of a device's memory that this process may have."""
+    if device.type != "cuda":
+        return 1 << 33
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _heads(addresses: list[int], ids: list[Tensor], device: torch.device) -> Tensor:
+    """What a kernel is told of several batches, in one copy for which the host does not wait."""
+    n = len(ids[0])
+    host = torch.empty(len(addresses) + len(ids) * n, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     there = host.numpy()
     there[: len(addresses)] = addresses
-    there[len(addresses) :] = ids.numpy()
+    for number, each in enumerate(ids):
+        there[len(addresses) + number * n :][:n] = each.numpy()
     return host.to(device, non_blocking=True) if device.type == "cuda" else host

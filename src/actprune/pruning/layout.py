@@ -10,16 +10,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from actprune.core.hooks import Ear
-from actprune.core.tensors import sent, writes
-from actprune.pruning.reads import Hand, Reads
+from actprune.core.tensors import sent
+from actprune.pruning.kept import Chunk, Launch, Place
+from actprune.pruning.reads import Hand
 from actprune.pruning.updates import Company, Part
 
 WAITING = 1 << 28
@@ -30,83 +28,6 @@ _ROWS = 1 << 17
 """Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
 _INT32 = 1 << 31
 _BYTES = 4
-_KIND = attrgetter("shape", "dtype", "__class__")
-
-
-@dataclass
-class Place:
-    """What is read with others, and how."""
-
-    reads: Reads
-    ear: Ear
-    alone: Callable[[Tensor], object]
-    """What the ear does where the place is read by itself."""
-    shape: tuple[int, ...]
-    """Of what is read, without samples."""
-    dtype: torch.dtype
-    hands: list[Hand]
-    seen: list[tuple[Tensor, int | None]] = field(default_factory=list)
-    """What it was given in this batch, and how often that had been written to until then, see ``writes``."""
-
-    def keep(self, x: Tensor) -> None:
-        """It was given x."""
-        self.seen.append((x, writes(x)))
-
-    @property
-    def space(self) -> int:
-        """Positions of a map."""
-        return math.prod(self.shape[1:])
-
-
-@dataclass
-class Launch:
-    """What one kernel reads."""
-
-    places: list[int] | None
-    """Of the places of a chunk; None: of each, once, in order."""
-    sources: Tensor
-    widest: int
-    dtype: torch.dtype
-    is_mean: bool
-
-
-class Chunk:
-    """Places whose activations are kept at the same time.
-
-    Args:
-        places: in the order in which they are reached.
-    """
-
-    def __init__(self, places: list[Place]) -> None:
-        self.places = places
-        self.seen = [place.seen for place in places]
-        self.launches: list[Launch] = []
-        self.is_read = False
-        """Whether that was done for the present batch."""
-        self._once = [1] * len(places)
-        self._expected: dict[int, list[tuple[torch.Size, torch.dtype, type[Tensor]]]] = {}
-
-    def given(self, n_samples: int, device: torch.device) -> list[Tensor] | None:
-        """The activations, if each place was given one tensor like that of the first batch; else None."""
-        if n_samples not in self._expected:
-            expected = [(torch.Size((n_samples, *place.shape)), place.dtype, Tensor) for place in self.places]
-            self._expected[n_samples] = expected
-        # few calls, most in C: between two batches nothing of this is in a CPU's cache
-        if list(map(len, self.seen)) != self._once:
-            return None
-        kept = [x for x, _ in chain.from_iterable(self.seen)]
-        as_before = (
-            list(map(_KIND, kept)) == self._expected[n_samples]
-            and all(map(Tensor.is_contiguous, kept))
-            and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
-        )
-        return kept if as_before else None
-
-    def written(self) -> list[Place]:
-        """Places of which something that is kept was written to since."""
-        if all(writes(x) == before for x, before in chain.from_iterable(self.seen)):
-            return []
-        return [place for place in self.places if any(writes(x) != before for x, before in place.seen)]
 
 
 @dataclass
@@ -194,13 +115,12 @@ class Layout:
             for hand in place.hands:
                 region, column = self._columns[id(hand)]
                 source = kernels.Source(
-                    place.shape[0], place.space, region.k, hand.how == "few", column, region.units, region.base
+                    at, place.shape[0], place.space, region.k, hand.how == "few", column, region.units, region.base
                 )
-                found[place.dtype, hand.how == "mean"].append((at, source))
+                found[place.dtype, hand.how == "mean"].append(source)
         for (dtype, is_mean), sources in found.items():
-            numbers, widest = [at for at, _ in sources], max(source.channels * source.k for _, source in sources)
-            each = None if numbers == list(range(len(chunk.places))) else numbers
-            yield Launch(each, kernels.table([source for _, source in sources], device), widest, dtype, is_mean)
+            widest = max(source.channels * source.k for source in sources)
+            yield Launch(kernels.table(sources, device), widest, dtype, is_mean)
 
     def at(self, place: Place, hand: Hand, row: int, n_samples: int) -> Tensor:
         """What was read of a place for some rows, (n_samples, C, k): a view."""

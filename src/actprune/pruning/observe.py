@@ -17,12 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from actprune.compensation import Compensation, Layer, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
-from actprune.core.hooks import Watcher, listening, uncompiled, watch_operands
+from actprune.core.hooks import Watcher, joined, listening, uncompiled, watch_operands
 from actprune.core.labels import is_class_vector
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, is_recurrent
@@ -61,7 +60,7 @@ class Observation:
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
         self._widths = {group.name: group.size for group in graph.unlocked}
-        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
+        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim), self._again)
         self._rows = Rows(model, self._sampling)
         self._next_id = 0
         self._paused = self._needs_labels = self._began = False
@@ -238,6 +237,18 @@ class Observation:
                         self._see(reads, x, dim if reading.dim is None else reading.dim)
 
     @contextmanager
+    def _again(self, ids: Tensor, number: int) -> Iterator[None]:
+        """Inside the block, what is read is of a batch that is over, with these samples."""
+        rows, self._rows = self._rows, self._rows.of(ids)
+        batch, self._updates.batch = self._updates.batch, number
+        self._sampling.next_batch()
+        try:
+            yield
+        finally:
+            self._rows, self._updates.batch = rows, batch
+            self._sampling.next_batch()
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block what the model runs is not observed, and no batch begins; ``differentiate`` may be called."""
         self._fused.stop()
@@ -284,7 +295,7 @@ class Observation:
         """Hooks are on inside the block only."""
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
-            watchers = {k: _all(v, is_recurrent(self._model.get_submodule(k))) for k, v in self._inputs.items()}
+            watchers = {k: joined(v, is_recurrent(self._model.get_submodule(k))) for k, v in self._inputs.items()}
             ears = stack.enter_context(listening(self._model, watchers))
             own = {path for path, heard in self._inputs.items() if len(heard) == 1}
             at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
@@ -335,14 +346,3 @@ class Observation:
 
 def _is_identity(at: np.ndarray) -> bool:
     return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))
-
-
-def _all(watchers: list[Watcher], may_be_packed: bool) -> Callable[[Any], object]:
-    if len(watchers) == 1 and not may_be_packed:
-        return watchers[0]
-
-    def watch(x: Tensor | PackedSequence) -> None:
-        for watcher in watchers:
-            watcher(x.data if isinstance(x, PackedSequence) else x)
-
-    return watch

@@ -15,7 +15,7 @@ def settings(statistic: Statistic) -> tuple[object, ...]:
     if statistic._buffers or statistic._parameters or statistic._modules:
         return (type(statistic), id(statistic))
     for name, value in vars(statistic).items():
-        if name in statistic._defaults or name in _OF_METRICS or name == "n_units":
+        if name in statistic._defaults or name in _OF_METRICS or name in ("n_units", "_is_bare"):
             continue
         if not isinstance(value, plain):
             return (type(statistic), id(statistic))

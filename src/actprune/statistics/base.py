@@ -42,6 +42,8 @@ class Accumulator(Statistic):
     joinable: bool = False
     """Whether statistics of several sites can be updated as one, see ``joined``: every state has one entry per unit, or one per
     site; updates work in place."""
+    _is_bare: bool = False
+    """Whether the states are those of others as well, see ``another``."""
     first_nonfinite: Tensor
     """(U,) number of the first batch, from 0, in which this process saw a NaN or Inf; inf for none."""
 
@@ -115,6 +117,7 @@ class Accumulator(Statistic):
         with torch.inference_mode(False), torch.no_grad(), _full_precision(x.device.type):
             if self.device != x.device:
                 self.to(x.device)
+            self.own_states()
             self.n_samples.add_(len(x))
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
@@ -134,16 +137,26 @@ class Accumulator(Statistic):
         torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
 
     def another(self) -> Self:
-        """A statistic with the same settings and as many units that has seen nothing, as this one; cheaper than making one."""
+        """A statistic with the same settings and as many units that has seen nothing; cheaper than making one.
+
+        Its states are this one's first ones until it sees something, which many that are joined never do by themselves.
+        """
+        first = self._defaults if self.update_called else {name: getattr(self, name) for name in self._defaults}
+        self._is_bare |= not self.update_called
         made = type(self).__new__(type(self))
         own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
-        with torch.inference_mode(False):
-            first = self._defaults if self.update_called else {name: getattr(self, name) for name in self._defaults}
-            states = {name: state.clone() for name, state in first.items() if isinstance(state, Tensor)}
-        vars(made).update(own | states)
+        vars(made).update(own | first, _is_bare=True)
         bound = {name: MethodType(getattr(type(made), name), made) for name in ("update", "compute")}
         vars(made).update(update=made._wrap_update(bound["update"]), compute=made._wrap_compute(bound["compute"]))
         return made
+
+    def own_states(self) -> None:
+        """Get states of its own, which may be changed in place."""
+        if self._is_bare:
+            with torch.inference_mode(False):
+                for name in self._defaults:
+                    vars(self)[name] = getattr(self, name).clone()
+            self._is_bare = False
 
     def compute(self) -> Tensor:
         """The statistic's values in float64, first dimension U.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError
+from actprune.core.tensors import sent
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.dyadic import bin_index, columns, equal_bins, rebin, window
 
@@ -29,6 +30,8 @@ _EXACT_FLOAT32 = 1 << 24
 RANGES = ("layer", "unit")
 
 
+Window = tuple[Tensor, Tensor]
+"""Exponent and first bin, (1,) or (U,)."""
 Block = tuple[slice, Tensor, Tensor]
 """Units, and what ``bin_index`` takes for their columns."""
 
@@ -68,7 +71,7 @@ class Histogram(Accumulator):
         self.fine_bins = FINENESS * bins
         self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
         self._sites: Tensor | None = None
-        self._known: tuple[object, tuple[Tensor, Tensor], dict[int, list[Block]]] | None = None
+        self._known: tuple[object, Window, dict[int, list[Block]]] | None = None
         extent = n_units if range == "unit" else 1
         self.add_state("counts", torch.zeros(n_units, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
@@ -81,8 +84,8 @@ class Histogram(Accumulator):
             x = x.mean(2, keepdim=True)
         rows = x.flatten(1)
         held = self._holds(rows, x.shape[2])
-        witness = self.low if held else self._follow(rows, x.shape[2])
-        self._count(rows, x.shape[2], held)
+        witness, present = (self.low, self._window()) if held else self._follow(rows, x.shape[2])
+        self._count(rows, x.shape[2], held, present)
         if self.zero_bin:
             self.zeros.add_(_per_unit(torch.eq(rows, 0, out=torch.empty_like(rows)).sum(0), x.shape[2]).sum(1))
         return witness
@@ -90,7 +93,8 @@ class Histogram(Accumulator):
     def joined(self, sizes: Sequence[int]) -> None:
         """Remember which site each unit belongs to."""
         if self.range == "layer":
-            self._sites = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.low.device)
+            units = torch.tensor(sizes, device="cpu")
+            self._sites = sent(torch.arange(len(sizes), device="cpu").repeat_interleave(units), self.low.device)
 
     def _holds(self, rows: Tensor, positions: int) -> bool:
         """Whether all values are finite and inside the common range already; free to ask on a CPU only."""
@@ -103,8 +107,8 @@ class Histogram(Accumulator):
         known = (values[self._sites].unsqueeze(1) for values in (self.low, self.high))
         return bool((next(known) <= low).all() and (high <= next(known)).all())
 
-    def _follow(self, rows: Tensor, positions: int) -> Tensor:
-        """Take a batch into the range; (U,), finite where the unit's values are."""
+    def _follow(self, rows: Tensor, positions: int) -> tuple[Tensor, Window]:
+        """Take a batch into the range; (U,), finite where the unit's values are, and the present window."""
         # over samples first: reducing over two dimensions at once is many times slower
         low = _per_unit(rows.amin(0), positions).amin(1)
         high = _per_unit(rows.amax(0), positions).amax(1)
@@ -116,23 +120,30 @@ class Histogram(Accumulator):
             high = torch.full_like(self.high, -torch.inf).scatter_reduce_(0, self._sites, high, "amax")
         elif self.range == "layer":
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
-        self._widen(low, high)
-        return witness
+        return witness, self._widen(low, high)
 
-    def _widen(self, low: Tensor, high: Tensor) -> None:
-        """Take [low, high] into the range and move the counts to the new window."""
-        on_cpu = self.counts.device.type == "cpu"
-        empty = on_cpu and bool((self.low > self.high).all())
-        old = self._window()
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.high, high, out=self.high)
-        new = self._window()
-        # Whether anything moved is free to ask on a CPU; on a device the question would stall it, the work does not.
-        if not on_cpu or not (empty or all(torch.equal(a, b) for a, b in zip(old, new, strict=True))):
-            self.counts.copy_(rebin(self.counts, old, new))
+    def _widen(self, low: Tensor, high: Tensor) -> Window:
+        """Take [low, high] into the range and move the counts to the new window, which is returned."""
+        if self.counts.device.type == "cpu":
+            empty = bool((self.low > self.high).all())
+            old = self._window()
+            torch.minimum(self.low, low, out=self.low)
+            torch.maximum(self.high, high, out=self.high)
+            new = self._window()
+            if empty or all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+                return new
+        else:  # both windows at once; and whether anything moved is not asked, which would stall the device
+            lows = torch.stack([self.low, torch.minimum(self.low, low)])
+            highs = torch.stack([self.high, torch.maximum(self.high, high)])
+            exponents, origins = self._each(window(lows, highs, self.fine_bins))
+            old, new = (exponents[0], origins[0]), (exponents[1], origins[1])
+            self.low.copy_(lows[1])
+            self.high.copy_(highs[1])
+        self.counts.copy_(rebin(self.counts, old, new))
+        return new
 
-    def _window(self) -> tuple[Tensor, Tensor]:
-        """Exponent and first bin of the present range; on a CPU, kept while the range stays."""
+    def _window(self) -> Window:
+        """The window of the present range; on a CPU, kept while the range stays."""
         if self.counts.device.type != "cpu":
             return self._each(window(self.low, self.high, self.fine_bins))
         key = (self.low.tolist(), self.high.tolist())
@@ -140,20 +151,20 @@ class Histogram(Accumulator):
             self._known = (key, self._each(window(self.low, self.high, self.fine_bins)), {})
         return self._known[1]
 
-    def _each(self, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The windows of sites, for each of their units."""
-        return bounds if self._sites is None else (bounds[0][self._sites], bounds[1][self._sites])
+    def _each(self, bounds: Window) -> Window:
+        """The windows of sites, for each of their units; along the last dimension."""
+        return bounds if self._sites is None else (bounds[0][..., self._sites], bounds[1][..., self._sites])
 
-    def _count(self, rows: Tensor, positions: int, inside: bool) -> None:
-        for units, scale, shift in self._blocks(positions):
+    def _count(self, rows: Tensor, positions: int, inside: bool, present: Window) -> None:
+        for units, scale, shift in self._blocks(positions, present):
             part = rows[:, units.start * positions : units.stop * positions]
             counts = self.counts[units].view(-1)
             index = bin_index(part, scale, shift)
             _increment(counts, index if inside else index.clamp_(0, len(counts) - 1))
 
-    def _blocks(self, positions: int) -> list[Block]:
+    def _blocks(self, positions: int, present: Window) -> list[Block]:
         """Units that are counted together, and how their values become places; on a CPU, kept while the range stays."""
-        exponent, origin = self._window()
+        exponent, origin = present
         kept = self._known[2] if self._known is not None and self.counts.device.type == "cpu" else {}
         if positions in kept:
             return kept[positions]

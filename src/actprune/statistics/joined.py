@@ -32,7 +32,7 @@ def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
                 part.to(device)
         whole = parts[0].another()
         own = vars(whole)
-        own.update(n_units=sum(part.n_units for part in parts), _device=device)
+        own.update(n_units=sum(part.n_units for part in parts), _device=device, _is_bare=False)
         for name in parts[0].metric_state:
             first: Tensor = getattr(parts[0], name)
             sizes = [len(state) if state.dim() else 1 for part in parts for state in (getattr(part, name),)]
@@ -45,7 +45,7 @@ def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
             for part, state in zip(parts, states.split(sizes), strict=True):
                 vars(part)[name] = state if first.dim() else state.view(())
         for part in parts:
-            vars(part)["_device"] = device
+            vars(part).update(_device=device, _is_bare=False)
         own["_update_count"] = max(part._update_count for part in parts)
         whole.joined([part.n_units for part in parts])
     return whole

@@ -31,6 +31,8 @@ _ROTATION, _SAMPLE = tl.constexpr((1 << 64) - 1), tl.constexpr((1 << 64) - 2)  #
 class Source(NamedTuple):
     """What is read at one place, and where it is written: columns of (rows, units, k), of which one row is a sample."""
 
+    place: int
+    """Which of the places that a kernel is told of."""
     channels: int
     space: int
     """Positions of a map."""
@@ -44,33 +46,34 @@ class Source(NamedTuple):
     """Where (rows, units, k) begins, in elements."""
 
 
-_FIELDS = tl.constexpr(7)
+_FIELDS = tl.constexpr(8)
 
 
 def try_out(device: torch.device) -> None:
     """Compile and run both kernels once; raises where that does not work."""
     x, out = torch.zeros(1, 1, 1, device=device), torch.ones(2, device=device)
-    heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(1, 1, 1, False, 0, 1, base) for base in (0, 1)]
+    heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(0, 1, 1, 1, False, 0, 1, base) for base in (0, 1)]
     for _ in range(2):  # the second time as compiled
         out.fill_(1)
-        few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
-        means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
+        few(heads, table(sources[:1], device), out, 0, 1, 1, 1, False, x.dtype)
+        means(heads, table(sources[1:], device), out, 0, 1, 1, 1, x.dtype)
         if out.any():
             raise RuntimeError("kernels of Triton run, and compute something else")
 
 
 def table(sources: list[Source], device: torch.device) -> Tensor:
-    """The sources as kernels take them, (S, 7) int32."""
+    """The sources as kernels take them, (S, 8) int32."""
     with torch.inference_mode(False):
         return torch.tensor(sources, dtype=torch.int32, device=device)
 
 
 def few(
-    heads: Tensor,  # (S + N,) int64: addresses of contiguous (N, channels, space), then the samples' ids
-    sources: Tensor,  # (S, 7) ``table``
+    heads: Tensor,  # (L B + B N,) int64: of each place and batch, where its contiguous (N, channels, space) lies, then all ids
+    sources: Tensor,  # (S, 8) ``table``
     out: Tensor,  # float32, flat
     row: int,
     n_samples: int,
+    n_batches: int,
     widest: int,
     halved: bool,
     dtype: torch.dtype,
@@ -82,13 +85,15 @@ def few(
         sources: what does not.
         out: where it is written.
         row: of ``out``, that of the first sample.
-        n_samples: N.
+        n_samples: N, of each batch.
+        n_batches: B.
         widest: the greatest channels times k.
         halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
         dtype: of what is read, one of ``TYPES``.
     """
-    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), 1)
-    _launch(_few, grid, (heads, sources, out, row, n_samples, len(sources)), (halved, TYPES[dtype], _BLOCK))
+    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), n_batches)
+    n_addresses = len(heads) - n_samples * n_batches
+    _launch(_few, grid, (heads, sources, out, row, n_samples, n_addresses), (halved, TYPES[dtype], _BLOCK))
 
 
 def means(
@@ -97,11 +102,12 @@ def means(
     out: Tensor,
     row: int,
     n_samples: int,
+    n_batches: int,
     widest: int,
     dtype: torch.dtype,
 ) -> None:
     """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
-    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), 1)
+    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), n_batches)
     _launch(_means, grid, (heads, sources, out, row, n_samples), (TYPES[dtype], _LINES, _WIDTH))
 
 
@@ -131,18 +137,18 @@ def _mix(x):
     return z ^ (z >> 31)
 
 
-@triton.jit(do_not_specialize=["row", "n_samples", "n_places"])
-def _few(heads, sources, out, row, n_samples, n_places, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(1)
-    source = sources + place * _FIELDS
-    channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2)
-    is_drawn, column, units, base = tl.load(source + 3), tl.load(source + 4), tl.load(source + 5), tl.load(source + 6)
-    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
+@triton.jit(do_not_specialize=["row", "n_samples", "n_addresses"])
+def _few(heads, sources, out, row, n_samples, n_addresses, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    batch = tl.program_id(2)
+    source = sources + tl.program_id(1) * _FIELDS
+    place, channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2), tl.load(source + 3)
+    is_drawn, column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
+    x = tl.load(heads + place * tl.num_programs(2) + batch).to(tl.pointer_type(DTYPE))
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < n_samples * channels * k
     sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
 
-    ids = tl.load(heads + n_places + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    ids = tl.load(heads + n_addresses + batch * n_samples + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
     key = _mix(ids ^ _SEED)
     if HALVED:
         inside = inside & ((is_drawn == 0) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
@@ -152,16 +158,17 @@ def _few(heads, sources, out, row, n_samples, n_places, HALVED: tl.constexpr, DT
     at = tl.where(is_drawn != 0, (drawn + rotation) % space, stratum)
 
     value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
+    there = row + batch * n_samples + sample
+    tl.store(out + base + (there * units + column + channel) * k + stratum, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["row", "n_samples"])
 def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    place = tl.program_id(1)
-    source = sources + place * _FIELDS
-    channels, space = tl.load(source), tl.load(source + 1)
-    column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6)
-    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
+    batch = tl.program_id(2)
+    source = sources + tl.program_id(1) * _FIELDS
+    place, channels, space = tl.load(source), tl.load(source + 1), tl.load(source + 2)
+    column, units, base = tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
+    x = tl.load(heads + place * tl.num_programs(2) + batch).to(tl.pointer_type(DTYPE))
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     inside = line < n_samples * channels
     total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
@@ -170,4 +177,5 @@ def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.c
         read = inside[:, None] & (at < space)[None, :]
         total += tl.load(x + line.to(tl.int64)[:, None] * space + at[None, :], mask=read, other=0).to(tl.float32)
     value = tl.sum(total, 1) / space
-    tl.store(out + base + (row + line // channels) * units + column + line % channels, value, mask=inside)
+    there = row + batch * n_samples + line // channels
+    tl.store(out + base + there * units + column + line % channels, value, mask=inside)

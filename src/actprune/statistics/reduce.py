@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_sum
 
 from actprune.core.views import Statistic
+from actprune.statistics.base import Accumulator
 
 
 def pack_scales(statistics: Sequence[Statistic]) -> Tensor:
@@ -32,6 +33,7 @@ def align(statistics: Sequence[Statistic], shared: Tensor) -> None:
             common[key] = shared[offset : offset + value.numel()].view(value.shape).to(value.device)
             offset += value.numel()
         if own:
+            _own_states(statistic)
             statistic.aligned(common)
 
 
@@ -44,6 +46,7 @@ def unpack(statistics: Sequence[Statistic], total: Tensor) -> None:
     """Put a sum of ``pack`` vectors back into the statistics, in place."""
     offset = 0
     for statistic in statistics:
+        _own_states(statistic)
         for state in _sums(statistic):
             state.copy_(total[offset : offset + state.numel()].view(state.shape))
             offset += state.numel()
@@ -76,6 +79,11 @@ def all_reduce(statistics: Sequence[Statistic], group: dist.ProcessGroup | None 
     total = pack(statistics)
     dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
     unpack(statistics, total)
+
+
+def _own_states(statistic: Statistic) -> None:
+    if isinstance(statistic, Accumulator):
+        statistic.own_states()
 
 
 def _sums(statistic: Statistic) -> list[Tensor]:

@@ -42,6 +42,7 @@ class Observer:
         self._hooks = ExitStack()
         self._began = time.perf_counter()
         self._batch_size: dict[tuple[str, int], int] = {}
+        self._dealt_out: dict[int, float] = {}
         self._position = (0, 0)
         self._batch: Any = None
         self._seen: set[str] = set()
@@ -97,9 +98,12 @@ class Observer:
         batch_idx, dataloader_idx = self._position
         size = self._batch_size.setdefault((path, dataloader_idx), n)
         first = batch_idx * size * self._ranks + self._rank
-        ids = torch.arange(first, first + n * self._ranks, self._ranks) + (dataloader_idx << 40)
-        distinct = self._distinct(dataloader_idx) if n == n_samples(self._batch) else math.inf
-        if first + n * self._ranks > distinct:  # the last of them are repeated
+        start, end = (number + (dataloader_idx << 40) for number in (first, first + n * self._ranks))
+        ids = torch.arange(start, end, self._ranks, device="cpu")
+        distinct = self._dealt_out.get(dataloader_idx)
+        if distinct is None:
+            distinct = self._dealt_out[dataloader_idx] = self._distinct(dataloader_idx)
+        if first + n * self._ranks > distinct and n == n_samples(self._batch):  # the last of them are repeated
             ids[max(0, -(-(int(distinct) - first) // self._ranks)) :] = -1
         self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
         self._seen.add(path)
