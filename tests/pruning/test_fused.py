@@ -180,8 +180,8 @@ def test_several_batches_are_read_at_once(mode, monkeypatch):
     batches = [*data(21), *data(1, each=4)]
     batches[13] = torch.cat([batches[13], batches[14]])
     same(Net().eval().to(DEVICE), batches, monkeypatch, 4, mode=mode, positions=3)
-    # the first one is read place by place, in eight it is seen that all memory is new; one is larger, the last one smaller
-    assert found == [1] * 8 + [4, 1, 7, 1]
+    # the first one, eight in which it is seen that all memory is new; one is larger, the last one smaller
+    assert found == [1] + [1] * 8 + [4, 1, 7, 1]
 
 
 @pytest.mark.parametrize("odd", ["skips", "twice at times", "writes later"])
@@ -466,29 +466,39 @@ def test_what_a_subclass_shows_later_is_read_by_itself(monkeypatch):
     same(model, batches, monkeypatch, 4, mode=torch.no_grad)
 
 
-def test_a_first_batch_that_breaks_off_is_forgotten(monkeypatch):
+@pytest.mark.parametrize("memory", [1 << 18, 1 << 30])
+def test_a_first_batch_that_breaks_off_is_forgotten(memory, monkeypatch):
+    """Of places that had been read by then, it counts; the next one is the first."""
     torch.manual_seed(0)
-    monkeypatch.setattr(fused, "_memory", lambda device: 1 << 18)
+    monkeypatch.setattr(fused, "_memory", lambda device: memory)
     monkeypatch.setattr(layout, "_SHARE", 32)
     model, batches, found = Net().eval().to(DEVICE), data(4), []
 
     def breaks_off(module, args):
         raise KeyboardInterrupt
 
-    for together in (True, False):
+    for together, starts in ((True, (0, 1)), (False, (0, 1)), (False, (1,))):
         turn(monkeypatch, together)
         pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
         observation, handle = pruner.observation(100_000), model.e.register_forward_pre_hook(breaks_off)
-        for start in (0, 1):
+        for start in starts:
+            if start:
+                handle.remove()
             with contextlib.suppress(KeyboardInterrupt), observation.recording():
                 for number in range(start, 4):
                     observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
                     model(batches[number])
-            handle.remove()
             _ = observation.scores
         found.append(observation)
     assert len(found[0]._fused._together) == sum(len(chunk.places) for chunk in found[0]._fused._chunks) == 4
-    agree(*found)
+    was_read = []
+    for one, with_it, without in zip(*map(statistics, found), strict=True):
+        is_counted = bool(one.n_samples == with_it.n_samples)
+        torch.testing.assert_close(one.compute(), (with_it if is_counted else without).compute(), rtol=1e-6, atol=1e-6)
+        if with_it.n_samples != without.n_samples:  # not so for e
+            was_read.append(is_counted)
+    assert any(was_read) == (memory == 1 << 18)
+    assert not all(was_read)
 
 
 def test_kernels_that_do_not_compile_are_done_without(monkeypatch, caplog):

@@ -1,15 +1,14 @@
 """Read all places of a network together on a GPU, where each call costs more than what it reads.
 
-During the first batch every place is read as it comes, and tried out: what it was given must still be as it was when the batch
-is over, that is, nobody may write to it in place meanwhile. From then on a place only keeps what it is given, until the batch
-ends or what is kept becomes much, and one kernel (``statistics.kernels``) reads all of it. Where there is room, it is kept for
-several batches, once some have shown that a place is not given the same memory again. What was read waits (``layout``) for many
-batches.
+During the first batch every place is tried out: what it was given must still be as it was when the batch is over, that is,
+nobody may write to it in place meanwhile; a copy is read if it is not. From then on a place only keeps what it is given, until
+the batch ends or what is kept becomes much, and one kernel (``statistics.kernels``) reads all of it. Where there is room, it is
+kept for several batches, once some have shown that a place is not given the same memory again. What was read waits (``layout``)
+for many batches.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,17 +21,18 @@ from torch import Tensor
 
 from actprune.core.hooks import Ear
 from actprune.core.tensors import sent
+from actprune.pruning.compiled import kernels
 from actprune.pruning.kept import Chunk, Place, Proof
 from actprune.pruning.layout import Layout
 from actprune.pruning.reads import Reads
 from actprune.pruning.sampling import Sampling
-from actprune.pruning.tried import Trials
+from actprune.pruning.tried import Trial, Trials
 from actprune.pruning.updates import Company, Updates
 
 _LOG = logging.getLogger(__name__)
 
 _KEPT = 32
-"""Activations are kept until they are this part of the device's memory."""
+"""Activations are kept until they are this part of the device's memory; in the first batch, there are copies as well."""
 _FREE = 4
 """Of more than one batch is kept what fits into this part of the memory that is free."""
 _OFF, _BARE, _COUNTED = "each place reads", "each place keeps", "each place keeps, and how often that was written to"
@@ -64,7 +64,8 @@ class Fused:
         self._kernels: Any = None
         self._device = torch.device("cpu")
         self._ears: Mapping[int, Ear] = {}
-        self._trials = Trials(self._is_once)
+        self._trials = Trials()
+        self._refused: set[int] = set()
         self._chunks: list[Chunk] = []
         self._layout: Layout | None = None
         self._together: set[int] = set()
@@ -136,6 +137,7 @@ class Fused:
         """The batch broke off: hold nothing of it."""
         self._now = None
         self._trials.clear()
+        self._refused.clear()
         self._chunks = [] if self._is_first else self._chunks
         for chunk in self._chunks:
             chunk.is_read = False
@@ -161,50 +163,79 @@ class Fused:
 
     # the first batch
 
-    def try_out(self, reads: Reads, x: Tensor) -> None:
-        """A place was read by itself in the first batch: x, as it was given."""
-        usual, ear = reads.usual, self._ears.get(id(reads))
-        if not self._is_first or self._now is None or usual is None or ear is None or type(x) is not Tensor:
-            return  # what a subclass shows need not lie in its memory
-        (shape, dtype, device), hands = usual
+    def tries(self, reads: Reads, x: Tensor, is_usual: bool) -> bool:
+        """Whether a place that is given x in the first batch is read when that is over.
+
+        ``is_usual``: x has one row per sample, and its channels next.
+        """
+        if not self._is_first or self._now is None:
+            return False
+        ear, before = self._ears.get(id(reads)), self._trials.withdraw(reads)
+        if before is not None:  # called twice
+            self._refused.add(id(reads))
+            self._alone(reads, before)
+        if ear is None or not is_usual or id(reads) in self._refused or type(x) is not Tensor or not x.is_contiguous():
+            return False  # what a subclass shows need not lie in its memory
         if self._kernels is None:
-            self._kernels, self._device = kernels(device), device
+            self._kernels, self._device = kernels(x.device), x.device
             self._is_first = self._kernels is not None
-        if device != self._device or self._kernels is None or dtype not in self._kernels.TYPES or not x.is_contiguous():
-            return
-        place = Place(reads, ear, ear.watcher, tuple(shape[1:]), dtype, hands)
-        self._trials.add(place, x)
-        if self._trials.kept > _memory(device) // _KEPT:
+        if x.device != self._device or self._kernels is None or x.dtype not in self._kernels.TYPES:
+            return False
+        hands = reads.together(x)
+        if hands is None:
+            return False
+        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands), x)
+        if self._trials.kept > _memory(self._device) // _KEPT:
             self._close()
+        return True
 
     def _close(self) -> None:
-        chunk = self._trials.chunk()
-        if chunk is not None:
-            self._chunks.append(chunk)
+        """Read what was tried out so far place by place, and make a chunk of it."""
+        same, changed = self._trials.over(self._kernels, self._device)
+        for trial in (*same, *changed):
+            self._refused.add(id(trial.place.reads))
+            self._alone(trial.place.reads, trial.copy)
+        if same:
+            self._chunks.append(Chunk([trial.place for trial in same]))
 
     def _is_once(self, place: Place) -> bool:
         return all(self._updates.waits_once(hand.parts) for hand in place.hands)
 
     def _set_up(self, ids: Tensor) -> None:
-        """Lay out what is read from now on, and move what was read of this batch there."""
+        """Lay out what is read from now on, and read this batch, or move what was read of it there."""
         if not self._trials.kept and not self._chunks:
             return
         self._is_first = False
-        self._close()
-        once = ([place for place in chunk.places if self._is_once(place)] for chunk in self._chunks)
-        self._chunks = [Chunk(places) for places in once if places]
+        same: list[Trial] = []
+        if self._chunks:
+            self._close()
+            once = ([place for place in chunk.places if self._is_once(place)] for chunk in self._chunks)
+            self._chunks = [Chunk(places) for places in once if places]
+        else:
+            same, changed = self._trials.over(self._kernels, self._device)
+            for trial in changed:
+                self._alone(trial.place.reads, trial.copy)
+            self._chunks = [Chunk([trial.place for trial in same])] if same else []
         layout = Layout(self._chunks, self._kernels, self._sampling.k, self._updates.kind, self._device, _memory(self._device))
         if layout.rows < len(ids):
+            for trial in same:
+                self._alone(trial.place.reads, trial.copy)
             return
         # of more samples, more would be kept
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
         room = _memory(self._device) // _KEPT // max(1, largest)
         self._most = min(layout.rows, max(len(ids), room))
-        self._proof = Proof(min(room, _free(self._device) // _FREE // max(1, largest)) if len(self._chunks) == 1 else 0)
         self._layout, self._others = layout, None
         self._together = {id(place.reads) for chunk in self._chunks for place in chunk.places}
-        layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves(ids))
-        self._waits(ids, self._updates.batch)
+        if same:
+            for trial in same:
+                trial.place.seen.append(trial.copy)
+            self._group = [(ids, self._updates.batch)]
+            self._read_group()
+        else:
+            layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves(ids))
+            self._waits(ids, self._updates.batch)
+        self._proof = Proof(min(room, _free(self._device) // _FREE // max(1, largest)) if len(self._chunks) == 1 else 0)
 
     # every other batch
 
@@ -249,13 +280,7 @@ class Fused:
         addresses = chunk.given(n_samples, n_batches, self._device)
         if addresses is None:
             return False
-        heads = _heads(addresses, ids, self._device)
-        for launch in chunk.launches:
-            arguments = (heads, launch.sources, layout.out, self._row, n_samples, n_batches, launch.widest)
-            if launch.is_mean:
-                self._kernels.means(*arguments, launch.dtype)
-            else:
-                self._kernels.few(*arguments, self._sampling.is_halved, launch.dtype)
+        layout.read(chunk, addresses, ids, self._row, self._sampling.is_halved)
         self._proof.add(chunk, n_samples)
         chunk.forget(slice(n_batches))
         chunk.is_read = True
@@ -314,21 +339,6 @@ class Fused:
         yield from self._layout.companies(len(ids), sent(ids, self._device), sizes, numbers, halved)
 
 
-@functools.cache
-def kernels(device: torch.device) -> Any:
-    """``statistics.kernels``, where this device can run them; else None."""
-    if device.type != "cuda":
-        return None
-    try:
-        from actprune.statistics import kernels as found
-
-        found.try_out(device)
-    except Exception as error:
-        _LOG.info("places are read one by one, which takes longer: %s: %s", type(error).__name__, error)
-        return None
-    return found
-
-
 def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
 
@@ -338,14 +348,3 @@ def _free(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 33
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _heads(addresses: list[int], ids: list[Tensor], device: torch.device) -> Tensor:
-    """What a kernel is told of several batches, in one copy for which the host does not wait."""
-    n = len(ids[0])
-    host = torch.empty(len(addresses) + len(ids) * n, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    there = host.numpy()
-    there[: len(addresses)] = addresses
-    for number, each in enumerate(ids):
-        there[len(addresses) + number * n :][:n] = each.numpy()
-    return host.to(device, non_blocking=True) if device.type == "cuda" else host

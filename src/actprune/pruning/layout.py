@@ -20,7 +20,7 @@ from actprune.pruning.kept import Chunk, Launch, Place
 from actprune.pruning.reads import Hand
 from actprune.pruning.updates import Company, Part
 
-WAITING = 1 << 28
+WAITING = 1 << 29
 """Bytes of what was read that wait at most; counting takes several times that."""
 _SHARE = 128
 """Of the device's memory, they are no more than this part."""
@@ -70,6 +70,7 @@ class Layout:
         device: torch.device,
         memory: int,
     ) -> None:
+        self._kernels, self._device = kernels, device
         self._regions: dict[tuple[str, int], _Region] = {}
         self._columns: dict[int, tuple[_Region, int]] = {}
         places = [place for chunk in chunks for place in chunk.places]
@@ -93,11 +94,11 @@ class Layout:
             for region in self._regions.values():
                 region.base = base
                 base += self.rows * region.units * region.k
-                self._company(region, kind, device)
+                self._company(region, kind)
         for chunk in chunks:
-            chunk.launches = list(self._launches(chunk, kernels, device))
+            chunk.launches = list(self._launches(chunk))
 
-    def _company(self, region: _Region, kind: Callable[[Part], tuple[object, ...]], device: torch.device) -> None:
+    def _company(self, region: _Region, kind: Callable[[Part], tuple[object, ...]]) -> None:
         piles: dict[tuple[object, ...], list[tuple[Part, int]]] = defaultdict(list)
         for part, start in region.parts:
             piles[kind(part)].append((part, start))
@@ -107,20 +108,44 @@ class Layout:
             number = next((at for at, order in enumerate(orders) if torch.equal(order, columns)), len(orders))
             orders += [columns] if number == len(orders) else []
             region.companies.append(([part for part, _ in pile], number))
-        region.orders = [None, *(sent(order, device) for order in orders[1:])]
+        region.orders = [None, *(sent(order, self._device) for order in orders[1:])]
 
-    def _launches(self, chunk: Chunk, kernels: ModuleType, device: torch.device) -> Iterator[Launch]:
+    def _launches(self, chunk: Chunk) -> Iterator[Launch]:
         found = defaultdict(list)
         for at, place in enumerate(chunk.places):
             for hand in place.hands:
                 region, column = self._columns[id(hand)]
-                source = kernels.Source(
+                source = self._kernels.Source(
                     at, place.shape[0], place.space, region.k, hand.how == "few", column, region.units, region.base
                 )
                 found[place.dtype, hand.how == "mean"].append(source)
         for (dtype, is_mean), sources in found.items():
             widest = max(source.channels * source.k for source in sources)
-            yield Launch(kernels.table(sources, device), widest, dtype, is_mean)
+            yield Launch(self._kernels.table(sources, self._device), widest, dtype, is_mean)
+
+    def read(self, chunk: Chunk, addresses: list[int], ids: list[Tensor], row: int, halved: bool) -> None:
+        """Read what a chunk's places were given in some batches, and write it to rows from ``row`` on.
+
+        Args:
+            chunk: of places.
+            addresses: where that lies, of each place and batch.
+            ids: (N,) of each batch's samples, on the CPU.
+            row: that of the first sample.
+            halved: whether only every second sample is read where positions are drawn.
+        """
+        on_gpu, n = self._device.type == "cuda", len(ids[0])
+        host = torch.empty(len(addresses) + len(ids) * n, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        there = host.numpy()
+        there[: len(addresses)] = addresses
+        for number, each in enumerate(ids):
+            there[len(addresses) + number * n :][:n] = each.numpy()
+        heads = host.to(self._device, non_blocking=True) if on_gpu else host
+        for launch in chunk.launches:
+            arguments = (heads, launch.sources, self.out, row, n, len(ids), launch.widest)
+            if launch.is_mean:
+                self._kernels.means(*arguments, launch.dtype)
+            else:
+                self._kernels.few(*arguments, halved, launch.dtype)
 
     def at(self, place: Place, hand: Hand, row: int, n_samples: int) -> Tensor:
         """What was read of a place for some rows, (n_samples, C, k): a view."""

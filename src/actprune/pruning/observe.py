@@ -157,7 +157,9 @@ class Observation:
             self._operands[module][(ordinal, operand)].append(watcher)
 
     def _watch(self, reads: Reads, x: Tensor) -> None:
-        if not self._paused and not reads.takes(x):
+        if self._paused or reads.takes(x):
+            return
+        if not self._fused.tries(reads, x, self._rows.are_usual(x, reads.dim, reads.module)):
             self._see(reads, x, reads.dim)
 
     def _see(self, reads: Reads, x: Tensor, dim: int) -> None:
@@ -173,7 +175,6 @@ class Observation:
             )
         as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._rows.ids
         reads.hand_over(x, ids, self._rows.labels, as_read)
-        self._fused.try_out(reads, read)
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:

@@ -116,6 +116,18 @@ class Reads:
             self._updates.add(hand.parts, read, ids)
         return True
 
+    def together(self, x: Tensor) -> list[Hand] | None:
+        """Who gets what of x (N, C, *positions), if all of it may wait, and be read with what other places read."""
+        space = math.prod(x.shape[2:])
+        hands = self._hands.get((space, x.device))
+        if hands is None:
+            hands = self._hands[space, x.device] = self._divided(space, x.device)
+        if not all(hand.later and hand.channels is None for hand in hands):
+            return None
+        for layer, _ in self.folded:
+            layer.space = tuple(x.shape[2:])
+        return hands
+
     def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
         """Hand one batch to the statistics.
 

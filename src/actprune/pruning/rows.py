@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Rows:
         """Name the samples of the batch that comes next, (N,); those of id -1 are left out."""
         self.announced = self.ids = sample_ids.clone()  # what waits is counted by them later
         self.labels, self._counted = labels, None
-        if len(sample_ids) and sample_ids.numpy().min() < 0:  # NumPy takes a third of the time, which every batch pays
+        if len(sample_ids) and np.minimum.reduce(sample_ids.numpy()) < 0:  # a third of PyTorch's time, which every batch pays
             self._counted = (sample_ids >= 0).nonzero().flatten()
             self.ids = sample_ids[self._counted]
             self.labels = None if labels is None else labels[self._counted]
@@ -47,10 +48,13 @@ class Rows:
         """Whether some rows of the batch are not counted."""
         return self._counted is not None
 
+    def are_usual(self, x: Tensor, dim: int, module: str) -> bool:
+        """Whether x has one row per sample of the batch, and its channels next."""
+        return x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self.announced) > 0 and module not in self._recurrent
+
     def samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
         """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
-        usual = x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self.announced) and module not in self._recurrent
-        if usual and self._counted is None:
+        if self.are_usual(x, dim, module) and self._counted is None:
             return x.detach() if x.requires_grad else x, self.ids  # as nearly always
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:

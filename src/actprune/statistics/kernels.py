@@ -1,7 +1,8 @@
 """Read the activations of many places of a network with one kernel: on a GPU a launch costs more than what it reads.
 
 ``few`` reads what ``at_positions`` does, at the positions that ``sample_positions`` draws; they are drawn on the device, of the
-ids, bit for bit the same (see ``counter``). ``means`` takes the mean of each map. Both widen to float32.
+ids, bit for bit the same (see ``counter``). ``means`` takes the mean of each map. Both widen to float32. ``differ`` compares
+tensors in pairs.
 
 To be imported where it is used: needs Triton, which PyTorch brings along for GPUs on Linux, and what Triton needs to compile.
 """
@@ -15,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actprune.core.tensors import sent
+
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
 """What is read."""
 
 _COMPILED: dict[object, Any] = {}
-_BLOCK = 1024
+_BLOCK, _WORDS = 1024, 8192
 _LINES, _WIDTH = 32, 64
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -50,14 +53,14 @@ _FIELDS = tl.constexpr(8)
 
 
 def try_out(device: torch.device) -> None:
-    """Compile and run both kernels once; raises where that does not work."""
+    """Compile and run all kernels once; raises where that does not work."""
     x, out = torch.zeros(1, 1, 1, device=device), torch.ones(2, device=device)
     heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(0, 1, 1, 1, False, 0, 1, base) for base in (0, 1)]
     for _ in range(2):  # the second time as compiled
         out.fill_(1)
         few(heads, table(sources[:1], device), out, 0, 1, 1, 1, False, x.dtype)
         means(heads, table(sources[1:], device), out, 0, 1, 1, 1, x.dtype)
-        if out.any():
+        if out.any() or differ([(x, x.clone()), (x, x + 1)], device).tolist() != [0, 1]:
             raise RuntimeError("kernels of Triton run, and compute something else")
 
 
@@ -111,6 +114,20 @@ def means(
     _launch(_means, grid, (heads, sources, out, row, n_samples), (TYPES[dtype], _LINES, _WIDTH))
 
 
+def differ(
+    pairs: list[tuple[Tensor, Tensor]],  # contiguous, on the device, of one shape and type
+    device: torch.device,
+) -> Tensor:
+    """Where bits of the first are not those of the second, not 0: int32 (len(pairs),)."""
+    words = [x.numel() * x.element_size() // 2 for x, _ in pairs]
+    numbers = [x.data_ptr() for x, _ in pairs] + [y.data_ptr() for _, y in pairs] + words
+    told = sent(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
+    found = torch.zeros(len(pairs), dtype=torch.int32, device=device)
+    if max(words):
+        _launch(_differ, (triton.cdiv(max(words), _WORDS), len(pairs), 1), (told, found, len(pairs)), (_WORDS,))
+    return found
+
+
 def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
     """Launch a kernel; from the second time on as it was compiled, which spares Triton looking what it is given.
 
@@ -160,6 +177,17 @@ def _few(heads, sources, out, row, n_samples, n_addresses, HALVED: tl.constexpr,
     value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
     there = row + batch * n_samples + sample
     tl.store(out + base + (there * units + column + channel) * k + stratum, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def _differ(told, found, n_pairs, WORDS: tl.constexpr):
+    pair = told + tl.program_id(1)
+    x, y = tl.load(pair).to(tl.pointer_type(tl.int16)), tl.load(pair + n_pairs).to(tl.pointer_type(tl.int16))
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    inside = word < tl.load(pair + 2 * n_pairs)
+    other = (tl.load(x + word, mask=inside, other=0) != tl.load(y + word, mask=inside, other=0)).to(tl.int32)
+    if tl.max(other, 0) > 0:
+        tl.store(found + tl.program_id(1), 1)
 
 
 @triton.jit(do_not_specialize=["row", "n_samples"])
