@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actprune.core.views import Statistic
 from actprune.pruning.arena import Arena
-from actprune.pruning.settings import settings
+from actprune.pruning.settings import is_plain, settings
 from actprune.statistics import Accumulator
 from actprune.statistics.joined import join
 
@@ -242,8 +242,9 @@ class Updates:
             self._part(members)
             whole = None
         if whole is None and len(set(members)) == len(members) and not any(m in self._member for m in members):
-            one = len(members) == 1
-            whole = statistics[0].to(device) if one else join(statistics, device)
+            alone = len(members) == 1 and (statistics[0].device == device or not is_plain(statistics[0]))
+            # a whole is made where it is to lie: a device would wait for states that are brought there
+            whole = statistics[0].to(device) if alone else join(statistics, device)
             self._wholes[members] = whole
             self._member |= dict.fromkeys(members, members)
         if whole is not None:
