@@ -17,7 +17,7 @@ from actprune.pruning.reads import Hand, Reads
 
 TOGETHER = 8
 """Batches that are kept at once, at most."""
-_KIND = attrgetter("shape", "dtype", "__class__")
+_KIND, _VERSION = attrgetter("shape", "dtype", "__class__"), attrgetter("_version")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Place:
     def keep(self, x: Tensor) -> None:
         """It was given x."""
         self.seen.append(x)
-        self.writes.append(writes(x))
+        self.writes.append(None if x.is_inference() else x._version)  # as ``writes``, without a call
 
     def written(self, n_batches: int) -> set[int]:
         """Which of the things it was given, one in each of so many batches, are no longer as they were.
@@ -109,7 +109,7 @@ class Chunk:
         addresses = list(map(Tensor.data_ptr, kept))
         before = list(chain.from_iterable(self._writes))
         if is_all and len(before) == len(kept):
-            return addresses if list(map(writes, kept)) == before else None
+            return addresses if _versions(kept) == before else None
         if is_all and not before and _distinct(addresses, n_batches):
             return addresses
         return None if any(place.written(n_batches) for place in self.places) else addresses
@@ -152,6 +152,14 @@ class Proof:
     def begin_again(self) -> None:
         """Hold nothing."""
         self._kept.clear()
+
+
+def _versions(kept: list[Tensor]) -> list[int | None]:
+    """``writes`` of each, in fewer calls."""
+    try:
+        return list(map(_VERSION, kept))
+    except RuntimeError:  # of a tensor that was made under inference mode
+        return list(map(writes, kept))
 
 
 def _distinct(addresses: list[int], n: int) -> bool:
