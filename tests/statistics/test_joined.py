@@ -75,6 +75,26 @@ def test_another_is_like_the_first_and_has_nothing_of_it(make):
 
 
 @each_kind
+def test_copies_share_nothing_that_is_changed(make):
+    """What one of them sees, or is merged into it, is in no other."""
+    first, full = make(SIZES[0]), make(SIZES[0])
+    merged, idle, late = (first.another() for _ in range(3))
+    sites, ids = next(batches())
+    full.update(sites[0], ids)
+    merge_shards([[merged], [full]])
+    torch.testing.assert_close(merged.compute(), full.compute(), rtol=1e-12, atol=1e-12)
+    first.update(sites[0], ids)
+    later = first.another()
+    late.update(sites[0], ids)
+    same(first, full)
+    same(late, full)
+    assert not later.update_called
+    for name, state in make(SIZES[0]).metric_state.items():
+        assert torch.equal(getattr(idle, name), state)
+        assert torch.equal(getattr(later, name), state)
+
+
+@each_kind
 def test_parts_merge_like_any_other(make):
     shards = []
     for share in (slice(0, 3), slice(3, 6)):

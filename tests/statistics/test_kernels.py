@@ -28,7 +28,7 @@ def test_few_positions_are_those_that_are_drawn(dtype, halved):
     sources.append(kernels.Source(0, 6, 1, 1, False, 0, 6, drawn))
     out = torch.full((after + 5,), float("nan"), device=DEVICE)
     heads = torch.cat([torch.tensor([x.data_ptr() for x in (single, large, small)]), IDS]).to(DEVICE)
-    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 1, 12, halved, dtype)
+    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 12, halved, dtype)
 
     read = every_second(IDS, seed=0) if halved else torch.arange(len(IDS))
     assert 0 < len(read) < len(IDS) or not halved
@@ -51,34 +51,24 @@ def test_means_are_those_of_the_maps(dtype):
     out = torch.zeros(8 * 44, device=DEVICE)
     sources = [kernels.Source(0, 4, 130, 1, False, 0, 44, 0), kernels.Source(1, 40, 7, 1, False, 4, 44, 0)]
     heads = torch.tensor([x.data_ptr() for x in maps], device=DEVICE)
-    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 1, 40, dtype)
+    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 40, dtype)
     want = torch.cat([torch.zeros(3, 44), torch.cat([x.cpu().double().mean(2) for x in maps], 1).float()])
     torch.testing.assert_close(out.view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_several_batches_are_read_as_one_after_the_other(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bits_that_differ_are_found_wherever_they_are(dtype):
     from actprune.statistics import kernels
 
-    batches, k, halved = [activations(dtype) for _ in range(3)], 3, True
-    for number, batch in enumerate(batches):
-        batch[:] = [x + number for x in batch]
-    ids = [IDS + 50 * number for number in range(3)]
-    sources = [kernels.Source(0, 4, 50, k, True, 0, 4, 0), kernels.Source(1, 3, 7, 7, False, 0, 3, 1000)]
-    of_means = [kernels.Source(2, 6, 1, 1, False, 0, 10, 2000), kernels.Source(0, 4, 50, 1, False, 6, 10, 2000)]
-    found = []
-    for together in (True, False):
-        out = torch.full((3000,), float("nan"), device=DEVICE)
-        for group in ([0, 1, 2],) if together else ([0], [1], [2]):
-            places = [[batches[number][place] for number in group] for place in range(3)]
-            addresses = torch.tensor([x.data_ptr() for place in places for x in place])
-            heads = torch.cat([addresses, *(ids[number] for number in group)]).to(DEVICE)
-            shape = (out, 2 + len(IDS) * group[0], len(IDS), len(group))
-            kernels.few(heads, kernels.table(sources, DEVICE), *shape, 21, halved, dtype)
-            kernels.means(heads, kernels.table(of_means, DEVICE), *shape, 6, dtype)
-        found.append(out.cpu())
-    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
-    assert 0 < found[0].isnan().sum() < 3000
+    torch.manual_seed(0)
+    shapes = [(1,), (7, 5), (3, 4111), (2, 8192), (0, 4)]
+    pairs = [(x, x.clone()) for x in (torch.randn(shape).to(DEVICE, dtype) for shape in shapes)]
+    pairs[1][0][3, 2] = pairs[1][1][3, 2] = float("nan")
+    assert kernels.differ(pairs, DEVICE).tolist() == [0] * 5
+    pairs[2][0][2, 4110] += 1
+    pairs[3][1][0, 0] = -pairs[3][0][0, 0]
+    pairs.append((torch.zeros(3, dtype=dtype, device=DEVICE), -torch.zeros(3, dtype=dtype, device=DEVICE)))
+    assert kernels.differ(pairs, DEVICE).tolist() == [0, 0, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("takes_constants", [True, False])

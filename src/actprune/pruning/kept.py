@@ -1,4 +1,4 @@
-"""What the places of a network are given, kept, for several batches where that may be, until all of it is read at once."""
+"""What the places of a network are given in one batch, kept until all of it is read at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from actprune.core.hooks import Ear
 from actprune.core.tensors import writes
 from actprune.pruning.reads import Hand, Reads
 
-TOGETHER = 8
-"""Batches that are kept at once, at most."""
 _KIND, _VERSION = attrgetter("shape", "dtype", "__class__"), attrgetter("_version")
 
 
@@ -33,24 +31,24 @@ class Place:
     dtype: torch.dtype
     hands: list[Hand]
     seen: list[Tensor] = field(default_factory=list)
-    """What it was given, in one batch after the other; always the same list."""
-    writes: list[int | None] = field(default_factory=list)
-    """How often each had been written to until then, see ``writes``; empty where that is not asked."""
+    """What it was given in this batch."""
+    before: list[int | None] = field(default_factory=list)
+    """How often each had been written to until then, see ``writes``."""
 
     def keep(self, x: Tensor) -> None:
         """It was given x."""
         self.seen.append(x)
-        self.writes.append(None if x.is_inference() else x._version)  # as ``writes``, without a call
+        self.before.append(None if x.is_inference() else x._version)  # as ``writes``, without a call
 
-    def written(self, n_batches: int) -> set[int]:
-        """Which of the things it was given, one in each of so many batches, are no longer as they were.
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.seen.clear()
+        self.before.clear()
 
-        Where PyTorch does not count writes, what lies in the same memory as what was given later is taken for it.
-        """
-        if len(self.writes) == len(self.seen):
-            return {at for at, (x, before) in enumerate(zip(self.seen, self.writes, strict=True)) if writes(x) != before}
-        addresses = list(map(Tensor.data_ptr, self.seen))
-        return {at for at in range(n_batches) if addresses[at] in addresses[at + 1 :]}
+    @property
+    def is_written(self) -> bool:
+        """Whether anything that is kept was written to since, as far as PyTorch counts."""
+        return any(writes(x) != before for x, before in zip(self.seen, self.before, strict=True))
 
     @property
     def space(self) -> int:
@@ -77,81 +75,42 @@ class Chunk:
 
     def __init__(self, places: list[Place]) -> None:
         self.places = places
-        self.seen, self._writes = [place.seen for place in places], [place.writes for place in places]
+        self._seen, self._before = [place.seen for place in places], [place.before for place in places]
         self.launches: list[Launch] = []
         self.is_read = False
         """Whether that was done for the present batch."""
-        self._expected: dict[tuple[int, int], list[tuple[torch.Size, torch.dtype, type[Tensor]]]] = {}
+        self._once = [1] * len(places)
+        self._expected: tuple[int, list[tuple[torch.Size, torch.dtype, type[Tensor]]]] = (0, [])
 
-    # few calls, most in C: between two batches nothing of this is in a CPU's cache
+    @property
+    def is_empty(self) -> bool:
+        """Whether no place keeps anything."""
+        return not any(self._seen)
 
-    def holds(self, n_batches: int) -> bool:
-        """Whether each place was given one tensor in each batch, if it never was in one batch more than in another."""
-        return set(map(len, self.seen)) == {n_batches}
+    def given(self, n_samples: int, device: torch.device) -> list[int] | None:
+        """Where in memory lies what each place was given.
 
-    def given(self, n_samples: int, n_batches: int, device: torch.device) -> list[int] | None:
-        """Where in memory lies what the places were given in the first batches, place after place.
-
-        None if anything there is not as in the very first batch, or was written to since.
+        None unless each was given one tensor like that of the first batch, to which nobody has written since.
         """
-        expected = self._expected.get((n_samples, n_batches))
-        if expected is None:
+        if self._expected[0] != n_samples:
             kinds = [(torch.Size((n_samples, *place.shape)), place.dtype, Tensor) for place in self.places]
-            expected = self._expected[n_samples, n_batches] = [kind for kind in kinds for _ in range(n_batches)]
-        is_all = self.holds(n_batches)
-        kept = list(chain.from_iterable(self.seen if is_all else [seen[:n_batches] for seen in self.seen]))
-        if (
-            list(map(_KIND, kept)) != expected
-            or not all(map(Tensor.is_contiguous, kept))
-            or (device.index is not None and set(map(Tensor.get_device, kept)) != {device.index})
-        ):
+            self._expected = n_samples, kinds
+        # few calls, most in C: between two batches nothing of this is in a CPU's cache
+        if list(map(len, self._seen)) != self._once:
             return None
-        addresses = list(map(Tensor.data_ptr, kept))
-        before = list(chain.from_iterable(self._writes))
-        if is_all and len(before) == len(kept):
-            return addresses if _versions(kept) == before else None
-        if is_all and not before and _distinct(addresses, n_batches):
-            return addresses
-        return None if any(place.written(n_batches) for place in self.places) else addresses
+        kept = list(chain.from_iterable(self._seen))
+        as_before = (
+            list(map(_KIND, kept)) == self._expected[1]
+            and all(map(Tensor.is_contiguous, kept))
+            and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
+            and _versions(kept) == list(chain.from_iterable(self._before))
+        )
+        return list(map(Tensor.data_ptr, kept)) if as_before else None
 
-    def forget(self, which: slice = slice(None)) -> None:
-        """Drop these of the things that each place keeps."""
+    def clear(self) -> None:
+        """Keep nothing."""
         for place in self.places:
-            del place.seen[which], place.writes[which]
-
-
-class Proof:
-    """Finds out how many batches may be kept: a place that is given the same memory again must be read before.
-
-    Args:
-        room: samples of which there may be everything.
-    """
-
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._kept: list[list[Tensor]] = []
-        self._is_over = False
-
-    def at_once(self, n_samples: int) -> int:
-        """Batches of so many samples that may be kept."""
-        return max(1, min(TOGETHER, self._room // n_samples)) if self._is_over and n_samples else 1
-
-    def add(self, chunk: Chunk, n_samples: int) -> None:
-        """Of one batch everything is kept, which is given up then; no batch was kept with another so far."""
-        if self._is_over:
-            return
-        n = min(TOGETHER, self._room // max(1, n_samples))
-        if n > 1:
-            self._kept.append([seen[0] for seen in chunk.seen])
-        if len(self._kept) >= n:
-            addresses = [x.data_ptr() for each in zip(*self._kept, strict=True) for x in each]
-            self._room = self._room if _distinct(addresses, len(self._kept)) else 0
-            self._is_over = True
-            self._kept.clear()
-
-    def begin_again(self) -> None:
-        """Hold nothing."""
-        self._kept.clear()
+            place.clear()
 
 
 def _versions(kept: list[Tensor]) -> list[int | None]:
@@ -160,10 +119,3 @@ def _versions(kept: list[Tensor]) -> list[int | None]:
         return list(map(_VERSION, kept))
     except RuntimeError:  # of a tensor that was made under inference mode
         return list(map(writes, kept))
-
-
-def _distinct(addresses: list[int], n: int) -> bool:
-    """Whether of n addresses in a row no two are the same; of none, they are not."""
-    if not n:
-        return True
-    return sum(map(len, map(set, zip(*[iter(addresses)] * n, strict=True)))) == len(addresses)

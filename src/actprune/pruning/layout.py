@@ -123,25 +123,25 @@ class Layout:
             widest = max(source.channels * source.k for source in sources)
             yield Launch(self._kernels.table(sources, self._device), widest, dtype, is_mean)
 
-    def read(self, chunk: Chunk, addresses: list[int], ids: list[Tensor], row: int, halved: bool) -> None:
-        """Read what a chunk's places were given in some batches, and write it to rows from ``row`` on.
+    def read(self, chunk: Chunk, addresses: list[int], ids: Tensor, row: int, halved: bool) -> None:
+        """Read what a chunk's places were given, and write it to rows from ``row`` on.
 
         Args:
             chunk: of places.
-            addresses: where that lies, of each place and batch.
-            ids: (N,) of each batch's samples, on the CPU.
+            addresses: where that lies, of each place.
+            ids: (N,) of the samples, on the CPU.
             row: that of the first sample.
             halved: whether only every second sample is read where positions are drawn.
         """
-        on_gpu, n = self._device.type == "cuda", len(ids[0])
-        host = torch.empty(len(addresses) + len(ids) * n, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        # what a kernel is told of a batch, in one copy for which the host does not wait
+        on_gpu = self._device.type == "cuda"
+        host = torch.empty(len(addresses) + len(ids), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         there = host.numpy()
         there[: len(addresses)] = addresses
-        for number, each in enumerate(ids):
-            there[len(addresses) + number * n :][:n] = each.numpy()
+        there[len(addresses) :] = ids.numpy()
         heads = host.to(self._device, non_blocking=True) if on_gpu else host
         for launch in chunk.launches:
-            arguments = (heads, launch.sources, self.out, row, n, len(ids), launch.widest)
+            arguments = (heads, launch.sources, self.out, row, len(ids), launch.widest)
             if launch.is_mean:
                 self._kernels.means(*arguments, launch.dtype)
             else:

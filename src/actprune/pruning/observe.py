@@ -60,7 +60,7 @@ class Observation:
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
         self._widths = {group.name: group.size for group in graph.unlocked}
-        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim), self._again)
+        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
         self._rows = Rows(model, self._sampling)
         self._next_id = 0
         self._paused = self._needs_labels = self._began = False
@@ -109,7 +109,7 @@ class Observation:
         if like is not None:
             return like.another()
         made = make(size)
-        if isinstance(made, Accumulator) and made.joinable and is_plain(made):
+        if isinstance(made, Accumulator) and made.joinable and is_plain(made) and type(made).update is Accumulator.update:
             self._like[key, size] = made
         return made
 
@@ -238,18 +238,6 @@ class Observation:
                         self._see(reads, x, dim if reading.dim is None else reading.dim)
 
     @contextmanager
-    def _again(self, ids: Tensor, number: int) -> Iterator[None]:
-        """Inside the block, what is read is of a batch that is over, with these samples."""
-        rows, self._rows = self._rows, self._rows.of(ids)
-        batch, self._updates.batch = self._updates.batch, number
-        self._sampling.next_batch()
-        try:
-            yield
-        finally:
-            self._rows, self._updates.batch = rows, batch
-            self._sampling.next_batch()
-
-    @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block what the model runs is not observed, and no batch begins; ``differentiate`` may be called."""
         self._fused.stop()
@@ -307,6 +295,7 @@ class Observation:
             except BaseException:  # who handles it may need the memory
                 self._fused.drop()
                 raise
+            self._fused.stop()  # while ears are there that may be told
         self._updates.flush()
 
     def _statistics(self) -> list[Statistic]:

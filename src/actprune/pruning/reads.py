@@ -79,7 +79,7 @@ class Reads:
 
     def get_ready(self, ids: Tensor) -> None:
         """Expect what was read in the batch before, of these samples, (N,) on the CPU."""
-        self._expected, self._ready = None, []
+        self.expect_nothing()
         if self.usual is None or not len(ids):
             return
         (shape, dtype, device), hands = self.usual
@@ -97,6 +97,10 @@ class Reads:
                     return
             self._ready.append((hand, places, room, there))
         self._expected = (len(ids), *shape[1:]), dtype, device
+
+    def expect_nothing(self) -> None:
+        """Forget what was got ready."""
+        self._expected, self._ready = None, []
 
     def takes(self, x: Tensor) -> bool:
         """Hand x (N, C, *positions) to the statistics if it is what was expected, once."""

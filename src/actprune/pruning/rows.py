@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -35,12 +33,6 @@ class Rows:
             self._counted = (sample_ids >= 0).nonzero().flatten()
             self.ids = sample_ids[self._counted]
             self.labels = None if labels is None else labels[self._counted]
-
-    def of(self, sample_ids: Tensor) -> Rows:
-        """The same layers, and the samples of another batch."""
-        other = copy.copy(self)
-        other.begin(sample_ids)
-        return other
 
     @property
     def leaves_out(self) -> bool:

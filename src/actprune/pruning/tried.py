@@ -39,7 +39,10 @@ class Trials:
     def withdraw(self, reads: Reads) -> Tensor | None:
         """Take back what a place was given, as it was; None if nothing is held of it."""
         trial = self._trials.pop(id(reads), None)
-        return None if trial is None else trial.copy
+        if trial is None:
+            return None
+        self.kept -= trial.x.numel() * trial.x.element_size()
+        return trial.copy
 
     def clear(self) -> None:
         """Hold nothing."""

@@ -133,7 +133,7 @@ class Updates:
         """
         place, kind = self._waiting.get(id(parts)), (x.shape[2], x.dtype, x.device)
         if place is not None and place.kind != kind:
-            self.flush()
+            self._make()  # no more: what others keep may be in the middle of a batch
             place = None
         if place is None:
             place = self._waiting[id(parts)] = _Place(parts, kind, [], [], [])
@@ -193,6 +193,11 @@ class Updates:
         with torch.inference_mode(False), torch.no_grad():
             for other in self.others:
                 self._due += other()
+        self._make()
+
+    def _make(self) -> None:
+        """Make the updates that wait here, and those that are due."""
+        with torch.inference_mode(False), torch.no_grad():
             waiting, self._waiting, self._held = list(self._waiting.values()), {}, 0
             self._due += self._companies(waiting)
             while self._due:  # each leaves before it is counted, so that nothing is counted twice after an error

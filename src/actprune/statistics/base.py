@@ -145,7 +145,7 @@ class Accumulator(Statistic):
         self._is_bare |= not self.update_called
         made = type(self).__new__(type(self))
         own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
-        vars(made).update(own | first, _is_bare=True)
+        vars(made).update(own | first, _is_bare=True, _update_count=0)
         bound = {name: MethodType(getattr(type(made), name), made) for name in ("update", "compute")}
         vars(made).update(update=made._wrap_update(bound["update"]), compute=made._wrap_compute(bound["compute"]))
         return made

@@ -25,14 +25,14 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def window(
-    low: Tensor,  # (R,) float64, least value of each range; +inf when nothing was seen
-    high: Tensor,  # (R,) float64, greatest value
+    low: Tensor,  # (..., R) float64, least value of each range; +inf when nothing was seen
+    high: Tensor,  # (..., R) float64, greatest value
     n_bins: int,
 ) -> tuple[Tensor, Tensor]:
     """Exponent and first bin of the smallest window that holds [low, high].
 
     Returns:
-        (exponent, origin), int64 tensors (R,); a range that saw nothing is taken as [0, 0].
+        (exponent, origin), int64 tensors (..., R); a range that saw nothing is taken as [0, 0].
     """
     empty = low > high
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)  # where() with a number would stall a device

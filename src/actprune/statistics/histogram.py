@@ -31,7 +31,7 @@ RANGES = ("layer", "unit")
 
 
 Window = tuple[Tensor, Tensor]
-"""Exponent and first bin, (1,) or (U,)."""
+"""Exponent and first bin, (..., 1) or (..., U)."""
 Block = tuple[slice, Tensor, Tensor]
 """Units, and what ``bin_index`` takes for their columns."""
 

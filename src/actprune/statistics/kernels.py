@@ -58,8 +58,8 @@ def try_out(device: torch.device) -> None:
     heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(0, 1, 1, 1, False, 0, 1, base) for base in (0, 1)]
     for _ in range(2):  # the second time as compiled
         out.fill_(1)
-        few(heads, table(sources[:1], device), out, 0, 1, 1, 1, False, x.dtype)
-        means(heads, table(sources[1:], device), out, 0, 1, 1, 1, x.dtype)
+        few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
+        means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
         if out.any() or differ([(x, x.clone()), (x, x + 1)], device).tolist() != [0, 1]:
             raise RuntimeError("kernels of Triton run, and compute something else")
 
@@ -71,12 +71,11 @@ def table(sources: list[Source], device: torch.device) -> Tensor:
 
 
 def few(
-    heads: Tensor,  # (L B + B N,) int64: of each place and batch, where its contiguous (N, channels, space) lies, then all ids
+    heads: Tensor,  # (L + N,) int64: addresses of contiguous (N, channels, space), one per place, then the samples' ids
     sources: Tensor,  # (S, 8) ``table``
     out: Tensor,  # float32, flat
     row: int,
     n_samples: int,
-    n_batches: int,
     widest: int,
     halved: bool,
     dtype: torch.dtype,
@@ -88,15 +87,13 @@ def few(
         sources: what does not.
         out: where it is written.
         row: of ``out``, that of the first sample.
-        n_samples: N, of each batch.
-        n_batches: B.
+        n_samples: N.
         widest: the greatest channels times k.
         halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
         dtype: of what is read, one of ``TYPES``.
     """
-    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), n_batches)
-    n_addresses = len(heads) - n_samples * n_batches
-    _launch(_few, grid, (heads, sources, out, row, n_samples, n_addresses), (halved, TYPES[dtype], _BLOCK))
+    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), 1)
+    _launch(_few, grid, (heads, sources, out, row, n_samples, len(heads) - n_samples), (halved, TYPES[dtype], _BLOCK))
 
 
 def means(
@@ -105,12 +102,11 @@ def means(
     out: Tensor,
     row: int,
     n_samples: int,
-    n_batches: int,
     widest: int,
     dtype: torch.dtype,
 ) -> None:
     """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
-    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), n_batches)
+    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), 1)
     _launch(_means, grid, (heads, sources, out, row, n_samples), (TYPES[dtype], _LINES, _WIDTH))
 
 
@@ -156,16 +152,15 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["row", "n_samples", "n_addresses"])
 def _few(heads, sources, out, row, n_samples, n_addresses, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    batch = tl.program_id(2)
     source = sources + tl.program_id(1) * _FIELDS
     place, channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2), tl.load(source + 3)
     is_drawn, column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
-    x = tl.load(heads + place * tl.num_programs(2) + batch).to(tl.pointer_type(DTYPE))
+    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < n_samples * channels * k
     sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
 
-    ids = tl.load(heads + n_addresses + batch * n_samples + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    ids = tl.load(heads + n_addresses + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
     key = _mix(ids ^ _SEED)
     if HALVED:
         inside = inside & ((is_drawn == 0) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
@@ -175,8 +170,7 @@ def _few(heads, sources, out, row, n_samples, n_addresses, HALVED: tl.constexpr,
     at = tl.where(is_drawn != 0, (drawn + rotation) % space, stratum)
 
     value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
-    there = row + batch * n_samples + sample
-    tl.store(out + base + (there * units + column + channel) * k + stratum, value, mask=inside)
+    tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -192,11 +186,10 @@ def _differ(told, found, n_pairs, WORDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["row", "n_samples"])
 def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    batch = tl.program_id(2)
     source = sources + tl.program_id(1) * _FIELDS
     place, channels, space = tl.load(source), tl.load(source + 1), tl.load(source + 2)
     column, units, base = tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
-    x = tl.load(heads + place * tl.num_programs(2) + batch).to(tl.pointer_type(DTYPE))
+    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     inside = line < n_samples * channels
     total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
@@ -205,5 +198,4 @@ def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.c
         read = inside[:, None] & (at < space)[None, :]
         total += tl.load(x + line.to(tl.int64)[:, None] * space + at[None, :], mask=read, other=0).to(tl.float32)
     value = tl.sum(total, 1) / space
-    there = row + batch * n_samples + line // channels
-    tl.store(out + base + there * units + column + line % channels, value, mask=inside)
+    tl.store(out + base + (row + line // channels) * units + column + line % channels, value, mask=inside)
