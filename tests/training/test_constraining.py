@@ -1,6 +1,7 @@
 """The callback keeps every layer within its limits while training, pruning and resuming."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -193,6 +194,21 @@ def test_hooks_leave_with_the_run(trainer):
     module = task()
     trainer(CapacityConstraint(lipschitz=1.0), max_epochs=1).fit(module, loader(), loader())
     assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
+class Saves(Callback):
+    """What a pickled copy of the network returns, and what the network does."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        x = torch.randn(2, 1, SIDE, SIDE)
+        with torch.no_grad():
+            self.seen = pickle.loads(pickle.dumps(pl_module.net))(x), pl_module.net(x)
+
+
+def test_a_network_can_be_pickled_while_it_is_constrained(trainer):
+    saves = Saves()
+    trainer(saves, CapacityConstraint(lipschitz=1.0), max_epochs=1).fit(task(), loader(), loader())
+    assert torch.equal(*saves.seen)
 
 
 class Replaced(Callback):

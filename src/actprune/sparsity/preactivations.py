@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from actprune.core.errors import ConfigError, ObservationError
-from actprune.core.hooks import uncompiled
+from actprune.core.hooks import Live, uncompiled
 from actprune.core.layers import runs_torch_forward
 from actprune.core.outputs import logits_of
 from actprune.graph import Graph, Group
@@ -108,8 +108,8 @@ class Sensitivities:
             stack.enter_context(uncompiled())
             for number, place in enumerate(self.places):
                 hook = partial(self._seen, number)
-                stack.callback(self.model.get_submodule(place.module).register_forward_hook(hook).remove)
-            stack.callback(self.model.register_forward_hook(self._finish, with_kwargs=True).remove)
+                stack.callback(self.model.get_submodule(place.module).register_forward_hook(Live(hook)).remove)
+            stack.callback(self.model.register_forward_hook(Live(self._finish), with_kwargs=True).remove)
             stack.callback(self._edges.clear)
             yield
 

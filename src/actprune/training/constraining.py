@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from actprune.capacity import constrain, linear_map, scaled
 from actprune.capacity.maps import CONVOLUTIONS
 from actprune.core.errors import ConfigError
+from actprune.core.hooks import Live
 from actprune.core.record import record_of, since
 from actprune.surgery.tensors import keep_indices, sliced
 from actprune.training.finding import names
@@ -91,7 +92,7 @@ class CapacityConstraint(Callback):
             self._begin_at(pl_module, layers)
         for path, layer in layers.items():
             if isinstance(layer, CONVOLUTIONS):
-                self._hooks.append(layer.register_forward_pre_hook(self._watch(path), with_kwargs=True))
+                self._hooks.append(layer.register_forward_pre_hook(Live(self._watch(path)), with_kwargs=True))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Scale the initialisation to the limit once sizes are known: right before the first step."""
