@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actprune.compensation import Layer
+from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 from actprune.graph import Site
 from actprune.pruning.sampling import Sampling
@@ -168,7 +169,7 @@ class Reads:
         found: dict[tuple[object, ...], Hand] = {}
         for site, index, statistics in self.entries:
             width = site.positions.shape[1]
-            channels = None if width == 1 or index is None else index.to(device)
+            channels = None if width == 1 or index is None else sent(index, device)
             of_units = None if width > 1 or index is None else index.flatten()
             usual = self._sampling.how(width * space)
             for key, statistic in statistics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actprune.core.tensors import sent
 from actprune.statistics import Density, every_second, position_bits, sample_positions
 
 Drawn = tuple[Tensor, Tensor, Tensor]
@@ -67,7 +68,7 @@ class Sampling:
             rows, _, drawn = self.draw(ids, positions, device)
             if (channels, positions, device) not in self._maps:
                 maps = torch.arange(channels, device="cpu") * positions
-                self._maps[channels, positions, device] = maps.view(1, -1, 1).to(device)
+                self._maps[channels, positions, device] = sent(maps.view(1, -1, 1), device)
             samples = drawn + rows * (channels * positions)
             known = samples.unsqueeze(1) + self._maps[channels, positions, device]
             self._flat[channels, positions, device] = known

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 from actprune.pruning.arena import Arena
 from actprune.pruning.settings import is_plain, settings
@@ -51,7 +52,7 @@ class Part:
             units = self.statistic.n_units
             return x if x.shape[1] == units else x[:, :units]
         if self._there is None or self._there.device != x.device:
-            self._there = self._channels.to(x.device)
+            self._there = sent(self._channels, x.device)
         return x.index_select(1, self._there)
 
     @property
