@@ -197,8 +197,8 @@ class Fused:
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
         self._most = min(layout.rows, max(len(ids), _memory(self._device) // _KEPT // max(1, largest)))
         self._layout, self._others = layout, None
-        self._together = {id(place.reads) for chunk in self._chunks for place in chunk.places}
         for place in (place for chunk in self._chunks for place in chunk.places):
+            self._together.add(id(place.reads))
             place.reads.expect_nothing()
         if same:
             layout.read(self._chunks[0], [trial.copy.data_ptr() for trial in same], ids, 0, self._sampling.is_halved)

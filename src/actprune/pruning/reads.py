@@ -108,8 +108,7 @@ class Reads:
         if self._expected != (x.shape, x.dtype, x.device) or x.requires_grad or not x.is_contiguous():
             return False
         self._expected = None
-        for layer, _ in self.folded:
-            layer.space = tuple(x.shape[2:])
+        self._tell_layers(x)
         for hand, places, room, ids in self._ready:
             if places is not None:
                 read = torch.take(x, places, out=room)
@@ -123,14 +122,22 @@ class Reads:
 
     def together(self, x: Tensor) -> list[Hand] | None:
         """Who gets what of x (N, C, *positions), if all of it may wait, and be read with what other places read."""
-        space = math.prod(x.shape[2:])
-        hands = self._hands.get((space, x.device))
-        if hands is None:
-            hands = self._hands[space, x.device] = self._divided(space, x.device)
+        hands = self._hands_of(math.prod(x.shape[2:]), x.device)
         if not all(hand.later and hand.channels is None for hand in hands):
             return None
+        self._tell_layers(x)
+        return hands
+
+    def _tell_layers(self, x: Tensor) -> None:
+        """Say how large the maps are to the layers whose mean inputs are folded."""
         for layer, _ in self.folded:
             layer.space = tuple(x.shape[2:])
+
+    def _hands_of(self, space: int, device: torch.device) -> list[Hand]:
+        """Who gets what of maps of one size; the same objects each time."""
+        hands = self._hands.get((space, device))
+        if hands is None:
+            hands = self._hands[space, device] = self._divided(space, device)
         return hands
 
     def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
@@ -143,12 +150,9 @@ class Reads:
             as_read: x lies as the place reads it, so that the next batch may be expected to lie so, too.
         """
         shape = tuple(x.shape)
-        for layer, _ in self.folded:
-            layer.space = tuple(shape[2:])
+        self._tell_layers(x)
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
-        hands = self._hands.get((x.shape[2], x.device))
-        if hands is None:
-            hands = self._hands[x.shape[2], x.device] = self._divided(x.shape[2], x.device)
+        hands = self._hands_of(x.shape[2], x.device)
         plain = as_read and x.is_contiguous()
         for hand in hands:
             given, there = self._made(hand, x, ids)
