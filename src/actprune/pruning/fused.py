@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
+from actprune.core.switches import GARBAGE
 from actprune.core.tensors import sent
 from actprune.pruning.compiled import kernels
 from actprune.pruning.kept import Chunk, Place
@@ -93,7 +94,8 @@ class Fused:
         if ids is None:
             return
         if self._is_first:
-            self._set_up(ids)
+            with GARBAGE.turned():
+                self._set_up(ids)
         elif self._layout is not None:
             if all(chunk.is_empty if chunk.is_read else self._read(chunk, ids, self._layout) for chunk in self._chunks):
                 self._waits(ids)

@@ -23,6 +23,7 @@ from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, joined, listening, uncompiled, watch_operands
 from actprune.core.labels import is_class_vector
+from actprune.core.switches import GARBAGE
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, is_recurrent
 from actprune.pruning.folded import layer_of, statistic_of
@@ -73,9 +74,10 @@ class Observation:
         self._reads: dict[tuple[str, int | None, int, int], Reads] = {}
         self._where: dict[int, str] = {}
         self._like: dict[tuple[str, int], Accumulator] = {}
-        self._criterion(graph, criterion)
-        if compensation is not None:
-            self._compensation(graph, compensation)
+        with GARBAGE.turned():
+            self._criterion(graph, criterion)
+            if compensation is not None:
+                self._compensation(graph, compensation)
 
     def _criterion(self, graph: Graph, criterion: Criterion) -> None:
         wanted = criterion.statistics()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actprune.core.switches import GARBAGE
 from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 from actprune.pruning.arena import Arena
@@ -198,7 +199,7 @@ class Updates:
 
     def _make(self) -> None:
         """Make the updates that wait here, and those that are due."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), GARBAGE.turned():
             waiting, self._waiting, self._held = list(self._waiting.values()), {}, 0
             self._due += self._companies(waiting)
             while self._due:  # each leaves before it is counted, so that nothing is counted twice after an error
