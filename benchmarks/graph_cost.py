@@ -6,16 +6,21 @@ Three tables, every time the median of ``--runs``. Large models of torchvision a
 from the trace, half of every group cut (drafted and executed together, without proof forwards), the whole of ``Pruner``
 (trace, rehearsal of two cuts, repairs), and the memory of the process at its highest over a cut, in sizes of the model. Chains
 of concatenations 32 to 256 layers deep: seconds per layer. ``--peer``: seconds until Torch-Pruning has pruned the same model.
+
+Before each run what earlier ones left is collected, not meanwhile; that empties the processor's caches too, as they are where
+a model is traced once. *At once*: run after run without a pause, where the state of a short chain stays in these caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,15 +56,24 @@ class Chain(nn.Module):
         return self.head(torch.cat(features, 1))
 
 
-def median(action: Callable[[], Any], runs: int) -> float:
-    """Seconds, the first run left out."""
-    action()
+def median(action: Callable[..., Any], runs: int, given: Callable[[], Any] | None = None, at_once: bool = False) -> float:
+    """Seconds, the first run left out.
+
+    Args:
+        action: what is timed.
+        runs: how often.
+        given: makes what the action takes, before the clock starts.
+        at_once: without collecting what the run before has left.
+    """
     times = []
-    for _ in range(runs):
+    for _ in range(runs + 1):
+        arguments = () if given is None else (given(),)
+        if not at_once:
+            gc.collect()
         start = time.perf_counter()
-        action()
+        action(*arguments)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 def halves(graph: actprune.Graph) -> dict[str, list[int]]:
@@ -67,15 +81,13 @@ def halves(graph: actprune.Graph) -> dict[str, list[int]]:
     return {group.name: list(range(0, group.size - 1, 2)) for group in graph.unlocked}
 
 
-def cutting(model: nn.Module, graph: actprune.Graph, runs: int) -> float:
+def cutting(model: nn.Module, graph: actprune.Graph, runs: int, at_once: bool = False) -> float:
     """Seconds to draft and execute the cut of half of everything."""
-    times = []
-    for _ in range(runs):
-        twin = copy.deepcopy(model)
-        start = time.perf_counter()
+
+    def halve(twin: nn.Module) -> None:
         cut(twin, draft(twin, graph, halves(graph)))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+
+    return median(halve, runs, partial(copy.deepcopy, model), at_once)
 
 
 def peak(action: Callable[[], Any]) -> int:
@@ -134,20 +146,35 @@ def peer_seconds(model: nn.Module, x: Tensor) -> float:
 
 def chains(console: Console, runs: int, peer: bool) -> None:
     """What a layer reads, and so what a forward computes, grows with depth: read the seconds beside those of the forward."""
-    heads = ("layers", "trace", "units", "cut", "forward, ms per layer", "all, ms per layer", "peer, ms per layer")
-    table = Table(*heads, title="dense chains, seconds")
+    per_layer = ("forward", "all", "all at once", "peer")
+    table = Table("layers", "trace", "units", "cut", *per_layer, title="dense chains: seconds; right of cut, ms per layer")
+    costs = []
     for depth in DEPTHS:
         model, x = Chain(depth).eval(), torch.rand(1, 4, 4, 4)
         with torch.no_grad():
             forward = f"{1000 * median(partial(model, x), runs) / depth:.3f}"
-        traced = median(partial(run, model, x), runs)
-        state = run(model, x)
-        units = median(partial(build, state, model), runs)
-        seconds = cutting(model, actprune.trace(model, x), runs)
-        theirs = f"{1000 * peer_seconds(model, x) / depth:.1f}" if peer else "-"
-        total = 1000 * (traced + units + seconds) / depth
-        table.add_row(str(depth), f"{traced:.2f}", f"{units:.2f}", f"{seconds:.2f}", forward, f"{total:.2f}", theirs)
+        state, graph = run(model, x), actprune.trace(model, x)
+        seconds = [
+            (
+                median(partial(run, model, x), runs, at_once=at_once),
+                median(partial(build, state, model), runs, at_once=at_once),
+                cutting(model, graph, runs, at_once),
+            )
+            for at_once in (False, True)
+        ]
+        costs.append([1000 * sum(parts) / depth for parts in seconds])
+        theirs = f"{peer_seconds(model, x) * 1000 / depth:.1f}" if peer else "-"
+        table.add_row(
+            str(depth), *(f"{part:.2f}" for part in seconds[0]), forward, *(f"{cost:.2f}" for cost in costs[-1]), theirs
+        )
     console.print(table)
+    once, again = (1 + statistics.linear_regression(*logs(each)).slope for each in zip(*costs, strict=True))
+    console.print(f"depth to the power of {once:.2f}; at once {again:.2f}")
+
+
+def logs(costs: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Of depths, and of what a layer costs at each."""
+    return [math.log(depth) for depth in DEPTHS], [math.log(cost) for cost in costs]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Ids: TypeAlias = "NDArray[np.int64] | None"
 
@@ -122,15 +123,15 @@ class Joined:
     """One concatenation: in a dense block the next one begins with all of it."""
 
     dim: int
-    parts: Sequence[list[Ids]]
-    """Ids of every tensor; the very lists, which stay the same until something writes to the tensor."""
+    tensors: Sequence[Tensor]
+    """What was joined, as long as nothing writes to any of them."""
     ids: list[Ids]
     extent: int
     """Of the result along ``dim``."""
 
-    def begins(self, dim: int, parts: Sequence[list[Ids]]) -> bool:
+    def begins(self, dim: int, tensors: Sequence[Tensor]) -> bool:
         """Whether another concatenation begins with all of this one."""
-        return self.dim == dim and 0 < len(self.parts) <= len(parts) and all(map(is_, self.parts, parts))
+        return self.dim == dim and 0 < len(self.tensors) <= len(tensors) and all(map(is_, self.tensors, tensors))
 
 
 def first(candidates: Sequence[Ids]) -> Ids:

@@ -1,4 +1,4 @@
-"""What a trace collects: ids of tensors, contractions, attribute bindings, batch norms, operators without a rule."""
+"""What a trace knows while it runs: ids of tensors, what made them, what was tied and locked, and what it has noted down."""
 
 from __future__ import annotations
 
@@ -13,63 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actprune.graph.ids import Ids, IdSpace, Joined, first
+from actprune.graph.ids import FIXED, Ids, IdSpace, Joined, first
 from actprune.graph.naming import Naming
+from actprune.graph.records import Binding, Contraction
 from actprune.graph.splits import Splits
 from actprune.graph.weak import ByTensor
 
 if TYPE_CHECKING:
     from actprune.graph.remains import Sum
-
-
-@dataclass
-class Contraction:
-    """One multiply-add operator: which ids it sums over, which it produces, how many multiply-adds it does."""
-
-    module: str
-    """Path of the innermost module that was running."""
-    ordinal: int
-    """How many contractions this call of the module had run before this one."""
-    operand: int
-    """Position of the activation among the operator's arguments."""
-    dim: int
-    """The operand's dimension that is summed over, from the end: a linear layer runs as ``mm`` here and as ``bmm`` there."""
-    reads: Ids
-    """Ids of the operand along ``dim``."""
-    writes: Ids
-    """Ids of the output channels."""
-    macs: int
-    """Multiply-adds that no width changes (batch, positions, kernel)."""
-    widths: list[NDArray[np.int64]]
-    """Id arrays whose kept lengths multiply ``macs``."""
-    weight: str | None = None
-    """Name of the weight parameter, if the other operand is one (possibly transposed)."""
-    weight_reads: int = 1
-    """The weight's dimension that is summed over."""
-    bias: str | None = None
-    """Name of the bias parameter."""
-    batch_norm: str | None = None
-    """Path of the batch norm that alone reads the output."""
-    readers: int = 0
-    """How many operators read the output."""
-    training: bool = False
-    """Runs in training mode only: tied and cut, but neither counted nor observed."""
-    observed: bool = True
-    """Whether what it reads can be watched: a recurrent layer's states cannot."""
-
-
-@dataclass
-class Binding:
-    """An attribute of a module whose value must follow the cut."""
-
-    module: str
-    attribute: str
-    index: int | None
-    """Position inside a tuple or list attribute, or None for an int."""
-    counts: NDArray[np.int64]
-    """One id per counted thing: the attribute's new value is how many of them stay."""
-    assumed: bool = False
-    """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
 
 
 Column: TypeAlias = "NDArray[np.int64] | tuple[str, int]"
@@ -138,8 +89,11 @@ class TraceState(Naming, Splits):
             for ids in summed:
                 self.may_count(ids)
 
-    def ids(self, tensor: Tensor) -> list[Ids]:
-        """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed."""
+    def ids(self, tensor: Tensor, meets: tuple[int, NDArray[np.int64]] | None = None) -> list[Ids]:
+        """Ids of every dimension; a parameter or buffer gets fresh ones when first met, anything else unknown is fixed.
+
+        ``meets``: a dimension and the ids that it meets, which it takes instead of fresh ones.
+        """
         known = self._ids.get(tensor)
         if known is not None:
             return known
@@ -150,13 +104,34 @@ class TraceState(Naming, Splits):
             return known
         if name not in self.tensor_ids:
             self.tensors[name] = tensor
-            self.tensor_ids[name] = [self.space.fresh(n) for n in tensor.shape]
+            met = dict([meets] if meets else ())
+            self.tensor_ids[name] = [
+                self._taken(met[dim]) if dim in met else self.space.fresh(n) for dim, n in enumerate(tensor.shape)
+            ]
             if why := self._out_of_reach(name.rpartition(".")[0]):
                 for ids in self.tensor_ids[name]:
                     self.space.lock(ids, why)
         self._ids[tensor] = known = list(self.tensor_ids[name])
         self._origins[tensor] = name
         return known
+
+    def tied(self, tensor: Tensor, dim: int, ids: Ids) -> list[Ids]:
+        """Ids of every dimension of a tensor, one of which is tied to these ids: a new parameter takes them as they are."""
+        if ids is None or tensor in self._ids or id(tensor) not in self.names:
+            own = self.ids(tensor)
+            self.tie(ids, own[dim])
+            return own
+        return self.ids(tensor, (dim, ids))
+
+    def _taken(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """These ids, and fresh ones where there are none: locked where the width is fixed."""
+        missing = ids < 0
+        if not missing.any():
+            return ids
+        own = ids.copy()
+        own[missing] = self.space.fresh(int(missing.sum()))
+        self.lock(own[ids == FIXED], "meets a fixed width")
+        return own
 
     def _out_of_reach(self, path: str) -> str | None:
         """Why nothing can take the place of what a module holds."""
@@ -194,6 +169,8 @@ class TraceState(Naming, Splits):
 
     def set(self, tensor: Tensor, ids: Sequence[Ids]) -> None:
         """Remember the ids of an operator's output; a tensor written in place is no longer what it was."""
+        if tensor in self._ids:
+            self.joined = None
         self._ids[tensor] = list(ids)
         self._unmet.pop(tensor)
         self._producers.pop(tensor)
@@ -231,7 +208,7 @@ class TraceState(Naming, Splits):
 
     def producers(self, tensors: Sequence[Tensor]) -> list[Contraction]:
         """The contractions whose outputs are among these tensors."""
-        return list(filter(None, self._producers.each(tensors)))
+        return list(filter(None, self._producers.each(tensors))) if self._producers else []
 
     def producer(self, tensor: Tensor) -> Contraction | None:
         """The contraction whose output this is, if it is one."""

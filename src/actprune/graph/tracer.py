@@ -26,10 +26,11 @@ from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
 from actprune.graph import remains
 from actprune.graph.compared import Comparisons
+from actprune.graph.records import Binding
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.splits import Factor, settled
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import TraceState
 from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
 
@@ -272,6 +273,7 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
         tracer = ChannelTracer(state)
         with tracer, Comparisons(state), Wholes(tracer) if wanted(model) else nullcontext():
             output = call(model, example)
+        state.joined = None  # which keeps tensors
         state.where = "the model's output"
         returned = list(_tensors(output))
         state.read(returned)

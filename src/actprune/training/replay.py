@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
+from actprune.core.hooks import Live
+
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _OWN = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
 
@@ -40,7 +42,7 @@ class Replay:
             stack.enter_context(_others_evaluating(self.task, network))
             for child in self.task.children() if network is self.task else [network]:
                 if is_network_part(child):
-                    stack.callback(child.register_forward_hook(keep_last).remove)
+                    stack.callback(child.register_forward_hook(Live(keep_last)).remove)
             result = validate(self.task, self.batch, self.dataloader_idx)
         return [leaf for leaf in tree_leaves([result, results]) if isinstance(leaf, Tensor)]
 

@@ -20,8 +20,8 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
     Grouped: the unit is a whole group, its inputs and its outputs. Transposed: the weight is (in, out / groups, ...).
     """
-    x, weight = t.ids(a.input), t.ids(a.weight)
-    transposed = bool(getattr(a, "transposed", False))
+    x, transposed = t.ids(a.input), bool(getattr(a, "transposed", False))
+    weight = t.tied(a.weight, 1 - transposed, x[1]) if a.groups == 1 else t.ids(a.weight)
     for kernel in weight[2:]:
         t.lock(kernel, "kernel position")
     mixed = _mixed(a)
@@ -41,7 +41,6 @@ def convolution(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], reads)]
     elif a.groups == 1:
         reads, writes = (outer, inner) if transposed else (inner, outer)
-        t.tie(x[1], reads)
         operand = known(x[1], reads)
         sizes = [(a.weight.shape[0], outer), (a.weight.shape[1], inner)]
     else:

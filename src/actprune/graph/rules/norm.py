@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from actprune.graph.ids import Ids
+from actprune.graph.records import Binding
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import TraceState
 
 
 def tie_along(t: TraceState, a: SimpleNamespace, dim: int, *names: str) -> None:

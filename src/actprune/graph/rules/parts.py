@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from actprune.graph.ids import Ids
+from actprune.graph.records import Binding
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import TraceState
 
 # what nobody takes for a kernel, a window or a head count of the same value
 _PART_WORDS = ("dim", "channel", "width", "hidden", "feature", "plane", "filter")

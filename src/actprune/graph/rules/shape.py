@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from actprune.graph.ids import FIXED, Ids, Joined, free
+from actprune.graph.records import Binding
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import TraceState
 
 
 @rule("t")
@@ -98,16 +99,16 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
 @rule("cat")
 def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Ids are concatenated along the dimension and tied along the others."""
-    tensors, parts, dim = a.tensors, t.ids_of(a.tensors), a.dim % out.dim()
-    if t.joined is not None and t.joined.begins(dim, parts):
-        n = len(t.joined.parts)
-        every, tensors, extents = [t.joined.ids, *parts[n:]], tensors[n:], [t.joined.extent]
-    else:
-        every, extents = parts, []
+    tensors, dim = a.tensors, a.dim % out.dim()
+    every: list[list[Ids]] = []
+    extents: list[int] = []
+    if t.joined is not None and t.joined.begins(dim, tensors):
+        tensors = tensors[len(t.joined.tensors) :]
+        every, extents = [t.joined.ids], [t.joined.extent]
+    every += t.ids_of(tensors)
     if any(len(ids) != out.dim() for ids in every):  # no detections at all: one empty dimension
         tensors = [x for x in a.tensors if x.dim() == out.dim()]
-        every = parts = t.ids_of(tensors)
-        extents = []
+        every, extents = t.ids_of(tensors), []
     result: list[Ids] = []
     for d, columns in enumerate(zip(*every, strict=True)):
         if d != dim:
@@ -120,8 +121,8 @@ def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
             extents += [x.shape[d] for x in tensors]
             filled = [np.full(n, FIXED) if ids is None else ids for n, ids in zip(extents, columns, strict=True)]
             result.append(np.concatenate(filled))
-    t.joined = Joined(dim, parts, result, out.shape[dim])
     t.set(out, result)
+    t.joined = Joined(dim, a.tensors, result, out.shape[dim])
 
 
 @rule("stack")

@@ -15,8 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from actprune.graph.ids import FREE, Ids, free
+from actprune.graph.records import Binding
 from actprune.graph.rules.registry import rule
-from actprune.graph.state import Binding, TraceState
+from actprune.graph.state import TraceState
 
 _HEAD_WORDS = ("head", "d_kv", "key_value_proj_dim")
 _WIDTH_WORDS = ("dim", "size", "channel", "width", "d_kv", "d_head", "per_head")
