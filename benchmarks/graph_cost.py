@@ -146,30 +146,29 @@ def peer_seconds(model: nn.Module, x: Tensor) -> float:
 
 def chains(console: Console, runs: int, peer: bool) -> None:
     """What a layer reads, and so what a forward computes, grows with depth: read the seconds beside those of the forward."""
-    per_layer = ("forward", "all", "all at once", "peer")
-    table = Table("layers", "trace", "units", "cut", *per_layer, title="dense chains: seconds; right of cut, ms per layer")
+    parts = ("forward", "trace", "units", "cut", "the three", "the three, at once")
+    table = Table("layers", *parts, "peer", title="dense chains, ms per layer")
     costs = []
     for depth in DEPTHS:
         model, x = Chain(depth).eval(), torch.rand(1, 4, 4, 4)
-        with torch.no_grad():
-            forward = f"{1000 * median(partial(model, x), runs) / depth:.3f}"
         state, graph = run(model, x), actprune.trace(model, x)
-        seconds = [
+        with torch.no_grad():
+            forward = median(partial(model, x), runs)
+        once, again = (
             (
                 median(partial(run, model, x), runs, at_once=at_once),
                 median(partial(build, state, model), runs, at_once=at_once),
                 cutting(model, graph, runs, at_once),
             )
             for at_once in (False, True)
-        ]
-        costs.append([1000 * sum(parts) / depth for parts in seconds])
-        theirs = f"{peer_seconds(model, x) * 1000 / depth:.1f}" if peer else "-"
-        table.add_row(
-            str(depth), *(f"{part:.2f}" for part in seconds[0]), forward, *(f"{cost:.2f}" for cost in costs[-1]), theirs
         )
+        costs.append((sum(once) / depth, sum(again) / depth))
+        row = [1000 * seconds / depth for seconds in (forward, *once, sum(once), sum(again))]
+        theirs = f"{1000 * peer_seconds(model, x) / depth:.1f}" if peer else "-"
+        table.add_row(str(depth), *(f"{cost:.2f}" for cost in row), theirs)
     console.print(table)
-    once, again = (1 + statistics.linear_regression(*logs(each)).slope for each in zip(*costs, strict=True))
-    console.print(f"depth to the power of {once:.2f}; at once {again:.2f}")
+    powers = [1 + statistics.linear_regression(*logs(each)).slope for each in zip(*costs, strict=True)]
+    console.print("the three together: depth to the power of {:.2f}; at once {:.2f}".format(*powers))
 
 
 def logs(costs: Sequence[float]) -> tuple[list[float], list[float]]:
