@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from actprune.core.contents import Contents, inside, put_back
 from actprune.core.hooks import uncompiled
 from actprune.core.switches import EVERY_MODULE, GENERATOR, PLAIN_ATTENTION
+from actprune.core.unwritten import Unwritten
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]"
 """A tensor, a tuple of positional arguments, a mapping of keyword arguments, or ``lambda model: ...``."""
@@ -55,16 +57,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, training in modes.items():
+            if training and not module.training and type(module).train is not nn.Module.train:
+                module.train()  # which does more than to set a flag: adapters leave the weights that they were merged into
+        for module, training in modes.items():
             module.training = training
 
 
-_HOOKS = (
+_REGISTERED = (
+    "_parameters",
+    "_buffers",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+_OF_MODULES = frozenset(vars(nn.Module()))  # what PyTorch keeps in every module
 
 
 _WATCHING = ("wandb", "comet_ml")
@@ -75,13 +83,17 @@ _WATCHING = ("wandb", "comet_ml")
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no autocast, no fused attention, unwatched; afterwards everything is as it was.
 
-    Restores the attributes and hooks of every module (its training flag among them), buffers that were written to or
-    replaced, and the random number generators.
+    Restores the attributes and hooks of every module (its training flag among them) with what lists, dicts, arrays and plain
+    objects among them hold, parameters, buffers and other tensors that were written to or replaced, and the random number
+    generators.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
-    registered = {module: {name: dict(getattr(module, name)) for name in ("_buffers", *_HOOKS)} for module in model.modules()}
+    registered = {module: {name: dict(getattr(module, name)) for name in _REGISTERED} for module in model.modules()}
+    kinds = {module: type(module) for module in registered}
     for module in registered:
         _unwatch(module)
+    found = list(inside(value for held in attributes.values() for name, value in held.items() if name not in _OF_MODULES))
+    contents = Contents(found)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
@@ -94,19 +106,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(uncompiled())
         stack.enter_context(PLAIN_ATTENTION.turned())
+        stack.enter_context(Unwritten([*model.parameters(), *tensors_of(found)]))
         model.eval()
         try:
             yield
         finally:
             for module, held in attributes.items():
-                _put_back(vars(module), held)
+                if type(module) is not kinds[module]:
+                    continue  # a lazy layer that knows its shape now
+                put_back(vars(module), held)
                 for name, content in registered[module].items():
-                    _put_back(getattr(module, name), content)
+                    put_back(getattr(module, name), content)
+            contents.put_back()
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
                 if not buffer.is_meta and not torch.equal(_dense(buffer), _dense(before)):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
+
+
+def tensors_of(found: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors, and parameters and buffers of modules, among what is held."""
+    for value in found:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            yield from value.parameters()
+            yield from value.buffers()
 
 
 def _dense(buffer: Tensor) -> Tensor:
@@ -119,10 +145,3 @@ def _unwatch(module: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if str(getattr(hook, "__module__", "")).partition(".")[0] in _WATCHING:
                 del hooks[key]
-
-
-def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Make ``now`` hold the very objects of ``before``."""
-    if len(now) != len(before) or any(key not in now or now[key] is not value for key, value in before.items()):
-        now.clear()
-        now.update(before)

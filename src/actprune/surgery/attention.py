@@ -7,6 +7,7 @@ one whose forward reads every width from the weights; parameters and state dict 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -104,3 +105,13 @@ def adopt(module: nn.MultiheadAttention, changes: Transaction) -> None:
     same = module._qkv_same_embed_dim
     module._qkv_same_embed_dim = False
     changes.did(lambda: setattr(module, "_qkv_same_embed_dim", same))
+
+
+def unnest(model: nn.Module, changes: Transaction) -> None:
+    """Let encoders hand plain batches to layers whose attention was cut; nested ones are for PyTorch's fused kernel alone."""
+    for encoder in model.modules():
+        if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
+            continue
+        if any(isinstance(module, PrunedMultiheadAttention) for module in encoder.modules()):
+            encoder.use_nested_tensor = False
+            changes.did(partial(setattr, encoder, "use_nested_tensor", True))

@@ -17,7 +17,7 @@ from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import SurgeryError
 from actprune.core.plan import Plan
 from actprune.surgery import optimizer as optimizers_
-from actprune.surgery.attention import adopt
+from actprune.surgery.attention import adopt, unnest
 from actprune.surgery.attributes import assign, derived
 from actprune.surgery.tensors import Holders, keep_indices, lookup, sliced, smaller
 from actprune.surgery.transaction import Transaction, transaction
@@ -90,6 +90,7 @@ def _apply(model: nn.Module, plan: Plan, optimizers: list[Optimizer], changes: T
             adopt(module, changes)
         for attribute, value in derived(module).items():
             assign(module, attribute, value, changes)
+    unnest(model, changes)
     for path, attributes in plan.attributes.items():
         for attribute, kept in attributes.items():
             assign(model.get_submodule(path), attribute, kept, changes)

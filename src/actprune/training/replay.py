@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
+from actprune.core.calling import tensors_of
+from actprune.core.contents import Contents, inside
 from actprune.core.hooks import Live
+from actprune.core.unwritten import Unwritten
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _OWN = frozenset(vars(LightningModule()))  # what Lightning and torch keep in every module
 
 
@@ -74,26 +75,28 @@ def _others_evaluating(task: LightningModule, network: nn.Module) -> Iterator[No
 def harmless(task: LightningModule) -> Iterator[None]:
     """Let ``validation_step`` run outside the loop: nothing is logged, by ``log`` or to loggers, and nothing is left of it.
 
-    Put back are the LightningModule's attributes, and the content of metrics, lists, sets, dicts and of what these hold.
+    Put back are the LightningModule's attributes and the content of metrics, lists, sets, dicts, arrays, plain objects and of
+    what these hold, with all tensors among them.
     """
     attributes, trainer = dict(vars(task)), task._trainer
     loggers = [] if trainer is None else trainer.loggers
-    held = list(_containers(value for name, value in attributes.items() if name not in _OWN))
-    kept = [copy.copy(value) for value in held]
-    metrics = [(module, dict(vars(module)), _states(module)) for module in task.modules() if isinstance(module, Metric)]
+    found = list(inside(value for name, value in attributes.items() if name not in _OWN))
+    contents = Contents(found)
+    modules = [*task.modules(), *(part for value in found if isinstance(value, nn.Module) for part in value.modules())]
+    metrics = [(module, dict(vars(module)), _states(module)) for module in modules if isinstance(module, Metric)]
     for name in ("log", "log_dict"):
         object.__setattr__(task, name, _ignore)
     if trainer is not None:
         trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        yield
+        with Unwritten([*task.parameters(), *tensors_of(found)]):
+            yield
     finally:
         if trainer is not None:
             trainer.loggers = loggers
         vars(task).clear()
         vars(task).update(attributes)
-        for value, content in zip(held, kept, strict=True):
-            _refill(value, content)
+        contents.put_back()
         for metric, fields, states in metrics:
             vars(metric).update(fields)
             for name, content in states.items():
@@ -130,28 +133,17 @@ def copied(value: Any) -> Any:
     return mapped(value, lambda tensor: tensor.detach().clone())
 
 
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if type(value) in _CONTAINERS:
-            yield value
-            if isinstance(value, dict):
-                yield from _containers(value.values())
-
-
 def _states(metric: Metric) -> dict[str, Any]:
     return {name: copied(getattr(metric, name)) for name in metric._defaults}
 
 
 def _refill(value: Any, content: Any) -> None:
-    # In place: a metric collection shares one state among several metrics, and users keep references.
+    # in place: a metric collection shares one state among several metrics, and users keep references
     if isinstance(value, Tensor):
         value.copy_(content)
-    elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(content)
     else:
         value.clear()
-        value.update(content)
+        value.extend(content)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
