@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -109,6 +109,34 @@ class Ear:
 
     def __reduce__(self) -> Any:
         return _itself, (self._forward,)
+
+
+class _Around:
+    """Stands in for a method and runs it inside a context; copied or pickled, it is the plain method."""
+
+    def __init__(self, method: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.__wrapped__, self._context = method, context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._context():
+            return self.__wrapped__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.__wrapped__,)
+
+
+@contextmanager
+def around(module: nn.Module, name: str, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside the block the module's method of that name runs inside the context each time."""
+    before, method = vars(module).get(name), getattr(module, name)
+    object.__setattr__(module, name, _Around(method, context))
+    try:
+        yield
+    finally:
+        put_back(module, name, before)
 
 
 def put_back(module: nn.Module, name: str, value: Any) -> None:

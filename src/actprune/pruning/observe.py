@@ -29,7 +29,7 @@ from actprune.graph import Consumer, Graph, is_recurrent
 from actprune.pruning.folded import layer_of, statistic_of
 from actprune.pruning.fused import Fused
 from actprune.pruning.gradients import differentiated
-from actprune.pruning.reads import Reads
+from actprune.pruning.reads import Reads, is_identity
 from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.settings import is_plain
@@ -95,7 +95,7 @@ class Observation:
                     kinds[statistic.differentiates].append((key, statistic))
                     self._needs_labels |= statistic.needs_labels
                     self._where[id(statistic)] = f"group {group.name!r} as read by {site.name!r}"
-                index = None if _is_identity(site.positions) else torch.from_numpy(site.positions)
+                index = None if is_identity(site.positions) else torch.from_numpy(site.positions)
                 for kind, statistics in kinds.items():
                     if kind is None:
                         reads = self._read_at(site.module, site.ordinal, site.operand, site.dim)
@@ -249,6 +249,19 @@ class Observation:
         finally:
             self._paused = before
 
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Inside a block in which nothing is observed: what runs here is, and is counted when this one ends."""
+        before, self._paused = self._paused, False
+        try:
+            yield
+        except BaseException:
+            self._fused.drop()
+            raise
+        finally:
+            self._fused.stop()
+            self._paused = before
+
     @property
     def differentiates(self) -> frozenset[str]:
         """What the criterion differentiates: ``loss``, ``outputs``, ``output_sum``; empty for criteria without gradients."""
@@ -334,7 +347,3 @@ class Observation:
                 if statistic.differentiates is not None and statistic.n_samples == 0:
                     cure = "; it is a statistic of gradients: call differentiate() after every batch"
                 raise ObservationError(f"at {self._where[id(statistic)]}: {error}{cure}") from None
-
-
-def _is_identity(at: np.ndarray) -> bool:
-    return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))

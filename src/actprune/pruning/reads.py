@@ -13,7 +13,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actprune.compensation import Layer
@@ -204,3 +206,8 @@ class Reads:
         if hand.how == "mean":
             x = x.mean(2, keepdim=True, dtype=torch.float32)
         return x, self._sampling.on(x.device, ids)
+
+
+def is_identity(at: NDArray[np.int64]) -> bool:  # (n_units, k)
+    """Whether unit i is position i."""
+    return at.shape[1] == 1 and np.array_equal(at[:, 0], np.arange(len(at)))

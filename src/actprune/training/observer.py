@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from actprune.core.hooks import around
 from actprune.pruning import Observation, Pruner
 from actprune.training.example import Call, Network, n_samples
 from actprune.training.gradients import Gradients, Loss
@@ -45,6 +46,7 @@ class Observer:
         self._dealt_out: dict[int, float] = {}
         self._position = (0, 0)
         self._batch: Any = None
+        self._listens, self._in_step = True, False
         self._seen: set[str] = set()
         self._gradients: dict[str, Gradients] = {}
         self.seconds = 0.0
@@ -58,26 +60,44 @@ class Observer:
         for path, network in self._networks.items():
             self._hooks.enter_context(network.calls(partial(self._called, path)))
             observation = self._hooks.enter_context(self._pruners[path].observe(expected))
+            self._hooks.enter_context(observation.paused())
             self.observations[path] = observation
             self._gradients[path] = Gradients(self._trainer, network, observation, self._loss)
+        # other callbacks may run the networks as well, on whatever they like
+        self._hooks.enter_context(around(self._trainer.lightning_module, "validation_step", self._step))
 
     def batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """A batch comes; networks whose calls are not seen take its samples as theirs."""
+        """A batch comes."""
         self._position, self._batch = (batch_idx, dataloader_idx), batch
         self._seen.clear()
-        for path, network in self._networks.items():
-            if network.replays:
-                self._number(path, n_samples(batch))
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """What runs inside is observed; networks whose calls are not seen take the batch's samples as theirs."""
+        if not self._listens:
+            yield
+            return
+        with ExitStack() as stack:
+            for path, network in self._networks.items():
+                stack.enter_context(self.observations[path].resumed())
+                if network.replays:
+                    self._number(path, n_samples(self._batch))
+            self._in_step = True
+            try:
+                yield
+            finally:
+                self._in_step = False
 
     def done(self) -> None:
         """The batch was validated: run it once more where gradients are asked for, for the networks that it reached."""
         if not any(observation.differentiates for observation in self.observations.values()):
             return
-        with ExitStack() as paused:
-            for observation in self.observations.values():
-                paused.enter_context(observation.paused())
+        self._listens = False
+        try:
             for path in sorted(self._seen):
                 self._gradients[path].run(self._batch, *self._position)
+        finally:
+            self._listens = True
 
     def stop(self) -> None:
         """Remove the hooks; harmless when there are none."""
@@ -90,6 +110,8 @@ class Observer:
             observation.reduce()
 
     def _called(self, path: str, *call: Any) -> None:
+        if not self._in_step:
+            return
         arguments: Call = (call[0], call[1])
         self._gradients[path].called(arguments)
         self._number(path, n_samples(arguments))
