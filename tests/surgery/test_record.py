@@ -274,3 +274,31 @@ def test_plans_survive_a_file(tmp_path):
     cut(model, plan, example)
     cut(twin, again, example)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+class Cached(nn.Module):
+    """Computes a table from its weights in the first call in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self._table = nn.Linear(3, 8), nn.Linear(8, 2), None
+
+    def train(self, mode=True):
+        self._table = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self._table is None and not self.training:
+            self._table = self.last.weight.detach().tanh()
+        weight = self.last.weight.tanh() if self.training else self._table
+        return self.first(x).relu() @ weight.t() + self.last.bias
+
+
+def test_a_table_that_is_not_computed_yet(tmp_path):
+    torch.manual_seed(0)
+    model, x = Cached().eval(), torch.rand(4, 3)
+    model(x)
+    prune(model, x, criterion=criteria.Random(), budget=Budget(params=0.6))
+    assert model._table.shape == model.last.weight.shape != (2, 8)
+    again = load_pruned(Cached(), save_pruned(model, tmp_path / "pruned")).eval()
+    assert torch.equal(again(x), model(x))

@@ -82,7 +82,11 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
             transposed = isinstance(model.get_submodule(path), nn.modules.conv._ConvTransposeNd)
             if gone := removed.get(f"{path}.weight", {}).get(int(transposed)):
                 removed[f"{path}.bias"] = {0: gone}
+    unset = {name for name in record.shapes if _is_unset(model, name)}
+    removed = {name: dims for name, dims in removed.items() if name not in unset}
     for name, shape in record.shapes.items():
+        if name in unset:
+            continue
         found = list(lookup(model, name).shape)
         if found != shape:
             raise SurgeryError(
@@ -104,6 +108,16 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
         macs_after=0,
         new_biases=biases,
     )
+
+
+def _is_unset(model: nn.Module, name: str) -> bool:
+    """Whether a plain attribute is None as yet: a table that the first call computes, from weights that are cut by then."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        held = vars(model.get_submodule(path))
+    except AttributeError:
+        return False
+    return leaf in held and held[leaf] is None
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> Path:
