@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.nn import functional as F
 
 from actprune.pruning.plans import draft
@@ -208,6 +209,24 @@ def test_what_is_rounded_to_a_grid_is_cut_exactly():  # PyTorch has it in float3
     torch.manual_seed(0)
     model = OnAGrid()
     plan = draft(model, graph, {"inner": [1, 4, 5, 9]})
+    reference = outputs(masked(model, plan, consumers_only=True), TOKENS.float())
+    cut(model, plan, TOKENS.float())
+    assert difference(outputs(model, TOKENS.float()), reference) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["x86", "qnnpack"])
+def test_a_network_that_learns_to_be_quantised(backend):
+    """Scales are one per channel of a weight, or one of all with an axis that is set nevertheless."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).train()
+    model.qconfig = quantization.get_default_qat_qconfig(backend)
+    model = quantization.prepare_qat(model)
+    model(TOKENS.float())
+    model.eval().apply(quantization.disable_observer)
+    graph, _ = rehearse(model, TOKENS.float())
+    assert [group.size for group in graph.unlocked] == [12], str(graph)
+    plan = draft(model, graph, {"0": [1, 4, 5, 9]})
     reference = outputs(masked(model, plan, consumers_only=True), TOKENS.float())
     cut(model, plan, TOKENS.float())
     assert difference(outputs(model, TOKENS.float()), reference) < 1e-6

@@ -19,7 +19,8 @@ def tie_along(t: TraceState, a: SimpleNamespace, dim: int, *names: str) -> None:
     """Tie the arguments that hold one number per position of a dimension of the input to those positions."""
     for name in names:
         tensor = getattr(a, name, None)
-        if isinstance(tensor, Tensor) and tensor.shape == a.input.shape[dim : dim + 1]:
+        along = a.input.shape[dim] if -a.input.dim() <= dim < a.input.dim() else None  # an axis that is set and not used
+        if isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.shape[0] == along:
             t.tie(t.ids(a.input)[dim], t.ids(tensor)[0])
 
 
