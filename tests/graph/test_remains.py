@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -112,6 +113,114 @@ def test_the_number_that_makes_a_mean_has_to_follow():
     written = Between(lambda x: x * (x.sigmoid().sum(-1, keepdim=True) / 8))
     graph, _ = rehearse(written.double(), TOKENS)
     assert "makes no mean of" in graph.group("inner").locked
+
+
+class Pair(nn.Module):
+    """Something of two layers' outputs, a computed weight and rows that are learned, beside their product."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.left, self.right, self.outer, self.last = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(4, 2)
+        self.weight, self.rows = nn.Parameter(torch.rand(4, 8)), nn.Parameter(torch.rand(6, 8))
+
+    def forward(self, x):
+        a, b = self.left(x), self.right(x)
+        return self.outer(a * b), self.between(self, a, b)
+
+
+def written(x, write):
+    """A copy, into which something has been written."""
+    x = x.clone()
+    write(x)
+    return x
+
+
+def assign(position, value):
+    return lambda x: x.__setitem__(position, value)
+
+
+def total(f):
+    """The sum over channels of what a function makes of two."""
+    return lambda m, a, b: f(a, b).sum(-1)
+
+
+def normals(spread, other):
+    return total(lambda a, b: kl_divergence(Normal(a, spread), Normal(b, other)))
+
+
+def prior(a, b):
+    """How far a latent distribution is from the normal one, by hand."""
+    return 1 + b - a.pow(2) - b.exp()
+
+
+def flat(x):
+    return x.sigmoid().flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, a, b: m.last(F.linear(F.softplus(a), F.softplus(m.weight))),
+        lambda m, a, b: a.sigmoid() @ m.weight.exp().t(),
+        lambda m, a, b: torch.einsum("bti,oi->bto", a.sigmoid(), m.weight.clamp(min=0.1)),
+        lambda m, a, b: torch.cdist(a.sigmoid(), m.rows),
+        lambda m, a, b: torch.cdist(a.sigmoid(), m.rows, p=1),
+        lambda m, a, b: torch.mv(flat(a), b[0, 0].sigmoid()),
+        lambda m, a, b: torch.dot(a[0, 0].sigmoid(), b[0, 0].sigmoid()),
+        total(lambda a, b: a.sigmoid() - b.cos()),
+        total(lambda a, b: (F.softplus(a) - b.sigmoid()).square()),
+        total(lambda a, b: (a.sigmoid() != b.cos()).double()),
+        total(lambda a, b: (a.sigmoid() < b.cos()).double()),
+        total(lambda a, b: (a.sigmoid() == b.sigmoid()).double()),
+        total(lambda a, b: a.sigmoid() - torch.ones_like(b)),
+        total(lambda a, b: F.tanhshrink(a + 1)),
+        lambda m, a, b: F.l1_loss(a.sigmoid(), b.cos(), reduction="sum"),
+        normals(1.0, 2.0),
+        total(lambda a, b: written(a, assign(0, 2.0))),
+        total(lambda a, b: written(a, lambda x: x[:, :].add_(1))),
+        total(lambda a, b: written(a, lambda x: x[::2].fill_(1))),
+        total(lambda a, b: written(a, lambda x: x[0].copy_(b[0].sigmoid()))),
+        total(lambda a, b: written(a, assign(torch.tensor([0]), 2.0))),
+        total(lambda a, b: a.index_fill(0, torch.tensor([0]), 1.0)),
+        total(lambda a, b: a.logsumexp(1)),
+    ],
+)
+def test_a_sum_of_two_that_is_not_zero_is_locked(between):
+    graph, _ = rehearse(Pair(between).double(), TOKENS)
+    assert "summed where what has left would not be zero" in (graph.group("left").locked or ""), str(graph)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, a, b: m.last(F.linear(a.sigmoid(), m.weight)),
+        lambda m, a, b: m.last(F.linear(a, m.weight.exp())),
+        lambda m, a, b: m.last(F.linear(a.sigmoid(), F.normalize(m.weight, dim=1))),
+        lambda m, a, b: a.sigmoid() @ (m.weight * m.weight.sigmoid()).tanh().t(),
+        lambda m, a, b: ((a @ m.rows.t()).softmax(-1) @ m.rows.sigmoid() * b) @ m.weight.t(),
+        lambda m, a, b: torch.cdist(a.relu(), m.rows),
+        lambda m, a, b: torch.mv(flat(a), b[0, 0]),
+        lambda m, a, b: F.layer_norm(a.sigmoid() - b.cos(), a.shape[-1:]) * b @ m.weight.t(),
+        total(prior),
+        normals(1.0, 1.0),
+        total(lambda a, b: kl_divergence(Normal(a, (b / 2).exp()), Normal(0.0, 1.0))),
+        total(lambda a, b: a.sigmoid() - b.sigmoid()),
+        total(lambda a, b: torch.zeros_like(a) + (b.cos() - torch.ones_like(b))),
+        total(lambda a, b: written(a, assign(0, 0.0))),
+        total(lambda a, b: written(a, assign(torch.tensor([0]), 0.0))),
+        total(lambda a, b: written(a, lambda x: x[:, 1:].add_(b[:, 1:]))),
+        total(lambda a, b: written(a, lambda x: x[0].copy_(b[1]))),
+        total(lambda a, b: torch.zeros_like(a).index_add(1, torch.arange(6), b)),
+    ],
+)
+def test_a_sum_of_two_that_is_zero_is_not(between):
+    def net():
+        return Pair(between)
+
+    graph, _ = rehearse(net().double(), TOKENS)
+    assert graph.group("left").locked is None, str(graph)
+    check_cuts(net, graph, TOKENS, counts=False)
 
 
 @pytest.mark.parametrize("shaped", [lambda x: x.sum(-1, keepdim=True), lambda x: x.sum(-1)[..., None]])

@@ -20,7 +20,7 @@ from actprune.graph.splits import Splits
 from actprune.graph.weak import ByTensor
 
 if TYPE_CHECKING:
-    from actprune.graph.remains import Sum
+    from actprune.graph.remains import Constant, Sum
 
 
 Column: TypeAlias = "NDArray[np.int64] | tuple[str, int]"
@@ -72,6 +72,7 @@ class TraceState(Naming, Splits):
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
     _computed: ByTensor[bool] = field(default_factory=ByTensor)
     remains: ByTensor[bool] = field(default_factory=ByTensor)  # False: what has left is not zero there (``remains.py``)
+    constants: ByTensor[Constant] = field(default_factory=ByTensor)
     sums: ByTensor[Sum] = field(default_factory=ByTensor)
     filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
