@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,12 @@ CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", 
 
 OPERANDS = {"addmm": 1, "baddbmm": 1}
 """Where an operator's first factor stands among its arguments."""
+
+IN_PARTS = frozenset({
+    "mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "dist", "nansum", "count_nonzero", "aminmax",
+})  # fmt: skip
+"""Operators that compute every position by itself and reduce: what PyTorch's own decompositions run is looked at instead."""
 
 Watcher = Callable[[Tensor], Tensor | None]
 """Takes what is read; what it returns, unless None, is read in its place."""
@@ -193,8 +200,14 @@ def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 @functools.cache  # asked with every operator
 def is_composite(func: Any) -> bool:
-    """Whether an operator's parts are looked at in its place: composite ones and fused attention."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")) or _is_fused(func)
+    """Whether an operator's parts are looked at in its place: composite ones, losses and fused attention."""
+    composite = bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+    return composite or _is_fused(func) or _parts(func) is not None
+
+
+@functools.cache
+def _parts(func: Any) -> Callable[..., Any] | None:
+    return decomposition_table.get(func) if func.overloadpacket.__name__ in IN_PARTS else None
 
 
 @functools.cache
@@ -220,9 +233,12 @@ def _attention(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs
 
 
 def decomposed(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator, in its parts where it is a composite one (inference mode hands those over whole) or fused attention."""
+    """Run an operator, in its parts where it has some (inference mode hands over composite ones whole)."""
     if _is_fused(func):
         return _attention(mode, func, args, kwargs)
+    if (parts := _parts(func)) is not None:
+        with mode:
+            return parts(*args, **kwargs)
     if is_composite(func):
         with mode:
             out = func.decompose(*args, **kwargs)

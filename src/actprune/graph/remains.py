@@ -40,7 +40,8 @@ _ZEROS = {"zeros", "new_zeros", "zeros_like", "zero_"}
 _ONES = {"ones", "new_ones", "ones_like"}
 _RESTORING = (CONTRACTIONS - _PRODUCTS - _CONVOLUTIONS) | _ZEROS | {"empty", "new_empty", "empty_like"}
 _FILLING = {"ones", "full", "rand", "randn", "new_ones", "new_full", "ones_like", "full_like", "rand_like", "randn_like"} | {
-    "normal_", "uniform_", "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "fill_", "logsumexp",
+    "normal_", "uniform_", "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "fill_",
+    "logsumexp", "logcumsumexp",
 }  # fmt: skip
 _FILLED = _FILLING | _ZEROS
 _LAYERS = _CONVOLUTIONS | _CHANNEL_NORMS | _LAST_NORMS

@@ -58,7 +58,7 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
             t.lock_once_read(outputs[1], x[d], "position of an extreme")
 
 
-@rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod")
+@rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod", "logcumsumexp")
 def ordered(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     """Results that name or depend on positions lock the dimension."""
     outputs = out if isinstance(out, (tuple, list)) else (out,)

@@ -96,6 +96,19 @@ def unbind(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> None:
         t.set(tensor, ids)
 
 
+@rule("diagonal")
+def diagonal(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Row and column of the same number: they leave together where the matrix is square and its own diagonal is taken."""
+    ids, rank = list(t.ids(a.input)), a.input.dim()
+    one, other = a.dim1 % rank, a.dim2 % rank
+    if a.offset == 0 and a.input.shape[one] == a.input.shape[other]:
+        met = t.meet([ids[one], ids[other]])
+    else:
+        t.fix(ids, (one, other), "diagonal of this dimension")
+        met = None
+    t.set(out, [*(column for d, column in enumerate(ids) if d not in (one, other)), met])
+
+
 @rule("cat")
 def cat(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """Ids are concatenated along the dimension and tied along the others."""
