@@ -198,6 +198,7 @@ def test_a_sum_of_two_that_is_not_zero_is_locked(between):
         lambda m, a, b: m.last(F.linear(a, m.weight.exp())),
         lambda m, a, b: m.last(F.linear(a.sigmoid(), F.normalize(m.weight, dim=1))),
         lambda m, a, b: a.sigmoid() @ (m.weight * m.weight.sigmoid()).tanh().t(),
+        lambda m, a, b: F.linear(a.sigmoid(), m.weight / m.weight.norm(dim=1, keepdim=True)),
         lambda m, a, b: ((a @ m.rows.t()).softmax(-1) @ m.rows.sigmoid() * b) @ m.weight.t(),
         lambda m, a, b: torch.cdist(a.relu(), m.rows),
         lambda m, a, b: torch.mv(flat(a), b[0, 0]),

@@ -56,6 +56,7 @@ VIEWS = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "alias", "det
 """Operators whose result is their operand, in another shape or type."""
 _MOVING = VIEWS | {"clone", "contiguous", "lift_fresh", "lift_fresh_copy", "slice", "select", "t"}
 _WHY = "summed where what has left would not be zero ({})"
+_DIVIDING = (torch.ops.aten.div, torch.ops.aten.div_)
 # what stands in operands of which nothing is known, one after another: the same, more and less than the next
 _PROBES = ((0.7,), (-1.3,), (0.7, -1.3, 2.6), (-1.3, 0.7, -2.8))
 _MOST = 10_000
@@ -287,6 +288,8 @@ def _asked(t: TraceState, func: Any, args: Any, kwargs: Any, out: Tensor) -> Con
     beside = [x for x in tensors if (one := known[id(x)]) is not None and not one.everywhere]
     if any(known[id(x)] != _ZERO for x in beside) and not all(_leaves_with(t, x, out) for x in beside):
         known = {key: one if one is None or one.value == 0 else None for key, one in known.items()}  # another dimension's
+    if func.overloadpacket in _DIVIDING and known.get(id(args[1])) == _ZERO and not _leaves_with(t, args[1], out):
+        known[id(args[1])] = None  # zero only where a whole row has left, which would be no number
     places = {key: place for place, key in enumerate(key for key, one in known.items() if one is None)}
     kinds = tuple(_operand(x, known[id(x)], places.get(id(x), 0)) if isinstance(x, Tensor) else x for x in given)
     key = func, tuple(kwargs), kinds
