@@ -28,7 +28,8 @@ class IdSpace:
     def __init__(self) -> None:
         self._parent = _own_parents(1024)
         self._size = 0
-        self._locks: list[tuple[NDArray[np.int64], str]] = []
+        self.locks: list[tuple[NDArray[np.int64], str]] = []
+        """(ids, reason), in the order in which they were given."""
 
     def __len__(self) -> int:
         """How many ids there are."""
@@ -37,7 +38,7 @@ class IdSpace:
     def copy(self) -> IdSpace:
         """A space of its own with the same ids, ties and locks."""
         twin = IdSpace()
-        twin._parent, twin._size, twin._locks = self._parent.copy(), self._size, list(self._locks)
+        twin._parent, twin._size, twin.locks = self._parent.copy(), self._size, list(self.locks)
         return twin
 
     def fresh(self, n: int) -> NDArray[np.int64]:
@@ -90,26 +91,26 @@ class IdSpace:
         if ids is not None:
             ids = ids[ids >= 0]
             if len(ids):
-                self._locks.append((ids, reason))
+                self.locks.append((ids, reason))
 
     def locked(self, ids: Ids) -> bool:
         """Whether all of these ids are locked by now."""
-        return ids is None or bool((self._lock_of()[self.find(ids[ids >= 0])] >= 0).all())
+        return ids is None or bool((self.first_locks()[self.find(ids[ids >= 0])] >= 0).all())
 
     def reasons(self) -> dict[int, str]:
         """Return root -> reason of every locked class."""
-        lock = self._lock_of()
+        lock = self.first_locks()
         locked = np.flatnonzero(lock >= 0)
-        return {root: self._locks[number][1] for root, number in zip(locked.tolist(), lock[locked].tolist(), strict=True)}
+        return {root: self.locks[number][1] for root, number in zip(locked.tolist(), lock[locked].tolist(), strict=True)}
 
-    def _lock_of(self) -> NDArray[np.int64]:
+    def first_locks(self) -> NDArray[np.int64]:
         """Number of the first lock of every root, -1 where there is none."""
         lock = np.full(self._size, -1)
-        if self._locks:
+        if self.locks:
             # backwards, for of several values the last one stays
-            ids = np.concatenate([ids for ids, _ in reversed(self._locks)])
-            numbers = np.arange(len(self._locks) - 1, -1, -1)
-            lock[self.find(ids)] = np.repeat(numbers, [len(self._locks[number][0]) for number in numbers])
+            ids = np.concatenate([ids for ids, _ in reversed(self.locks)])
+            numbers = np.arange(len(self.locks) - 1, -1, -1)
+            lock[self.find(ids)] = np.repeat(numbers, [len(self.locks[number][0]) for number in numbers])
         return lock
 
 

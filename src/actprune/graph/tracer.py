@@ -29,7 +29,7 @@ from actprune.graph.compared import Comparisons
 from actprune.graph.records import Binding
 from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
-from actprune.graph.splits import Factor, settled
+from actprune.graph.splits import Hints, settled
 from actprune.graph.state import TraceState
 from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
@@ -223,7 +223,7 @@ def run(model: nn.Module, example: Example, training: bool = False) -> TraceStat
         return settled(functools.partial(_run, model, example, training))
 
 
-def _run(model: nn.Module, example: Example, training: bool, outer: frozenset[str], apart: frozenset[Factor]) -> TraceState:
+def _run(model: nn.Module, example: Example, training: bool, hints: Hints) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
@@ -232,7 +232,7 @@ def _run(model: nn.Module, example: Example, training: bool, outer: frozenset[st
         names[id(tensor)] = name
         if tensor.numel() and tensor.layout == torch.strided:
             storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
-    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, outer=outer, apart=apart)
+    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, hints=hints)
     with undisturbed(model):
         try:
             _follow(model, example, state)
@@ -278,9 +278,12 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
         returned = list(_tensors(output))
         state.read(returned)
         remains.read(state, "output", (), returned)
+        before = len(state.space.locks)
         for tensor in returned:
             for ids in state.ids(tensor):
                 state.space.lock(ids, "reaches the model's output")
+        if not state.training:
+            state.returned = range(before, len(state.space.locks))
 
 
 def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:

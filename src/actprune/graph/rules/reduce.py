@@ -46,7 +46,7 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
     x, gone = list(t.ids(a.input)), _dims(a)
     extreme = len(gone) == 1 and t.where.startswith(("max ", "amax ", "min ", "amin "))
-    if extreme and any(x[d] is guess for d in gone for guess in t.guesses if guess is not None):
+    if extreme and any(x[d] is guess for d in gone for guess, _ in t.guesses):
         t.scored.add(t.frames[-1].path)  # of the pieces of every channel: maxout
     kept = outputs[0].dim() == a.input.dim()
     ids = [None if d in gone else dim for d, dim in enumerate(x) if kept or d not in gone]

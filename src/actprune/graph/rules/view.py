@@ -1,7 +1,8 @@
 """Views: match input and output dimensions through their common refinement.
 
 A view splits dimensions into factors and merges factors into dimensions. Split: exactly one factor stays cuttable and ids
-are tied across the others: the factor on which the ids depend already; else the one that a head count names; else the last.
+are tied across the others: the factor on which the ids depend already; else the one that a head count names; else the last,
+or another where that turns out to be unable to leave (``splits.py``).
 Merge: ids are broadcast over the fixed factors.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from actprune.graph.ids import FREE, Ids, free
 from actprune.graph.records import Binding
@@ -59,18 +60,20 @@ def split(t: TraceState, ids: Ids, factors: list[int]) -> list[Ids]:
         if np.array_equal(grid, np.broadcast_to(_line(grid, axis), grid.shape)):
             return _only(grid, axis)
     place = t.frames[-1].place, tuple(factors)
-    axes = [axis for axis in axes if (*place, axis) not in t.apart] or axes
+    inward = any((*place, axis) in t.hints.stuck for axis in axes)
+    axes = [axis for axis in axes if (*place, axis) not in t.hints.apart | t.hints.stuck] or axes
     heads = _head_axis(t, grid, axes)
     if heads is None and len(axes) > 1:
         t.guessed.add(t.frames[-1].path)
-        chosen = axes[-2] if t.frames[-1].path in t.outer else axes[-1]
+        chosen = axes[0] if inward else axes[-2] if t.frames[-1].path in t.hints.outer else axes[-1]
     else:
         chosen = axes[-1] if heads is None else heads
     t.tie_all(_merged_line(grid, chosen), grid, "split of a dimension that is partly fixed")
     found = _only(grid, chosen)
-    t.chosen[id(found[chosen])] = found[chosen], (*place, chosen)
-    if heads is None and len(axes) > 1:
-        t.guesses.append(found[chosen])
+    kept = found[chosen]
+    t.chosen[id(kept)] = kept, (*place, chosen)
+    if heads is None and len(axes) > 1 and kept is not None:
+        t.guesses.append((kept, len(t.space.locks)))
     return found
 
 
@@ -210,13 +213,18 @@ def view(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def _bind_shape(t: TraceState, shape: Sequence[int], ids: list[Ids]) -> None:
     """What a view was called with may be a shape that a running module keeps."""
     for path, name, value in t.called():
-        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape) or t.of_torch(path):
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(shape):
+            continue
+        module = t.modules[path]
+        if t.of_torch(path) and not isinstance(module, nn.Unflatten):
             continue
         if any(type(kept) is not int for kept in value):  # a list of tensors, for one: the anchors of a detector
             continue
-        last = len(shape) - len(value)  # ``view(len(x), *self.shape)``
-        if all(kept in (extent, -1) for kept, extent in zip(value, shape[last:], strict=True)):
-            found = ((index, ids[last + index]) for index, kept in enumerate(value) if kept != -1)
+        start = len(shape) - len(value)  # ``view(len(x), *self.shape)``
+        if isinstance(module, nn.Unflatten):
+            start = int(module.dim) % (start + 1)
+        if all(kept in (extent, -1) for kept, extent in zip(value, shape[start:], strict=False)):
+            found = ((index, ids[start + index]) for index, kept in enumerate(value) if kept != -1)
             t.possible += [Binding(path, name, index, column) for index, column in found if column is not None]
 
 
