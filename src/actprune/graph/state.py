@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actprune.graph.ids import FIXED, Ids, IdSpace, Joined, first
+from actprune.graph.made import Made, made
 from actprune.graph.naming import Naming
 from actprune.graph.records import Binding, Contraction
 from actprune.graph.splits import Splits
@@ -70,7 +71,7 @@ class TraceState(Naming, Splits):
     _unmet: ByTensor[bool] = field(default_factory=ByTensor)  # fixed, for nothing is known of them
     _origins: ByTensor[str] = field(default_factory=ByTensor)
     _producers: ByTensor[Contraction] = field(default_factory=ByTensor)
-    _computed: ByTensor[bool] = field(default_factory=ByTensor)
+    _computed: ByTensor[Made] = field(default_factory=ByTensor)
     remains: ByTensor[bool] = field(default_factory=ByTensor)  # False: what has left is not zero there (``remains.py``)
     constants: ByTensor[Constant] = field(default_factory=ByTensor)
     sums: ByTensor[Sum] = field(default_factory=ByTensor)
@@ -184,14 +185,30 @@ class TraceState(Naming, Splits):
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer, or computed from such alone: a scaled, normalised or masked weight."""
-        return self.origin(tensor) is not None or tensor in self._computed
+        return self._made(tensor) is Made.SCALED
 
-    def compute(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Remember whether an operator computed its outputs from weights alone."""
-        weights = bool(inputs) and all(self.is_weight(x) for x in inputs)
+    def is_kernel(self, tensor: Tensor, batched: bool) -> bool:
+        """Whether a tensor is such a weight, or takes the place of one: an expert's matrix, in batches too, or an adapter.
+
+        A product of parameters by which batches are multiplied may be queries that are learned, split into heads.
+        """
+        how = self._made(tensor)
+        return how is not None and (how is not Made.PRODUCT or not batched)
+
+    def is_picked(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of matrices that were picked by their numbers."""
+        return self._computed.get(tensor) is Made.PICKED
+
+    def _made(self, tensor: Tensor) -> Made | None:
+        return Made.SCALED if self.origin(tensor) is not None else self._computed.get(tensor)
+
+    def compute(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Remember whether an operator computed its outputs from weights alone, and how."""
+        how, sources = made(name, inputs)
+        weights = bool(sources) and all(self._made(x) is not None for x in sources)
         for tensor in outputs:
             if weights:
-                self._computed[tensor] = True
+                self._computed[tensor] = max(how, *(self._computed.get(x) or how for x in sources))
             else:
                 self._computed.pop(tensor)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ActPruneError, TraceError
-from actprune.core.hooks import CONTRACTIONS, decomposed, is_composite
+from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
@@ -40,9 +40,6 @@ _CONSTANTS = {
     "tril_indices", "triu_indices", "randperm", "bartlett_window", "hann_window", "_assert_async", "_assert_scalar",
     "_assert_tensor_metadata", "lift", "is_nonzero",
 }  # fmt: skip
-
-# products that scale a weight, as a spectral norm does; what matrices give may be queries that are learned
-_OF_VECTORS = {"mv", "dot", "vdot"}
 
 # constants of a size that the code may have read off a tensor or an attribute: each position gets an id of its own, and a
 # rehearsed cut tells whether the size follows
@@ -119,8 +116,7 @@ class ChannelTracer(TorchDispatchMode):
             self._refuse(func, inputs)
         pointwise_ = name in remains.UNTAGGED or _is_pointwise(func, name)
         remains.follow(t, func, name, args, kwargs, inputs, outputs, pointwise_)
-        if name not in CONTRACTIONS or name in _OF_VECTORS:
-            t.compute(inputs, outputs)
+        t.compute(name, inputs, outputs)
         if not composite and not t.training:
             self._number(name, outputs, given)
         return out

@@ -142,11 +142,14 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         (b.shape[-1], writes),
     ]
     reads = known(left[-1], right[-2])
-    if not (t.is_weight(a) or t.is_weight(b)) and reads is not None:
+    batched = math.prod(out.shape[:-2]) > 1
+    if not (t.is_kernel(a, batched) or t.is_kernel(b, batched)) and reads is not None:
         # the width of a head sets the scale of its softmax, so it stays; so do tokens that are learned, beside those given
         if (reads >= 0).all():
             t.scored.add(t.frames[-1].path)
         t.lock(reads, "summed over between two activations")
+    elif all(t.remains.get(x) is False and not t.is_picked(x) for x in (a, b)):  # of picks the numbers may be meant
+        t.lock(reads, "summed where what has left would not be zero")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
         t.contract(out, (1, -2, reads), left[-2], sizes, 1, a, left[-1], None)
