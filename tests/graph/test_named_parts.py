@@ -247,3 +247,38 @@ def test_a_copied_graph_predicts_the_same():
     for ours, theirs in zip(*flat, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or (ours == theirs).all()
+
+
+class Distilled(nn.Module):
+    """Parts as wide as integers of any name; or as numbers in the code, which those equal."""
+
+    def __init__(self, names=("dc", "rc"), meant=True, **integers):
+        super().__init__()
+        self.names, self.meant = names, meant
+        vars(self).update(zip(names, (4, 12), strict=True), **integers)
+        self.stem, self.first, self.second = (nn.Conv2d(a, 16, 3, padding=1) for a in (3, 16, 12))
+        self.last, self.head = nn.Conv2d(12, 4, 3, padding=1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        few, many = (getattr(self, name) for name in self.names)
+        sizes = (few, many) if self.meant else (4, 12)
+        one, rest = self.first(self.stem(x).relu()).split(sizes, 1)
+        two, rest = self.second(rest.relu()).split(sizes, 1)
+        return self.head(torch.cat([one, two, self.last(rest.relu())], 1)) * (1.0 if self.meant else few / many)
+
+
+SPLIT = {"first.weight", "second.weight"}
+
+
+@pytest.mark.parametrize("names", [("dc", "rc"), ("d_state", "dt_rank"), ("part_dim", "rest_dim")])
+def test_parts_follow_integers_of_any_name(names):
+    graph = exact(lambda: Distilled(names), torch.randn(2, 3, 4, 4, dtype=torch.float64), seeds=6)
+    # where they are split, and where they are read
+    assert sorted(group.size for group in graph.unlocked) == [4, 4, 12, 16], str(graph)
+    assert {tensor for group in graph.unlocked for tensor, dim in group.members if dim == 0} >= SPLIT
+
+
+@pytest.mark.parametrize(("meant", "integers"), [(False, {}), (True, {"depth": 4})])
+def test_parts_that_no_integer_names_or_several_do_stay(meant, integers):
+    graph = exact(lambda: Distilled(meant=meant, **integers), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert not SPLIT & {tensor for group in graph.unlocked for tensor, dim in group.members if dim == 0}

@@ -75,7 +75,7 @@ def split_by_sizes(t: TraceState, a: SimpleNamespace, out: Sequence[Tensor]) -> 
         and len(sizes) > 1
         and not any(bind(t, sizes, ids) for bind in (_bind_list, _of_the_input, _bind_integers))
     ):
-        _leave_evenly(t, ids, sizes, "split into unequal parts that no module attribute keeps")
+        _leave_evenly(t, ids, sizes, "split into unequal parts, not each kept by one attribute")
     _set_parts(t, whole, dim, sizes, out)
 
 
@@ -141,6 +141,24 @@ def _bind_integers(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
     """
     if len(set(sizes)) == 1 or t.of_torch(t.stack[-1]):
         return False
+    return _bind_widths(t, sizes, ids) or _bind_every(t, sizes, ids)
+
+
+def _bind_every(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    """Every part is as wide as one integer of the running module, whatever that is called (``dt_rank``, ``d_state``)."""
+    found = {size: [name for name, n in t.integers(t.stack[-1]) if n == size] for size in set(sizes)}
+    if any(len(names) != 1 for names in found.values()):
+        return False
+    ends = np.cumsum(sizes)
+    for size, (name, *_) in found.items():
+        alike = [ids[end - size : end] for n, end in zip(sizes, ends, strict=True) if n == size]
+        t.tie_all(alike[0][None], np.stack(alike))
+        t.bindings.append(Binding(t.stack[-1], name, None, alike[0], assumed=True))
+    return True
+
+
+def _bind_widths(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:
+    """The integers are called widths; at most one part is what is left."""
     parts: dict[int, list[np.ndarray]] = {}
     for size, end in zip(sizes, np.cumsum(sizes), strict=True):
         parts.setdefault(size, []).append(ids[end - size : end])
