@@ -20,6 +20,7 @@ from actprune.core.calling import Example
 from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
+from actprune.core.signals import held
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
@@ -328,17 +329,18 @@ class Pruner:
         check_unchanged(self.model, self.graph)
         shapes = {name: tuple(lookup(self.model, name).shape) for name in plan.removed}
         sizes, record = {g.name: g.size for g in self.graph.groups}, whole_record(self.model)
-        changes = cut(self.model, plan, self.example_inputs, as_optimizers(optimizers))
-        try:
-            for path, part in parts_of(self.model).items():
-                changes.did(partial(carry, self.model.get_submodule(path), part))
-            changes.did(partial(carry, self.model, self.record if self.record.steps else None))
-            record.extend(plan, shapes, sizes)
-            carry(self.model, record)
-            self.graph = self._traced()
-        except BaseException:
-            changes.roll_back()
-            raise
+        with held():  # tensors and record change together
+            changes = cut(self.model, plan, self.example_inputs, as_optimizers(optimizers))
+            try:
+                for path, part in parts_of(self.model).items():
+                    changes.did(partial(carry, self.model.get_submodule(path), part))
+                changes.did(partial(carry, self.model, self.record if self.record.steps else None))
+                record.extend(plan, shapes, sizes)
+                carry(self.model, record)
+                self.graph = self._traced()
+            except BaseException:
+                changes.roll_back()
+                raise
         return changes
 
 

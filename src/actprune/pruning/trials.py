@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from actprune.core.calling import Example, call, undisturbed
+from actprune.core.signals import held
 from actprune.core.stack import module_stack
 from actprune.graph import Graph, Group
 from actprune.pruning.apart import keep_apart
@@ -65,7 +66,7 @@ class Trials:
             chosen = {name: shares[name][:n] for name, n in taken.items()}
             plan, gone = draft(self.model, graph, chosen), graph.removed(chosen)
             for second, run in enumerate(self.runs):
-                with undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
+                with held(), undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
                     counter = Checker(graph, gone, stack, self._others(kinds), compares=not run.training)
                     error = run.error(self.model, counter.watching())
                     error = counter.missing() if error is None else error

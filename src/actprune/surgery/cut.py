@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import SurgeryError
 from actprune.core.plan import Plan
+from actprune.core.signals import held
 from actprune.surgery import optimizer as optimizers_
 from actprune.surgery.attention import adopt, unnest
 from actprune.surgery.attributes import assign, derived
@@ -38,7 +39,7 @@ def cut(model: nn.Module, plan: Plan, example: Example | None = None, optimizers
     Raises:
         SurgeryError: the plan does not fit, or the cut model does not run; model and optimizers are as they were.
     """
-    with transaction() as changes:
+    with held(), transaction() as changes:
         _apply(model, plan, optimizers_.with_wrapped(optimizers), changes)
         if example is not None:
             _prove(model, example)
@@ -50,7 +51,8 @@ def rehearsed(model: nn.Module, plan: Plan) -> Iterator[None]:
     """The model is cut inside the block, and as it was after it."""
     changes = Transaction()
     try:
-        _apply(model, plan, [], changes)
+        with held():
+            _apply(model, plan, [], changes)
         yield
     finally:
         changes.roll_back()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from actprune.core.signals import held
+
 
 class Transaction:
     """Collects the inverse of every change made so far."""
@@ -17,9 +19,10 @@ class Transaction:
         self._inverses.append(inverse)
 
     def roll_back(self) -> None:
-        """Take back every change, the last one first."""
-        while self._inverses:
-            self._inverses.pop()()
+        """Take back every change, the last one first; signals wait for that."""
+        with held():
+            while self._inverses:
+                self._inverses.pop()()
 
 
 @contextmanager
