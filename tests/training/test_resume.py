@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional as F
 
@@ -263,3 +264,106 @@ def test_the_way_back_gives_a_part_its_own_record_again():
     model.load_state_dict(twin.state_dict())
     assert torch.equal(model(x), twin(x))
     assert not record_of(model[0])
+
+
+class Combined(OneNetwork):
+    """Validated on batches of two loaders at once."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch["one"], batch_idx)
+
+    @staticmethod
+    def loader():
+        return CombinedLoader({"one": loader(32, 1), "other": loader(32, 2)}, "min_size")
+
+
+class Prepared(OneNetwork):
+    """Its step needs what is made when validation starts, also where it is replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(CLASSES, CLASSES)
+
+    def on_validation_start(self):
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.model(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(batch_idx)
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+class Two(OneNetwork):
+    """The second of two networks is run by the second loader only."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = copy.deepcopy(self.model)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + F.cross_entropy(self.other(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_loss", F.cross_entropy((self.model, self.other)[dataloader_idx](batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "load", "options"),
+    [
+        (Combined, Combined.loader, {}),
+        (Prepared, partial(loader, 32, 1), {}),
+        (Two, lambda: [loader(32, 1), loader(32, 2)], {"modules": ["model", "other"]}),
+    ],
+)
+def test_resume_is_exact_where_the_first_batch_alone_shows_nothing(
+    kind, load, options, pruning, trainer, checkpoints, tmp_path
+):
+    options = {"schedule": Schedule("linear", start=1, interval=2, steps=2), **options}
+    whole, full = kind(), pruning(**options)
+    start = copy.deepcopy(whole)
+    trainer(full, checkpoints(save_on_train_epoch_end=False), enable_checkpointing=True, max_epochs=5).fit(
+        whole, loader(), load()
+    )
+    assert [event["epoch"] for event in full.events] == [2, 4]
+    for epoch in range(4):
+        resumed, callback = copy.deepcopy(start), pruning(**options)
+        path = tmp_path / "all" / f"epoch={epoch}.ckpt"
+        trainer(callback, max_epochs=5).fit(resumed, loader(), load(), ckpt_path=path)
+        assert_same_weights(resumed, whole)
+        assert callback.history == full.history
+
+
+class Fed(OneNetwork):
+    """Its step needs what a callback gives it."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0]) / self.temperature, batch[1]))
+
+
+class Feeder(Callback):
+    def on_validation_start(self, trainer, pl_module):
+        pl_module.temperature = 2.0
+
+
+def test_validation_that_shows_the_networks_late_is_observed_from_its_first_batch_on(
+    pruning, trainer, checkpoints, tmp_path, capsys
+):
+    """No step is lost; a plan that was to be executed at once waits for that validation, and the console says so."""
+    options = {"schedule": Schedule("linear", start=1, interval=2, steps=2)}
+    whole, full = Fed(), pruning(**options)
+    start = copy.deepcopy(whole)
+    trainer(full, Feeder(), checkpoints(save_on_train_epoch_end=False), enable_checkpointing=True).fit(
+        whole, loader(), loader(32, 1)
+    )
+    for epoch, exact in ((0, True), (1, False), (2, True), (3, False)):
+        capsys.readouterr()
+        resumed, callback = copy.deepcopy(start), pruning(**options)
+        path = tmp_path / "all" / f"epoch={epoch}.ckpt"
+        trainer(callback, Feeder()).fit(resumed, loader(), loader(32, 1), ckpt_path=path)
+        assert callback.stopped["reason"] == "budget"
+        assert ("the pruning step that is due waits" in capsys.readouterr().out) is not exact
+        if exact:
+            assert_same_weights(resumed, whole)
+            assert callback.history == full.history

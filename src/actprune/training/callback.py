@@ -16,12 +16,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from actprune.compensation import Compensation
 from actprune.core.budget import Budget
-from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
+from actprune.core.signals import held
 from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.training.deciding import Plans, carry_out, decide, folded, go_back, regroup
+from actprune.training.deciding import WAITS, Plans, carry_out, check_kinds, decide, folded, go_back, regroup, watch
 from actprune.training.events import broke_after_cut, log_gauges, measured, say, sizes, step_event, step_line, tell, why
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
@@ -86,10 +86,7 @@ class PruningCallback(Callback):
         loss: Loss | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(criterion, Criterion):
-            raise ConfigError(f"criterion must be a Criterion such as Entropy(), got {criterion!r}")
-        if not isinstance(budget, Budget):
-            raise ConfigError(f"budget must be a Budget such as Budget(params=0.4), got {budget!r}")
+        check_kinds(criterion, budget)
         self.criterion, self.budget, self.loss = criterion, budget, loss
         self.schedule = schedule or Schedule()
         self.monitor, self.positions, self.mode = monitor, positions, mode
@@ -163,9 +160,8 @@ class PruningCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to observe if a step is due after this epoch."""
-        if self._finder is not None and self.pruners and not trainer.sanity_checking and self._due(trainer) is not None:
-            self._observer = Observer(trainer, self._finder.networks, self.pruners, self.loss)
-            self._observer.start()
+        if self._finder is not None:
+            self._observer = watch(trainer, self._finder, self.pruners, self._due(trainer), self.loss)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -186,6 +182,8 @@ class PruningCallback(Callback):
         """
         if self._finder is not None and self._finder.end(batch, dataloader_idx):
             self._trace(trainer, self._finder)
+            if batch_idx == dataloader_idx == 0:  # else what was validated before would be missing
+                self._observer = watch(trainer, self._finder, self.pruners, self._due(trainer), self.loss, batch)
         if self._observer is not None:
             self._observer.done()
 
@@ -217,14 +215,16 @@ class PruningCallback(Callback):
         due = self._due(trainer)
         if observer is None or due is None:
             return
-        began = time.perf_counter()
-        self._decided = trainer.current_epoch
+        began, epoch = time.perf_counter(), trainer.current_epoch
         if self.guard is not None and self.guard.goes_back:
+            self._decided = epoch
             return
-        self._plans = decide(trainer, self.pruners, observer.observations, due)
-        if self.guard is not None:
-            self.guard.begin(due, self._timetable.recovered(self._decided), cuts=bool(self._plans))
-        self._seconds = {"observing": observer.seconds, "planning": time.perf_counter() - began}
+        plans = decide(trainer, self.pruners, observer.observations, due)
+        with held():  # decided only now: whoever breaks off before finds the step still due
+            self._plans, self._decided = plans, epoch
+            if self.guard is not None:
+                self.guard.begin(due, self._timetable.recovered(epoch), cuts=bool(plans))
+            self._seconds = {"observing": observer.seconds, "planning": time.perf_counter() - began}
 
     # training
 
@@ -235,18 +235,13 @@ class PruningCallback(Callback):
             SurgeryError: a cut network does not work; it was put back.
         """
         if not self.pruners:
-            return
-        if self.guard is not None and self.guard.goes_back:
+            if self._plans:
+                say(pl_module, WAITS)
+        elif self.guard is not None and self.guard.goes_back:
             self._go_back(trainer)
         elif self._plans:
-            before, plans = sizes(self.pruners.values()), {path: Plan.from_dict(plan) for path, plan in self._plans.items()}
-            if self.guard is not None:
-                self.guard.snapshot = Snapshot.take(trainer, self._hooks)
-            self._seconds["cutting"] = carry_out(trainer, self._hooks, self.pruners, plans)
-            self._plans = {}
-            event = step_event(trainer.current_epoch, self.pruners, plans, before, self._seconds)
-            self.events.append(event)
-            tell(trainer, event, step_line(event, self.pruners.values()))
+            with held():  # a checkpoint that a signal asks for holds all of the step or nothing of it
+                self._step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the peak of memory, and sizes in epochs without validation too."""
@@ -303,11 +298,13 @@ class PruningCallback(Callback):
         return due if due is None or self.guard is None else self.guard.share(due)
 
     def _find(self, trainer: Trainer) -> None:
-        if self._finder is not None and self._finder.probe(trainer):
-            self._trace(trainer, self._finder)
+        with held(interrupts=False):
+            if self._finder is not None and self._finder.probe(trainer):
+                self._trace(trainer, self._finder)
 
     def _trace(self, trainer: Trainer, finder: Finder) -> None:
-        self.pruners = finder.pruners(**{name: getattr(self, name) for name in SETTINGS})
+        with held(interrupts=False):  # a tracer would see what is saved meanwhile
+            self.pruners = finder.pruners(**{name: getattr(self, name) for name in SETTINGS})
         regroup(trainer.optimizers, self.pruners)
 
     def _record(self, trainer: Trainer) -> None:
@@ -321,6 +318,14 @@ class PruningCallback(Callback):
             self.guard.see(trainer.strategy.broadcast(row.get(str(monitor))), trainer.callback_metrics)
             self.guard.judge(trainer.current_epoch)
 
+    def _step(self, trainer: Trainer) -> None:
+        before, plans = sizes(self.pruners.values()), {path: Plan.from_dict(plan) for path, plan in self._plans.items()}
+        if self.guard is not None:
+            self.guard.snapshot = Snapshot.take(trainer, self._hooks)
+        self._seconds["cutting"] = carry_out(trainer, self._hooks, self.pruners, self._plans)
+        self.events.append(step_event(trainer.current_epoch, self.pruners, plans, before, self._seconds))
+        tell(trainer, self.events[-1], step_line(self.events[-1], self.pruners.values()))
+
     def _last_verdict(self, trainer: Trainer) -> None:
         if self.guard is not None and self.pruners:
             self.guard.judge(trainer.current_epoch, last=True)
@@ -330,17 +335,16 @@ class PruningCallback(Callback):
 
     def _go_back(self, trainer: Trainer) -> None:
         assert self.guard is not None
-        assert self._finder is not None
-        before = sizes(self.pruners.values())
-        seconds = {"cutting": go_back(trainer, self._hooks, self.guard)}
-        self._trace(trainer, self._finder)
-        event = step_event(trainer.current_epoch, self.pruners, {}, before, seconds)
-        self.events.append({**event, "went_back": True})
-        tell(trainer, event, f"{self.guard.verdict()}: back to {event['params'][1]:,} parameters")
+        with held():
+            before = sizes(self.pruners.values())
+            seconds = {"cutting": go_back(trainer, self._hooks, self.guard)}
+            self._trace(trainer, self._finder)  # type: ignore[arg-type]
+            event = step_event(trainer.current_epoch, self.pruners, {}, before, seconds)
+            self.events.append({**event, "went_back": True})
+            tell(trainer, event, f"{self.guard.verdict()}: back to {event['params'][1]:,} parameters")
 
     def _stop_watching(self) -> None:
-        if self._finder is not None:
-            self._finder.stop()
-        if self._observer is not None:
-            self._observer.stop()
+        for watching in (self._finder, self._observer):
+            if watching is not None:
+                watching.stop()
         self._observer = None

@@ -8,22 +8,74 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from actprune.compensation import Compensation, Mean
+from actprune.core.budget import Budget
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.core.plan import Plan
+from actprune.core.views import Criterion
 from actprune.pruning import Observation, Pruner
 from actprune.sparsity import unit_groups
 from actprune.sparsity.proximal import Proximal
 from actprune.training.copies import copies_of
+from actprune.training.finding import Finder
+from actprune.training.gradients import Loss
 from actprune.training.guard import Guard
+from actprune.training.observer import Observer
 from actprune.training.references import followed, optimizers_of
+from actprune.training.replay import harmless, validate
 from actprune.training.resume import CheckpointHooks
 from actprune.training.strategy import restart_best, rewrap
 
 Plans = dict[str, dict[str, Any]]
 """Path of a network -> plan as plain containers and tensors."""
+
+WAITS = "the pruning step that is due waits: what it cuts is not known before validation has run again"
+
+
+def watch(
+    trainer: Trainer,
+    finder: Finder,
+    pruners: Mapping[str, Pruner],
+    due: float | None,
+    loss: Loss | None,
+    batch: Any = None,
+) -> Observer | None:
+    """Start to observe a validation epoch if a step is due after it and the networks are known.
+
+    Args:
+        trainer: in the training loop's validation.
+        finder: knows the networks.
+        pruners: path of a network -> its pruner.
+        due: share of the whole reduction that is due; None: nothing is.
+        loss: of criteria of the loss.
+        batch: the first one, where that had to show the networks: it was validated already, and is once more.
+
+    """
+    if due is None or not pruners or trainer.sanity_checking:
+        return None
+    observer = Observer(trainer, finder.networks, pruners, loss)
+    observer.start()
+    if batch is not None:
+        observer.batch(batch, 0, 0)
+        task = trainer.lightning_module
+        with isolate_rng(), harmless(task), trainer.precision_plugin.val_step_context():
+            validate(task, batch)
+    return observer
+
+
+def check_kinds(criterion: Any, budget: Any) -> None:
+    """Refuse a criterion or a budget of another kind.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if not isinstance(criterion, Criterion):
+        raise ConfigError(f"criterion must be a Criterion such as Entropy(), got {criterion!r}")
+    if not isinstance(budget, Budget):
+        raise ConfigError(f"budget must be a Budget such as Budget(params=0.4), got {budget!r}")
 
 
 def folded(compensation: Compensation | str | None) -> Compensation | None:
@@ -67,8 +119,8 @@ def decide(trainer: Trainer, pruners: Mapping[str, Pruner], observations: Mappin
     return decision["plans"]
 
 
-def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pruner], plans: Mapping[str, Plan]) -> float:
-    """Cut the networks, and everything that has to follow; the seconds that it took.
+def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pruner], plans: Plans) -> float:
+    """Cut the networks, and everything that has to follow; the seconds that it took. ``plans`` loses what is executed.
 
     Raises:
         SurgeryError: a cut network or a copy of it does not work; that network was put back.
@@ -77,9 +129,10 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
     hooks.remember_original()
     with torch.inference_mode(False), followed(hooks.task):
         optimizers = optimizers_of(trainer, hooks.task)
-        for path, plan in plans.items():
-            copies = copies_of(hooks.task, path, hooks.copies)
+        for path in list(plans):
+            plan, copies = Plan.from_dict(plans[path]), copies_of(hooks.task, path, hooks.copies)
             pruners[path].execute(plan, optimizers=optimizers)
+            del plans[path]
             for copy in copies:
                 copy.follow(plan, pruners[path].record, optimizers)
     regroup(trainer.optimizers, pruners)
