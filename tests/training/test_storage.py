@@ -247,3 +247,10 @@ def test_remote_paths_are_left_to_lightning(monkeypatch):
     monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", lambda content, path: asked.append(path))
     AtomicCheckpoints().save_checkpoint({}, "memory://bucket/x.ckpt")
     assert asked == ["memory://bucket/x.ckpt"]
+
+
+def test_newest_checkpoint_may_lie_in_a_folder_that_a_metric_of_its_name_makes(tmp_path):
+    path = tmp_path / "prune" / "step=1.ckpt"
+    path.parent.mkdir()
+    torch.save({"optimizer_states": []}, path)
+    assert newest_checkpoint(tmp_path) == path

@@ -51,7 +51,7 @@ def command_line(arguments: list[str]) -> list[str]:
 def where_to_go_on(config: DictConfig) -> str | None:
     """The checkpoint that a resumed job goes on from; None: start anew."""
     folder = Path(config.paths.output_dir) / "checkpoints"
-    for path in folder.glob(".*.ckpt"):  # what the kill left half written
+    for path in folder.rglob(".*.ckpt"):  # what the kill left half written
         path.unlink()
     found = newest_checkpoint(folder)
     return None if found is None else str(found)

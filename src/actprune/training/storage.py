@@ -54,12 +54,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest file in a folder that loads as a checkpoint to go on from; None if there is none.
+    """The newest file in a folder, or below it, that loads as a checkpoint to go on from; None if there is none.
+
+    Below: the ``/`` of ``{prune/step:.0f}`` in a file name makes folders.
 
     One that is whole but holds classes of yours, in its hyperparameters for one, counts: ``fit`` loads it with
     ``weights_only=False``.
     """
-    files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.name.startswith(".")]  # those are half done
+    files = [path for path in folder.rglob("*.ckpt") if path.is_file() and not path.name.startswith(".")]  # those are half done
     newest_first = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in newest_first if goes_on(path)), None)
 
