@@ -367,3 +367,33 @@ def test_validation_that_shows_the_networks_late_is_observed_from_its_first_batc
         if exact:
             assert_same_weights(resumed, whole)
             assert callback.history == full.history
+
+
+class Pretrained(OneNetwork):
+    """Trains a head on a frozen backbone that its checkpoints leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict_loading = False
+        self.model[:-1].requires_grad_(False)
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not name.startswith("model.0")}
+
+
+def test_earlier_checkpoint_leaves_a_frozen_backbone_that_it_does_not_hold_whole(pruning, trainer, checkpoints, tmp_path):
+    module = Pretrained()
+    before = module.model[0].weight.clone()
+    fitted = trainer(pruning(), checkpoints(), enable_checkpointing=True)
+    fitted.fit(module, loader(), loader(32, 1))
+    assert module.model[0].out_channels < 12
+    fitted.validate(module, loader(32, 1), ckpt_path=tmp_path / "all" / "epoch=0.ckpt", verbose=False)
+    assert torch.equal(module.model[0].weight, before)
+
+
+def test_checkpoint_of_a_renamed_network_is_refused(pruning, trainer, tmp_path):
+    fitted = trainer(pruning())
+    fitted.fit(OneNetwork(), loader(), loader(32, 1))
+    fitted.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ConfigError, match="a pruned network 'model', which OwnForward does not have"):
+        trainer(pruning()).validate(OwnForward(), loader(32, 1), ckpt_path=tmp_path / "one.ckpt", verbose=False)

@@ -8,8 +8,8 @@ those two hooks on the instance; the hooks of its class still run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ class CheckpointHooks:
         for path in self.paths:
             network = self.task.get_submodule(path)
             if not record_of(network):
-                self._shapes[path] = Shapes.of(network)
+                saved, inside_of = self.task.state_dict().keys(), f"{path}." if path else ""
+                self._shapes[path] = Shapes.of(network, lambda name, of=inside_of, all_=saved: f"{of}{name}" in all_)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the surgery records into a checkpoint."""
@@ -97,8 +98,16 @@ class CheckpointHooks:
         """Give the networks the shapes of a checkpoint, before its weights are loaded.
 
         Raises:
-            ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown.
+            ConfigError: a network is cut already, otherwise than the checkpoint, and its original shapes are unknown; or the
+                checkpoint is of a module with other attributes.
         """
+        present = dict(self.task.named_modules())
+        if unknown := [path for path in checkpoint.get(KEY, {}) if path not in present]:
+            raise ConfigError(
+                f"the checkpoint holds a pruned network {unknown[0]!r}, which {type(self.task).__name__} does not have; "
+                "name the attribute as it was when the checkpoint was written, or rename it in the checkpoint's state_dict "
+                f"and in its {KEY!r}"
+            )
         with followed(self.task):
             self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
         self.known = dict(checkpoint.get(KNOWN, {}))
@@ -185,11 +194,13 @@ class Shapes:
     """Module name -> record, of parts that were pruned by themselves."""
     settings: dict[str, dict[str, Any]]
     """Module name -> attribute name -> the object that keeps its settings; a cut gives the module another one."""
+    unsaved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Module name -> name -> value on the CPU, of the parameters that ``state_dict`` leaves out, a frozen backbone's say."""
 
     @classmethod
-    def of(cls, network: nn.Module) -> Shapes:
-        """Note the shapes of a network."""
-        tensors, attributes, constants, kept = {}, {}, {}, {}
+    def of(cls, network: nn.Module, is_saved: Callable[[str], bool] = lambda name: True) -> Shapes:
+        """Note the shapes of a network, and the parameters that checkpoints do not hold."""
+        tensors, attributes, constants, kept, left_out = {}, {}, {}, {}, {}
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
             tensors[name] = {key: value.shape for key, value in held.items() if value is not None}
@@ -201,13 +212,18 @@ class Shapes:
                 key: type(value)(value) for key, value in vars(module).items() if _is_size(value) and key != "training"
             }
             kept[name] = dict(settings.held(module))
-        return cls(tensors, attributes, constants, parts_of(network), kept)
+            left_out[name] = {
+                key: value.detach().to("cpu", copy=True)
+                for key, value in module._parameters.items()
+                if value is not None and not is_saved(f"{name}.{key}" if name else key)
+            }
+        return cls(tensors, attributes, constants, parts_of(network), kept, left_out)
 
     def inside(self, part: str) -> Shapes:
         """The shapes of a part of the network."""
         tensors, attributes = inside(self.tensors, part), inside(self.attributes, part)
         constants, records = inside(self.constants, part), inside(self.records, part)
-        return Shapes(tensors, attributes, constants, records, inside(self.settings, part))
+        return Shapes(tensors, attributes, constants, records, inside(self.settings, part), inside(self.unsaved, part))
 
     def restore(self, network: nn.Module, record: SurgeryRecord) -> None:
         """Give a cut network its original shapes again; what changes holds nothing until weights are loaded."""
@@ -235,8 +251,10 @@ class Shapes:
                 if key not in known:  # a bias that compensation gave
                     module._parameters[key] = None
                     continue
-                shape = known[key]
+                shape, unsaved = known[key], self.unsaved.get(name, {}).get(key)
                 if value.shape == shape:
+                    if unsaved is not None:  # compensation may have changed it
+                        value.data.copy_(unsaved)
                     continue
                 if key in module._buffers:
                     kept = constants.get(key)
@@ -244,6 +262,8 @@ class Shapes:
                     continue
                 if id(value) not in made:
                     made[id(value)] = nn.Parameter(value.new_zeros(shape), requires_grad=value.requires_grad)
+                    if unsaved is not None:
+                        made[id(value)].data.copy_(unsaved)
                     follow_hooks(value, made[id(value)])
                 module._parameters[key] = made[id(value)]
 
