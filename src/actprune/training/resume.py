@@ -8,7 +8,7 @@ those two hooks on the instance; the hooks of its class still run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +76,9 @@ class CheckpointHooks:
         for path in self.paths:
             network = self.task.get_submodule(path)
             if not record_of(network):
-                saved, inside_of = self.task.state_dict().keys(), f"{path}." if path else ""
-                self._shapes[path] = Shapes.of(network, lambda name, of=inside_of, all_=saved: f"{of}{name}" in all_)
+                prefix = f"{path}." if path else ""
+                saved = {name.removeprefix(prefix) for name in self.task.state_dict() if name.startswith(prefix)}
+                self._shapes[path] = Shapes.of(network, saved)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the surgery records into a checkpoint."""
@@ -198,8 +199,8 @@ class Shapes:
     """Module name -> name -> value on the CPU, of the parameters that ``state_dict`` leaves out, a frozen backbone's say."""
 
     @classmethod
-    def of(cls, network: nn.Module, is_saved: Callable[[str], bool] = lambda name: True) -> Shapes:
-        """Note the shapes of a network, and the parameters that checkpoints do not hold."""
+    def of(cls, network: nn.Module, saved: Set[str] | None = None) -> Shapes:
+        """Note the shapes of a network, and the parameters that are not among the saved ones; None: all are."""
         tensors, attributes, constants, kept, left_out = {}, {}, {}, {}, {}
         for name, module in network.named_modules():
             held = {**module._parameters, **module._buffers}
@@ -215,7 +216,7 @@ class Shapes:
             left_out[name] = {
                 key: value.detach().to("cpu", copy=True)
                 for key, value in module._parameters.items()
-                if value is not None and not is_saved(f"{name}.{key}" if name else key)
+                if value is not None and saved is not None and (f"{name}.{key}" if name else key) not in saved
             }
         return cls(tensors, attributes, constants, parts_of(network), kept, left_out)
 
