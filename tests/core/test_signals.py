@@ -9,6 +9,14 @@ import pytest
 from actprune.core.signals import held
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C raises, also where a shell started this in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_interrupt_comes_after_the_block():
     done = []
 

@@ -25,6 +25,14 @@ pytestmark = [
 STEPS = Schedule("linear", start=1, interval=2, steps=2)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C raises, also where a shell started this in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Saves(Callback):
     """Saves at once when SIGUSR1 comes, as Lightning does for SLURM; it comes while a cut network proves that it runs."""
 

@@ -14,10 +14,8 @@ class Made(IntEnum):
     """What was done to weights; of several things the greatest counts."""
 
     SCALED = 0
-    """Computed entry by entry, normalised or viewed; a product of vectors scales, too, as a spectral norm does."""
-    PICKED = 1
-    """Matrices were picked by their numbers, as an expert's."""
-    PRODUCT = 2
+    """Computed entry by entry, normalised, viewed, or picked by a number as an expert's; a spectral norm's products scale, too."""
+    PRODUCT = 1
     """Matrices were multiplied: an adapter, or queries that are learned."""
 
 
@@ -28,5 +26,5 @@ _PICKS = {"index", "_unsafe_index", "index_select"}
 def made(name: str, inputs: Sequence[Tensor]) -> tuple[Made, Sequence[Tensor]]:
     """What an operator does to weights, and which of its inputs have to be such."""
     if name in _PICKS and inputs[0].dim() > len(inputs):  # two dimensions are left, for every other tensor is an index of one
-        return Made.PICKED, inputs[:1]
+        return Made.SCALED, inputs[:1]
     return Made.PRODUCT if name in _PRODUCTS else Made.SCALED, inputs

@@ -48,6 +48,7 @@ _LAYERS = _CONVOLUTIONS | _CHANNEL_NORMS | _LAST_NORMS
 _WRITING = {"index_put", "_index_put_impl", "index_fill", "copy"} | {
     "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce",
 }  # fmt: skip
+_PICKING = {"index", "_unsafe_index", "index_select", "gather", "embedding"}  # by numbers that are no values
 UNTAGGED = {"rsub", "log_sigmoid_forward", "hardswish", "floor_divide"}
 """Pointwise operators that PyTorch does not tag."""
 # zero times anything, and functions of one number that are zero at zero: not asked, for they are most of all there are
@@ -131,7 +132,8 @@ def follow(
         constant = _asked(t, func, args, kwargs, outputs[0])
         left = constant is not None and constant.value == 0
     else:
-        left = not len(t.remains) or not any(one is False for one in t.remains.each(inputs))
+        beside = [x for x in inputs[1:] if any(_may_leave(t, ids) for ids in t.ids(x))] if name in _PICKING else inputs[1:]
+        left = not len(t.remains) or not any(one is False for one in t.remains.each([*inputs[:1], *beside]))
         if name in _MOVING:
             constant = _constant(t, inputs[0])
     if name in VIEWS and len(t.sums) and (pending := t.sums.get(inputs[0])) is not None:

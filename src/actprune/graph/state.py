@@ -195,10 +195,6 @@ class TraceState(Naming, Splits):
         how = self._made(tensor)
         return how is not None and (how is not Made.PRODUCT or not batched)
 
-    def is_picked(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of matrices that were picked by their numbers."""
-        return self._computed.get(tensor) is Made.PICKED
-
     def _made(self, tensor: Tensor) -> Made | None:
         return Made.SCALED if self.origin(tensor) is not None else self._computed.get(tensor)
 

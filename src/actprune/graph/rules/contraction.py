@@ -148,8 +148,6 @@ def _product(t: TraceState, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
         if (reads >= 0).all():
             t.scored.add(t.frames[-1].path)
         t.lock(reads, "summed over between two activations")
-    elif all(t.remains.get(x) is False and not t.is_picked(x) for x in (a, b)):  # of picks the numbers may be meant
-        t.lock(reads, "summed where what has left would not be zero")
     if t.origin(a) is not None and t.origin(b) is None:
         # weight @ activation: the activation is the second operand, the output channels are the rows
         t.contract(out, (1, -2, reads), left[-2], sizes, 1, a, left[-1], None)
