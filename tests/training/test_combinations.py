@@ -100,6 +100,23 @@ def test_wrapped_by_torch_compile(pruning, trainer):
     assert pruned_and_trained(module, before)
 
 
+def test_a_compiled_network_is_compiled_after_every_step(pruning, trainer):
+    ran = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            ran.append(module.current_epoch)
+            return graph(*arguments)
+
+        return run
+
+    module, callback = OneNetwork(), pruning(schedule=Schedule("linear", start=1, interval=1, steps=9))
+    module.model = torch.compile(module.model, backend=backend)
+    trainer(callback, max_epochs=12).fit(module, loader(), loader(32, 1))
+    assert len(callback.events) == 9
+    assert all(ran.count(epoch) >= 6 for epoch in range(12))  # the batches of training
+
+
 class Groups(OneNetwork):
     """Two parameter groups, and a scheduler that steps with every batch."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -18,3 +19,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inside
         else:
             return model
+
+
+def compile_anew(model: nn.Module) -> None:
+    """Forget what was compiled of a model, if anything was: after eight times for other shapes PyTorch would give up."""
+    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+        torch.compiler.reset()

@@ -14,7 +14,7 @@ class Made(IntEnum):
     """What was done to weights; of several things the greatest counts."""
 
     SCALED = 0
-    """Computed entry by entry, normalised, viewed, or picked by a number as an expert's; a spectral norm's products scale, too."""
+    """Computed entry by entry, normalised, viewed, or picked by a number, as an expert's; products of vectors scale, too."""
     PRODUCT = 1
     """Matrices were multiplied: an adapter, or queries that are learned."""
 

@@ -16,6 +16,7 @@ from actprune.core.budget import Budget
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.core.plan import Plan
 from actprune.core.views import Criterion
+from actprune.core.wrappers import compile_anew
 from actprune.pruning import Observation, Pruner
 from actprune.sparsity import unit_groups
 from actprune.sparsity.proximal import Proximal
@@ -136,6 +137,7 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
             for copy in copies:
                 copy.follow(plan, pruners[path].record, optimizers)
     regroup(trainer.optimizers, pruners)
+    compile_anew(hooks.task)
     rewrap(trainer)
     restart_best(trainer)
     return time.perf_counter() - began
