@@ -57,6 +57,28 @@ def test_resume_is_exact_from_every_epoch(kind, load, at_train_end, pruning, tra
         assert record_of(callback.pruner.model).to_dict() == record_of(full.pruner.model).to_dict()
 
 
+class Lazy(OneNetwork):
+    """Layers that get their shapes in the first validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.LazyConv2d(12, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                   nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(CLASSES))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")
+def test_lazy_layers_resume_too(pruning, trainer, checkpoints, tmp_path):
+    schedule, whole, full = Schedule("linear", start=1, interval=2, steps=2), Lazy(), pruning()
+    full.schedule = schedule
+    trainer(full, checkpoints(), enable_checkpointing=True).fit(whole, loader(), loader(32, 1))
+    assert len(full.events) == 2
+    for epoch in range(5):
+        resumed, callback = Lazy(), pruning(schedule=schedule)
+        trainer(callback).fit(resumed, loader(), loader(32, 1), ckpt_path=tmp_path / "all" / f"epoch={epoch}.ckpt")
+        assert_same_weights(resumed, whole)
+
+
 class WithoutBiases(OneNetwork):
     """Compensation gives it biases; they end up in the group of the weights, where a fresh module would not put them."""
 

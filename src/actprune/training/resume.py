@@ -8,7 +8,7 @@ those two hooks on the instance; the hooks of its class still run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from actprune.core import settings
@@ -109,8 +110,14 @@ class CheckpointHooks:
                 "name the attribute as it was when the checkpoint was written, or rename it in the checkpoint's state_dict "
                 f"and in its {KEY!r}"
             )
+        records = {path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()}
+        for path, record in records.items():
+            saved = {name: list(value.shape) for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+            prefix = f"{path}." if path else ""
+            saved = {name.removeprefix(prefix): shape for name, shape in saved.items() if name.startswith(prefix)}
+            _materialize(present[path], saved | record.shapes)
         with followed(self.task):
-            self.reshape({path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()})
+            self.reshape(records)
         self.known = dict(checkpoint.get(KNOWN, {}))
         self._order = checkpoint.get(ORDER, [])
         self._types = [_types(state) for state in checkpoint.get("optimizer_states", [])]
@@ -273,3 +280,10 @@ def _is_size(value: Any) -> bool:
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return bool(value) and all(type(item) is int for item in value)
     return type(value) is int
+
+
+def _materialize(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give parameters and buffers of lazy layers the shapes that they had before the first cut."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor) and name in shapes:
+            tensor.materialize(tuple(shapes[name]))  # type: ignore[union-attr]
