@@ -1,8 +1,10 @@
 """run.py in a process of its own: exit codes, sweeps, messages."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 from paths import ROOT
 
@@ -48,3 +50,20 @@ def test_a_folder_that_cannot_be_written_is_one_message(command, tmp_path):
     assert "what was written before is intact" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_sigterm_has_a_status_of_its_own_and_says_how_to_go_on(tmp_path):
+    """In an interpreter of its own, as a scheduler stops it."""
+    line = [sys.executable, str(ROOT / "run.py"), "debug=fast", "trainer.max_epochs=10000", "logger=none", "hydra.run.dir=run"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 200
+        while not list((tmp_path / "run").rglob("*.ckpt")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; resume=" in said
+    assert "Traceback" not in said

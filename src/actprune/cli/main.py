@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from actprune.cli import resuming, schema
@@ -53,6 +55,9 @@ def _job(config: DictConfig) -> Any:
         if sweep:
             print(f"job {HydraConfig.get().job.num} failed: {message}", file=sys.stderr, flush=True)
         raise JobError(message) from error
+    except SIGTERMException:  # which has no status of its own
+        print(f"stopped by SIGTERM; resume={config.paths.output_dir} goes on", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except Exception:
         if sweep:
             _log.exception("job %s failed", HydraConfig.get().job.num)
