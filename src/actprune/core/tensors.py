@@ -14,3 +14,8 @@ def writes(x: Tensor) -> int | None:
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """What a CPU holds, on a device; the host does not wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def real(x: Tensor) -> Tensor:
+    """Rows (U, n), of complex numbers (U, 2 n) their real and imaginary parts."""
+    return torch.view_as_real(x.resolve_conj()).flatten(1) if x.is_complex() else x

@@ -62,7 +62,9 @@ def differentiated(
                     f"what {reading.place[0] or 'the network'!r} reads is overwritten in place after it was read; switch "
                     "inplace off there"
                 )
-            yield reading, reading.value.float() * gradient.float()
+            value = reading.value
+            real = (value * gradient.conj()).real.float() if value.is_complex() else value.float() * gradient.float()
+            yield reading, real
         else:
             yield reading, gradient
 

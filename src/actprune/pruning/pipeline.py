@@ -21,6 +21,7 @@ from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
 from actprune.core.signals import held
+from actprune.core.tensors import real
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
@@ -271,7 +272,8 @@ class Pruner:
         for (name, dim), positions in group.members.items():
             if name in parameters:
                 tensor = parameters[name].detach().movedim(dim, 0)
-                slices.append(tensor[torch.from_numpy(positions).flatten().to(tensor.device)].reshape(group.size, -1))
+                index = torch.from_numpy(positions).flatten().to(tensor.device)
+                slices.append(real(tensor[index].reshape(group.size, -1)))
         return slices
 
     def plan(self, observation: Observation | None, due: float = 1.0) -> Plan | None:

@@ -92,6 +92,9 @@ def compensated(
         leaves = np.append(gone, False)[consumer.reads]
         if not leaves.any():
             continue
+        if layer.weight.is_complex():  # and what it reads: known is the mean of magnitudes
+            _LOG.warning("%s: nothing is folded into complex weights", consumer.weight)
+            continue
         fold = how.fold(layer, statistic, torch.from_numpy(leaves))
         # a layer that runs more than once has one bias: the mean over its calls
         owner = first.setdefault((consumer.weight, consumer.bias, consumer.batch_norm), number)

@@ -57,7 +57,8 @@ def _covariance(statistic: Statistic) -> Tensor:
 
 
 def _weight(model: nn.Module, consumer: Consumer, layer: Layer) -> Tensor:
-    weight = layer.weight.detach().double().movedim(layer.reads_dim, 1)
+    weight = layer.weight.detach()
+    weight = (weight.abs() if weight.is_complex() else weight).double().movedim(layer.reads_dim, 1)
     weight = weight.reshape(*weight.shape[:2], -1)
     if consumer.batch_norm is not None:
         norm: Any = model.get_submodule(consumer.batch_norm)

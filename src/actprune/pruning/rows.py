@@ -44,7 +44,11 @@ class Rows:
         return x.dim() > 1 and dim % x.dim() == 1 and len(x) == len(self.announced) > 0 and module not in self._recurrent
 
     def samples(self, x: Tensor, dim: int, module: str) -> tuple[Tensor, Tensor]:
-        """(N, C, *positions) and the ids of the N rows; where no dimension counts samples the rows are numbered anew."""
+        """(N, C, *positions), of complex numbers the magnitudes, and the ids of the N rows.
+
+        Where no dimension counts samples the rows are numbered anew.
+        """
+        x = x.abs() if x.is_complex() else x
         if self.are_usual(x, dim, module) and self._counted is None:
             return x.detach() if x.requires_grad else x, self.ids  # as nearly always
         x = x.detach().movedim(dim, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from actprune.core.tensors import real
 from actprune.graph import Graph, Group, Site
 from actprune.sparsity import unit_groups
 
@@ -26,7 +27,7 @@ def _columns(model: nn.Module, graph: Graph, group: Group, site: Site) -> Tensor
     if by_input is None:
         return None
     index = torch.from_numpy(site.positions).to(by_input.device)
-    return by_input[index.flatten()].reshape(group.size, -1).double()
+    return real(by_input[index.flatten()].reshape(group.size, -1)).double()
 
 
 def _by_input(model: nn.Module, graph: Graph, site: Site) -> Tensor | None:
@@ -63,4 +64,4 @@ def norms_of(model: nn.Module, group: Group) -> list[Tensor]:
 
 def owned(model: nn.Module, graph: Graph) -> dict[str, list[Tensor]]:
     """Group -> the elements that each of its units owns, (U, n_elements) per parameter; frozen ones count too."""
-    return {rows.name: rows.rows() for rows in unit_groups(model, graph, frozen=True)}
+    return {rows.name: [real(part) for part in rows.rows()] for rows in unit_groups(model, graph, frozen=True)}

@@ -84,7 +84,8 @@ def smaller(old: Tensor, dims: Mapping[int, Tensor], shift: Tensor | None) -> Te
     with torch.inference_mode(False), torch.no_grad():
         data = old.detach()
         if shift is not None:
-            data = (data.double() + shift.to(data.device).double()).to(old.dtype)
+            exact = torch.promote_types(old.dtype, torch.float64)
+            data = (data.to(exact) + shift.to(data.device, exact)).to(old.dtype)
         data = sliced(data, dims) if dims else data.clone()
         if not isinstance(old, nn.Parameter):
             return data
