@@ -46,7 +46,6 @@ def test_complex_weights_that_stay_are_what_they_were(compensation, caplog):
 def test_magnitudes_are_observed():
     torch.manual_seed(0)
     model, x = Spectral().eval(), torch.rand(64, 2, 16)
-    seen = []
     pruner = actprune.Pruner(
         model, x[:1], criteria.MeanActivation(), actprune.Budget(params=0.7), compensation=None, positions=None
     )
