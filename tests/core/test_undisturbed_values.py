@@ -105,6 +105,24 @@ def test_only_what_is_written_to_is_copied():
     assert not any(event.key == "aten::clone" for event in profile.key_averages())
 
 
+def test_batch_norms_that_a_list_holds_as_well():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(4), nn.Linear(4, 2)
+            self.all = [self.norm]
+
+        def forward(self, x):
+            return self.last(self.norm(x))
+
+    net, x = Listed(), torch.rand(8, 4)
+    before = copy.deepcopy(net.state_dict())
+    with undisturbed(net):
+        net.train()
+        net(x)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 class Adapted(nn.Linear):
     """Low-rank adaptation that is merged into the weight in evaluation mode, as in the authors' package."""
 

@@ -106,10 +106,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(uncompiled())
         stack.enter_context(PLAIN_ATTENTION.turned())
-        stack.enter_context(Unwritten([*model.parameters(), *tensors_of(found)]))
-        model.eval()
         try:
-            yield
+            with Unwritten([*model.parameters(), *tensors_of(found)]):  # which is over before anything is put back
+                model.eval()
+                yield
         finally:
             for module, held in attributes.items():
                 if type(module) is not kinds[module]:
