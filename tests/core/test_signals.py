@@ -66,3 +66,20 @@ def test_nothing_is_held_off_the_main_thread():
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_all_are_delivered_where_one_of_them_raises():
+    seen = []
+
+    def both():
+        with held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("term"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            both()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["term"]

@@ -10,6 +10,7 @@ from torch import nn
 
 import actprune
 from actprune.core.calling import evaluating, undisturbed
+from processes import apart
 
 
 class Meter:
@@ -121,6 +122,49 @@ def test_batch_norms_that_a_list_holds_as_well():
         net.train()
         net(x)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Settings(dict):
+    """A dict with attributes, as people write."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Rows(list):
+    pass
+
+
+class Table(np.ndarray):
+    pass
+
+
+def test_containers_of_ones_own_classes_are_left_alone():
+    net = nn.Linear(2, 2)
+    net.settings, net.rows, net.table, net.kind = Settings(width=3), Rows([1]), np.ones(2).view(Table), Meter
+    with undisturbed(net):
+        net(torch.rand(1, 2))
+    assert (net.settings, net.rows, net.table.tolist(), net.kind) == ({"width": 3}, [1], [1, 1], Meter)
+
+
+def test_views_that_repeat_what_is_written_to():
+    net, base = nn.Linear(2, 2), torch.ones(1)
+    net.mask = base.expand(2)
+
+    def write(module, args):
+        base.mul_(3)
+
+    net.register_forward_pre_hook(write)
+    with undisturbed(net):
+        net(torch.rand(1, 2))
+    assert net.mask.tolist() == [1, 1]
+
+
+@apart
+def test_operators_of_functions_run_inside():
+    net = nn.Linear(2, 2)
+    with undisturbed(net):
+        y = torch.cond(torch.tensor(True), lambda x: x + 1, lambda x: x - 1, (torch.ones(1, 2),))
+    assert y.shape == (1, 2)
 
 
 class Adapted(nn.Linear):

@@ -89,3 +89,15 @@ def test_a_copy_made_while_observed_runs_its_own_step(pruning, trainer):
     trainer(copies, pruning(), max_epochs=2).fit(module, loader(), loader(32, 1))
     assert copies.twin.validation_step.__self__ is copies.twin
     assert "validation_step" not in vars(module)
+
+
+class Decorated(OneNetwork):
+    @torch.no_grad()
+    def validation_step(self, batch):
+        self.log("val_loss", self.model(batch[0]).logsumexp(1).mean())
+
+
+def test_a_decorated_step_gets_the_arguments_that_it_takes(pruning, trainer):
+    callback = pruning()
+    trainer(callback, max_epochs=3).fit(Decorated(), loader(), loader(32, 1))
+    assert callback.events

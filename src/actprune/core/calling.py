@@ -56,11 +56,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with EVERY_MODULE.turned():
             yield
     finally:
-        for module, training in modes.items():
-            if training and not module.training and type(module).train is not nn.Module.train:
-                module.train()  # which does more than to set a flag: adapters leave the weights that they were merged into
-        for module, training in modes.items():
-            module.training = training
+        try:
+            for module, training in modes.items():
+                if training and not module.training and type(module).train is not nn.Module.train:
+                    module.train(True)  # more than a flag: adapters leave the weights that they are merged into
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 _REGISTERED = (
@@ -117,12 +119,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 put_back(vars(module), held)
                 for name, content in registered[module].items():
                     put_back(getattr(module, name), content)
-            contents.put_back()
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
                 if not buffer.is_meta and not torch.equal(_dense(buffer), _dense(before)):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
+            contents.put_back()
 
 
 def tensors_of(found: Iterable[Any]) -> Iterator[Tensor]:

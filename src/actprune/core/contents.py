@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from operator import is_
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +17,24 @@ import numpy as np
 from torch import Tensor, nn
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_HOLDING = (list, dict, set, tuple, deque, np.ndarray, type)  # classes of one's own that are such, too, are left alone
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _FEW = 1024
 """Of containers that hold more, a data set for one, only what they hold is remembered, not what is inside of that."""
+_MOST = 10_000
+"""How many values are looked at, those that lie less deep first."""
 _SMALL = 1 << 24
-"""Bytes of the largest array whose values are remembered."""
+"""Bytes of all arrays whose values are remembered."""
 
 
 def inside(values: Iterable[Any]) -> Iterator[Any]:
     """Tensors, modules, containers, arrays and objects of the user's own classes among values and inside of them, each once."""
     seen: set[int] = set()
-    waiting = [values]
-    while waiting:
-        for value in waiting.pop():
+    waiting, looked, room = deque([list(values)]), 0, _SMALL
+    while waiting and looked < _MOST:
+        now = waiting.popleft()
+        looked += len(now)
+        for value in now:
             kind = type(value)
             if kind in _ATOMS or id(value) in seen:
                 continue
@@ -40,20 +46,23 @@ def inside(values: Iterable[Any]) -> Iterator[Any]:
                 if len(value) <= _FEW:
                     waiting.append(list(value.values()) if isinstance(value, dict) else list(value))
             elif kind is tuple and len(value) <= _FEW:
-                waiting.append(value)
+                waiting.append(list(value))
             elif kind is np.ndarray:
-                if value.nbytes <= _SMALL and not value.dtype.hasobject:
+                if value.nbytes <= room and not value.dtype.hasobject:
+                    room -= value.nbytes
                     yield value
-            elif hasattr(value, "__dict__") and _is_own(kind):  # type: ignore[arg-type]
+            elif not isinstance(value, _HOLDING) and _is_own(kind):  # type: ignore[arg-type]
                 yield value
                 waiting.append(list(vars(value).values()))
 
 
 @functools.cache
 def _is_own(kind: type[Any]) -> bool:
-    """Whether a class is the user's: what libraries keep to themselves is theirs."""
+    """Whether a class is the user's, with attributes: what libraries keep to themselves is theirs."""
     if kind is SimpleNamespace:
         return True
+    if not kind.__dictoffset__:
+        return False
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is None:
         return kind.__module__ == "__main__"
@@ -74,7 +83,7 @@ class Contents:
         self._kept = [(value, _content(value)) for value in found if not isinstance(value, (Tensor, nn.Module))]
 
     def put_back(self) -> None:
-        """In place, for others hold the same objects; what did not change is not touched."""
+        """In place, for others hold the same objects; lists, sets and dicts that did not change are not touched."""
         for value, content in self._kept:
             _refill(value, content)
 
@@ -85,10 +94,12 @@ def _content(value: Any) -> Any:
 
 def _refill(value: Any, content: Any) -> None:
     if isinstance(value, np.ndarray):
+        if value.shape != content.shape:
+            value.resize(content.shape, refcheck=False)
         if value.flags.writeable:
             np.copyto(value, content)
     elif isinstance(value, (list, deque)):
-        if list(map(id, value)) != list(map(id, content)):
+        if len(value) != len(content) or not all(map(is_, value, content)):
             value.clear()
             value.extend(content)
     elif isinstance(value, set):

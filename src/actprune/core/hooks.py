@@ -122,17 +122,19 @@ class _Around:
     """Stands in for a method and runs it inside a context; copied or pickled, it is the plain method."""
 
     def __init__(self, method: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.__wrapped__, self._context = method, context
+        self._method, self._context = method, context
+        # who asks for the arguments looks through one wrapper, which may be there already
+        self.__wrapped__ = getattr(method, "__wrapped__", method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._context():
-            return self.__wrapped__(*args, **kwargs)
+            return self._method(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
+        return copy.deepcopy(self._method, memo)
 
     def __reduce__(self) -> Any:
-        return _itself, (self.__wrapped__,)
+        return _itself, (self._method,)
 
 
 @contextmanager

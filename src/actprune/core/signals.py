@@ -36,5 +36,6 @@ def held(interrupts: bool = True) -> Iterator[None]:
                     signal.signal(number, wait)
             yield
     finally:
-        for late in came:
-            signal.raise_signal(late)
+        with ExitStack() as late:  # the others come also where the handler of one raises
+            for other in reversed(came):
+                late.callback(signal.raise_signal, other)

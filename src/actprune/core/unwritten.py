@@ -7,7 +7,6 @@ Copies of all tensors would double a model in memory, so one is made when the fi
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,17 +22,18 @@ class Unwritten(TorchDispatchMode):
         tensors: which; what has no storage of its own, sparse tensors for one, is left out.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._data: list[tuple[Tensor, Tensor]] = []
-        self._at: dict[int, list[Tensor]] = defaultdict(list)
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._at: dict[int, torch.UntypedStorage] = {}
+        self._before: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
         for tensor in tensors:
             storage = _storage(tensor)
             if storage is not None:
-                data = tensor.data
-                self._data.append((tensor, data))
-                self._at[storage].append(data)
+                self._data.append((tensor, tensor.data))
+                self._at[storage] = tensor.untyped_storage()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         kwargs = kwargs or {}
@@ -45,17 +45,18 @@ class Unwritten(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _keep(self, written: Tensor) -> None:
-        storage = _storage(written)
-        if storage in self._at:
-            with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-                self._before += [(tensor, tensor.clone()) for tensor in self._at.pop(storage)]
+        storage = self._at.pop(_storage(written) or 0, None)
+        if storage is not None:
+            with _disable_current_modes():
+                self._before.append((storage, storage.clone()))
 
     def __exit__(self, *error: Any) -> None:  # noqa: D105
         super().__exit__(*error)
+        for storage, before in self._before:
+            if storage.nbytes() != before.nbytes():
+                storage.resize_(before.nbytes())
+            storage.copy_(before, False)
         with torch.no_grad():
-            for data, before in self._before:
-                with torch.inference_mode(data.is_inference()):
-                    data.copy_(before)
             for tensor, data in self._data:
                 if not _is_over(tensor, data):
                     tensor.data = data

@@ -23,5 +23,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def compile_anew(model: nn.Module) -> None:
     """Forget what was compiled of a model, if anything was: after eight times for other shapes PyTorch would give up."""
-    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+    if getattr(model, "_compiler_ctx", None) is not None or any(map(_is_compiled, model.modules())):
         torch.compiler.reset()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module, or a method in its attributes, was compiled."""
+    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        return True
+    return any(callable(value) and hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())

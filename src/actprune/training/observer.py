@@ -82,11 +82,11 @@ class Observer:
                 stack.enter_context(self.observations[path].resumed())
                 if network.replays:
                     self._number(path, n_samples(self._batch))
-            self._in_step = True
+            before, self._in_step = self._in_step, True
             try:
                 yield
             finally:
-                self._in_step = False
+                self._in_step = before
 
     def done(self) -> None:
         """The batch was validated: run it once more where gradients are asked for, for the networks that it reached."""
