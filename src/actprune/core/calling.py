@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from actprune.core.contents import Contents, inside, put_back
+from actprune.core.contents import Contents, inside, restore
 from actprune.core.hooks import uncompiled
 from actprune.core.switches import EVERY_MODULE, GENERATOR, PLAIN_ATTENTION
 from actprune.core.unwritten import Unwritten
@@ -116,9 +116,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, held in attributes.items():
                 if type(module) is not kinds[module]:
                     continue  # a lazy layer that knows its shape now
-                put_back(vars(module), held)
+                restore(vars(module), held)
                 for name, content in registered[module].items():
-                    put_back(getattr(module, name), content)
+                    restore(getattr(module, name), content)
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
                 if not buffer.is_meta and not torch.equal(_dense(buffer), _dense(before)):

@@ -67,13 +67,9 @@ def _is_own(kind: type[Any]) -> bool:
     if file is None:
         return kind.__module__ == "__main__"
     above = Path(file).resolve().parents
-    if "site-packages" in map(_name, above) or "dist-packages" in map(_name, above):
+    if not {"site-packages", "dist-packages"}.isdisjoint(path.name for path in above):
         return False
     return Path(sysconfig.get_paths()["stdlib"]).resolve() not in above and Path(__file__).resolve().parents[1] not in above
-
-
-def _name(path: Path) -> str:
-    return path.name
 
 
 class Contents:
@@ -107,10 +103,10 @@ def _refill(value: Any, content: Any) -> None:
             value.clear()
             value.update(content)
     else:
-        put_back(value if isinstance(value, dict) else vars(value), content)
+        restore(value if isinstance(value, dict) else vars(value), content)
 
 
-def put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
+def restore(now: dict[Any, Any], before: dict[Any, Any]) -> None:
     """Make ``now`` hold the very objects of ``before``."""
     if len(now) != len(before) or any(key not in now or now[key] is not value for key, value in before.items()):
         now.clear()

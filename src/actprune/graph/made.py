@@ -20,11 +20,12 @@ class Made(IntEnum):
 
 
 _PRODUCTS = CONTRACTIONS - {"mv", "dot", "vdot"}
-_PICKS = {"index", "_unsafe_index", "index_select"}
+PICKS = {"index", "_unsafe_index", "index_select"}
+"""Operators that pick rows, or matrices, by their numbers."""
 
 
 def made(name: str, inputs: Sequence[Tensor]) -> tuple[Made, Sequence[Tensor]]:
     """What an operator does to weights, and which of its inputs have to be such."""
-    if name in _PICKS and inputs[0].dim() > len(inputs):  # two dimensions are left, for every other tensor is an index of one
+    if name in PICKS and inputs[0].dim() > len(inputs):  # two dimensions are left, for every other tensor is an index of one
         return Made.SCALED, inputs[:1]
     return Made.PRODUCT if name in _PRODUCTS else Made.SCALED, inputs

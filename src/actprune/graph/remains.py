@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actprune.core.hooks import CONTRACTIONS, named_arguments
 from actprune.graph.ids import FREE, Ids
+from actprune.graph.made import PICKS
 
 if TYPE_CHECKING:
     from actprune.graph.state import TraceState
@@ -38,7 +39,7 @@ _CHANNEL_NORMS = {
 _LAST_NORMS = {"native_layer_norm", "_fused_rms_norm", "layer_norm"}
 _ZEROS = {"zeros", "new_zeros", "zeros_like", "zero_"}
 _ONES = {"ones", "new_ones", "ones_like"}
-_RESTORING = (CONTRACTIONS - _PRODUCTS - _CONVOLUTIONS) | _ZEROS | {"empty", "new_empty", "empty_like"}
+_RESTORING = (CONTRACTIONS - _PRODUCTS - _CONVOLUTIONS) | {"empty", "new_empty", "empty_like"}
 _FILLING = {"ones", "full", "rand", "randn", "new_ones", "new_full", "ones_like", "full_like", "rand_like", "randn_like"} | {
     "normal_", "uniform_", "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "fill_",
     "logsumexp", "logcumsumexp",
@@ -48,7 +49,7 @@ _LAYERS = _CONVOLUTIONS | _CHANNEL_NORMS | _LAST_NORMS
 _WRITING = {"index_put", "_index_put_impl", "index_fill", "copy"} | {
     "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce",
 }  # fmt: skip
-_PICKING = {"index", "_unsafe_index", "index_select", "gather", "embedding"}  # by numbers that are no values
+_PICKING = PICKS | {"gather", "embedding"}  # by numbers that are no values
 UNTAGGED = {"rsub", "log_sigmoid_forward", "hardswish", "floor_divide"}
 """Pointwise operators that PyTorch does not tag."""
 # zero times anything, and functions of one number that are zero at zero: not asked, for they are most of all there are

@@ -53,7 +53,6 @@ def watch(
         due: share of the whole reduction that is due; None: nothing is.
         loss: of criteria of the loss.
         batch: the first one, where that had to show the networks: it was validated already, and is once more.
-
     """
     if due is None or not pruners or trainer.sanity_checking:
         return None

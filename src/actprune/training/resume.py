@@ -77,9 +77,7 @@ class CheckpointHooks:
         for path in self.paths:
             network = self.task.get_submodule(path)
             if not record_of(network):
-                prefix = f"{path}." if path else ""
-                saved = {name.removeprefix(prefix) for name in self.task.state_dict() if name.startswith(prefix)}
-                self._shapes[path] = Shapes.of(network, saved)
+                self._shapes[path] = Shapes.of(network, inside(self.task.state_dict(), path).keys())
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the surgery records into a checkpoint."""
@@ -111,11 +109,11 @@ class CheckpointHooks:
                 f"and in its {KEY!r}"
             )
         records = {path: SurgeryRecord.from_dict(record) for path, record in checkpoint.get(KEY, {}).items()}
+        saved = {
+            name: list(value.shape) for name, value in checkpoint.get("state_dict", {}).items() if isinstance(value, Tensor)
+        }
         for path, record in records.items():
-            saved = {name: list(value.shape) for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-            prefix = f"{path}." if path else ""
-            saved = {name.removeprefix(prefix): shape for name, shape in saved.items() if name.startswith(prefix)}
-            _materialize(present[path], saved | record.shapes)
+            _materialize(present[path], inside(saved, path) | record.shapes)
         with followed(self.task):
             self.reshape(records)
         self.known = dict(checkpoint.get(KNOWN, {}))
