@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from actprune import Budget, Pruner, load_pruned, save_pruned, trace
+from actprune import Budget, Pruner, load_pruned, prune, save_pruned, trace
 from actprune.core.errors import BudgetError, SurgeryError
 from actprune.criteria import Random
 from actprune.pruning.plans import draft
@@ -126,3 +126,57 @@ def test_what_the_code_keeps_of_a_shape_is_plain_afterwards():
     assert (shape, width, copied, more) == (torch.Size([2, 5]), 5, 5, 6)
     assert (width != 4, hash(width), {5: "five"}[width]) == (True, hash(5), "five")
     assert graph.apart == ()
+
+
+class Spread(nn.Module):
+    """A norm by hand, as in the annotated transformer."""
+
+    def __init__(self, spread, width=4):
+        super().__init__()
+        self.spread = spread
+        self.inner, self.outer = nn.Linear(3, width), nn.Linear(width, 2)
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        h = self.inner(x)
+        return self.outer(self.weight * (h - h.mean(-1, keepdim=True)) / (self.spread(h) + 1e-3) + self.bias)
+
+
+UNBIASED = {
+    "std": lambda h: h.std(-1, keepdim=True),
+    "var": lambda h: torch.var(h, -1, keepdim=True).sqrt(),
+    "unbiased": lambda h: h.std(dim=-1, unbiased=True, keepdim=True),
+    "corrected": lambda h: torch.std(h, dim=-1, correction=1, keepdim=True),
+    "with the mean": lambda h: torch.std_mean(h, dim=-1, keepdim=True)[0],
+}
+BIASED = {
+    "biased": lambda h: h.std(dim=-1, unbiased=False, keepdim=True),
+    "not corrected": lambda h: torch.var(h, dim=-1, correction=0, keepdim=True),
+    "over samples too": lambda h: h.std(),
+    "over samples": lambda h: h.std(0, keepdim=True),
+}
+ROWS = torch.rand(5, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", UNBIASED)
+def test_of_an_unbiased_variance_two_units_stay(case):
+    """That of one value is not a number."""
+    torch.manual_seed(0)
+    graph, _ = rehearse(Spread(UNBIASED[case]).double().eval(), ROWS)
+    (group,) = graph.unlocked
+    assert draft(Spread(UNBIASED[case]), graph, {group.name: [0, 2]}).groups == {group.name: 2}
+    with pytest.raises(SurgeryError, match="would both be 1, .* an unbiased variance of one value"):
+        draft(Spread(UNBIASED[case]), graph, {group.name: [0, 2, 3]})
+    model = Spread(UNBIASED[case]).double().eval()
+    prune(model, ROWS, criterion=Random(), budget=Budget(units=0.5))
+    assert model.inner.out_features == 2
+    assert outputs(model, ROWS)[0].isfinite().all()
+    with pytest.raises(BudgetError, match="widths that have to stay different"):
+        prune(model, ROWS, criterion=Random(), budget=Budget(units=0.25))
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_of_others_one_may(case):
+    graph, _ = rehearse(Spread(BIASED[case]).double().eval(), ROWS)
+    (group,) = graph.unlocked
+    assert draft(Spread(BIASED[case]), graph, {group.name: [0, 2, 3]}).groups == {group.name: 3}

@@ -37,9 +37,10 @@ def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) ->
     chosen = {name: np.fromiter(indices, dtype=np.int64) for name, indices in units.items()}
     gone = graph.removed({name: indices.tolist() for name, indices in chosen.items()})
     if (same := equal(graph, gone)) is not None:
+        alone = ", or take an unbiased variance of one value" if isinstance(same.other, int) and same.other == 1 else ""
         raise SurgeryError(
             f"two widths that {same.module or 'the model'} finds different would both be {same.widths(gone)[0]}, and its code "
-            "would do something else then; let a unit more or fewer leave"
+            f"would do something else then{alone}; let a unit more or fewer leave"
         )
     removed: Positions = defaultdict(dict)
     leaves = np.append(gone, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,10 +53,23 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
     ids = [None if d in gone else dim for d, dim in enumerate(x) if kept or d not in gone]
     for tensor in outputs:
         t.set(tensor, ids)
-    remains.reduced(t, t.where.partition(" ")[0], a.input, gone, outputs[0])
+    name = t.where.partition(" ")[0]
+    remains.reduced(t, name, a.input, gone, outputs[0])
+    if name.startswith(("std", "var")):
+        _unbiased(t, a, gone)
     if len(outputs) == 2 and outputs[1].dtype == torch.int64:
         for d in gone:
             t.lock_once_read(outputs[1], x[d], "position of an extreme")
+
+
+def _unbiased(t: TraceState, a: SimpleNamespace, gone: set[int]) -> None:
+    """An unbiased variance of one value is not a number: of what it is taken over, one alone may not stay."""
+    corrected = getattr(a, "unbiased", None)
+    if corrected is None:
+        corrected = a.correction is None or a.correction > 0
+    over = [d for d in gone if t.ids(a.input)[d] is not None]
+    if corrected and len(over) == 1 and 1 < a.input.shape[over[0]] == math.prod(a.input.shape[d] for d in gone):
+        t.unequal.append((t.frames[-1].path, t.ids(a.input)[over[0]], 1))
 
 
 @rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod", "logcumsumexp")
