@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from lightning import Callback
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAUROC
 
 from actprune.core.errors import ConfigError
+from actprune.criteria import Entropy, Taylor
 from foreign import CLASSES, Adam, loader, network
 
 
@@ -141,3 +144,35 @@ def test_a_network_inside_a_metric_is_neither_cut_nor_counted(sanity, pruning, t
     assert callback.pruner.params == left <= 0.4 * callback.pruner.params_before
     width = module.encoder[0].out_channels
     assert callback.pruner.macs == 36 * 27 * width + CLASSES * width
+
+
+class Listing(Parts):
+    """A metric that keeps all it sees in lists: its hash is that of its content."""
+
+    def __init__(self):
+        super().__init__()
+        self.auroc = MulticlassAUROC(CLASSES)
+
+    def validation_step(self, batch, batch_idx):
+        logits = self.head(self.encoder(batch[0]).amax((2, 3)))
+        self.auroc.update(logits.softmax(1), batch[1])
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        self.log("auroc", self.auroc)
+
+
+class Counted(Callback):
+    def __init__(self):
+        self.samples = []
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.samples.append(sum(map(len, module.auroc.preds)))
+
+
+@pytest.mark.parametrize("sanity", [1, 0])
+@pytest.mark.parametrize("criterion", [Entropy(bins=16), Taylor()])
+@pytest.mark.filterwarnings("ignore:Metric `AUROC` will save all targets")
+def test_metrics_that_keep_lists_hold_what_validation_gave_them(criterion, sanity, pruning, trainer):
+    module, callback, counted = Listing(), pruning(criterion=criterion), Counted()
+    trainer(counted, callback, max_epochs=4, num_sanity_val_steps=sanity).fit(module, loader(), loader(32, 1))
+    assert module.encoder[0].out_channels < 12
+    assert counted.samples == [16] * sanity + [32] * 4

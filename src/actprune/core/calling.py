@@ -50,18 +50,18 @@ def _to(tree: Any, device: torch.device) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, with every module called; afterwards its own training flag is as it was."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with EVERY_MODULE.turned():
             yield
     finally:
         try:
-            for module, training in modes.items():
+            for module, training in modes:
                 if training and not module.training and type(module).train is not nn.Module.train:
                     module.train(True)  # more than a flag: adapters leave the weights that they are merged into
         finally:
-            for module, training in modes.items():
+            for module, training in modes:
                 module.training = training
 
 
@@ -89,12 +89,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     objects among them hold, parameters, buffers and other tensors that were written to or replaced, and the random number
     generators.
     """
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    registered = {module: {name: dict(getattr(module, name)) for name in _REGISTERED} for module in model.modules()}
-    kinds = {module: type(module) for module in registered}
-    for module in registered:
+    # in no dict: the hash of a metric changes with its content
+    modules = [(module, type(module), dict(vars(module)), _registered(module)) for module in model.modules()]
+    for module, *_ in modules:
         _unwatch(module)
-    found = list(inside(value for held in attributes.values() for name, value in held.items() if name not in _OF_MODULES))
+    found = list(inside(value for *_, held, _ in modules for name, value in held.items() if name not in _OF_MODULES))
     contents = Contents(found)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -113,11 +112,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 model.eval()
                 yield
         finally:
-            for module, held in attributes.items():
-                if type(module) is not kinds[module]:
+            for module, kind, held, registered in modules:
+                if type(module) is not kind:
                     continue  # a lazy layer that knows its shape now
                 restore(vars(module), held)
-                for name, content in registered[module].items():
+                for name, content in registered.items():
                     restore(getattr(module, name), content)
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
@@ -125,6 +124,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(before)
             contents.put_back()
+
+
+def _registered(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {name: dict(getattr(module, name)) for name in _REGISTERED}
 
 
 def tensors_of(found: Iterable[Any]) -> Iterator[Tensor]:

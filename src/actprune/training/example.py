@@ -90,9 +90,9 @@ class Watcher:
                 self._watch(path, (batch, dataloader_idx))
             return
         self._stack.enter_context(_watch_forward(self.task, self._forward))
-        measuring = {part for metric in self.task.modules() if isinstance(metric, Metric) for part in metric.modules()}
+        measuring = {id(part) for metric in self.task.modules() if isinstance(metric, Metric) for part in metric.modules()}
         for module in self.task.modules():
-            if module is self.task or module in measuring or not is_network_part(module):
+            if module is self.task or id(module) in measuring or not is_network_part(module):
                 continue
             self._stack.callback(module.register_forward_pre_hook(Live(self._enter), with_kwargs=True).remove)
             self._stack.callback(module.register_forward_hook(Live(self._leave), always_call=True).remove)

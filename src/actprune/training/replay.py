@@ -61,13 +61,14 @@ def validate(task: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
 
 @contextmanager
 def _others_evaluating(task: LightningModule, network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in set(task.modules()) - set(network.modules())}
-    for module in modes:
+    parts = set(map(id, network.modules()))
+    modes = [(module, module.training) for module in task.modules() if id(module) not in parts]
+    for module, _ in modes:
         module.training = False
     try:
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
 
 
