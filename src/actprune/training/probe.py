@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.training.example import Network, Watcher
+from actprune.training.loaders import spared
 from actprune.training.replay import harmless, validate
 
 _log = logging.getLogger(__name__)
@@ -53,9 +54,12 @@ def _networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str], pr
     """The networks that the first batches show; the hooks that come before run if ``prepares``, and what they set stays."""
     made: dict[str, Any] = {}
     watcher = Watcher(task, wanted)
-    with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context():
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    real = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    with undisturbed(task), harmless(task), trainer.precision_plugin.val_step_context(), spared(real) as loaders:
         before = dict(vars(task))
-        for number, (batch, loader, several) in enumerate(_first_batches(trainer, task)):
+        for number, (batch, loader, several) in enumerate(_first_batches(trainer, task, loaders)):
             if prepares:
                 if number == 0:
                     task.on_validation_start()
@@ -74,16 +78,14 @@ def _networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str], pr
     return watcher.networks(batch, loader)
 
 
-def _first_batches(trainer: Trainer, task: LightningModule) -> Iterator[tuple[Any, int, bool]]:
+def _first_batches(trainer: Trainer, task: LightningModule, loaders: list[Any]) -> Iterator[tuple[Any, int, bool]]:
     """The first batch of every loader, or of all if they are combined; with its loader, and whether there are several."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.setup_data()
     combined, n = loop._combined_loader, 0
-    loaders = [] if combined is None else combined.flattened
     if together := combined is not None and combined._mode != "sequential":
         assert combined is not None
         whole = CombinedLoader(combined.iterables, combined._mode)  # its iterators are its own
-        whole.limits = loop.max_batches
+        whole.flattened, whole.limits = loaders, loop.max_batches
         loaders = [whole]
     for number, loader in enumerate([] if loop.skip else loaders):
         drawn = next(iter(loader), None) if together or loop.max_batches[number] else None
