@@ -112,8 +112,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 model.eval()
                 yield
         finally:
-            for module, kind, held, registered in modules:
-                if type(module) is not kind:
+            for module, its_class, held, registered in modules:
+                if type(module) is not its_class:
                     continue  # a lazy layer that knows its shape now
                 restore(vars(module), held)
                 for name, content in registered.items():

@@ -67,9 +67,9 @@ def _unbiased(t: TraceState, a: SimpleNamespace, gone: set[int]) -> None:
     corrected = getattr(a, "unbiased", None)
     if corrected is None:
         corrected = a.correction is None or a.correction > 0
-    over = [d for d in gone if t.ids(a.input)[d] is not None]
-    if corrected and len(over) == 1 and 1 < a.input.shape[over[0]] == math.prod(a.input.shape[d] for d in gone):
-        t.unequal.append((t.frames[-1].path, t.ids(a.input)[over[0]], 1))
+    over = [ids for d in gone if (ids := t.ids(a.input)[d]) is not None]
+    if corrected and len(over) == 1 and 1 < len(over[0]) == math.prod(a.input.shape[d] for d in gone):
+        t.unequal.append((t.frames[-1].path, over[0], 1))
 
 
 @rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod", "logcumsumexp")
