@@ -47,7 +47,8 @@ def test_a_folder_that_cannot_be_written_is_one_message(command, tmp_path):
     (tmp_path / "taken").write_text("a file")
     done = command("debug=fast", "paths.output_dir=taken/here", "logger=none")
     assert done.returncode == 1
-    assert "what was written before is intact" in done.stderr
+    assert "NotADirectoryError: " in done.stderr
+    assert "resume=" not in done.stderr  # nothing is there to go on with
     assert "Traceback" not in done.stderr
     assert (tmp_path / "taken").read_text() == "a file"
 

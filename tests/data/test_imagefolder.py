@@ -93,6 +93,12 @@ def test_missing_root(tmp_path):
             call(tmp_path / "nowhere")
 
 
+def test_root_above_the_class_folders(tmp_path):
+    (tmp_path / "pets" / "cats").mkdir(parents=True)
+    with pytest.raises(DataError, match="has a single class folder, pets; set data.root to the folder that holds"):
+        count_classes(tmp_path)
+
+
 def test_root_without_class_folders(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(DataError, match="has no class folders; expected .*/CLASS/IMAGE"):

@@ -19,6 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from actprune.core.budget import Budget
 from actprune.core.errors import ActPruneError, ConfigError
@@ -123,7 +124,7 @@ def _check_target(node: DictConfig, key: str) -> None:
         if value is not None and _is_list(hints[name]):
             raise ConfigError(f"{key}.{name}={value!r} must be a list, e.g. {key}.{name}=[{value}]")
         accepted = _accepted(hints[name])
-        if accepted is not None and not any(_fits(value, kind) for kind in accepted):
+        if accepted and not any(_fits(value, kind) for kind in accepted):
             raise ConfigError(f"{key}.{name}={value!r} must be {' or '.join(map(_spell, accepted))}")
 
 
@@ -164,6 +165,8 @@ def _accepted(hint: Any) -> list[Any] | None:
         return None if any(part is None for part in parts) else [kind for part in parts for kind in part or ()]
     if origin is Literal:
         return list(get_args(hint))
+    if hint is Tensor:
+        return []  # which no setting is
     return [hint] if hint in _PLAIN else None
 
 

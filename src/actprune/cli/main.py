@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from actprune.cli import resuming, schema
 from actprune.cli.arguments import check_arguments
 from actprune.cli.job import run_job
+from actprune.cli.output import CONFIG
 from actprune.core.errors import ActPruneError
 
 _log = logging.getLogger(__name__)
@@ -49,9 +50,9 @@ def _job(config: DictConfig) -> Any:
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
         raise JobError(f"{type(error).__name__}: {error}") from error
     except (OSError, MisconfigurationException) as error:
-        message = (
-            f"{type(error).__name__}: {error}; what was written before is intact, resume={config.paths.output_dir} goes on"
-        )
+        message, folder = f"{type(error).__name__}: {error}", Path(config.paths.output_dir)
+        if (folder / CONFIG).is_file():
+            message += f"; what was written before is intact, resume={folder} goes on"
         if sweep:
             print(f"job {HydraConfig.get().job.num} failed: {message}", file=sys.stderr, flush=True)
         raise JobError(message) from error

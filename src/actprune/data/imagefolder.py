@@ -90,7 +90,7 @@ def count_classes(root: str | os.PathLike[str]) -> int:
     """Count the class folders under ``root`` (or ``root/train``), so that a model's config can refer to the number.
 
     Raises:
-        DataError: the folder is not there or has no class folders.
+        DataError: the folder is not there or has no two class folders.
     """
     folder = Path(root)
     folder = folder / "train" if _has_splits(folder) else folder
@@ -99,6 +99,11 @@ def count_classes(root: str | os.PathLike[str]) -> int:
     classes = _subfolders(folder)
     if not classes:
         raise DataError(f"{folder.resolve()} has no class folders; expected {folder}/CLASS/IMAGE or {folder}/train/CLASS/IMAGE")
+    if len(classes) == 1:
+        raise DataError(
+            f"{folder.resolve()} has a single class folder, {classes[0]}; set data.root to the folder that holds a folder for "
+            "each of two classes or more"
+        )
     return len(classes)
 
 

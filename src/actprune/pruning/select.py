@@ -100,7 +100,8 @@ def select(
     if not groups:
         raise BudgetError(
             f"no unit may leave: {len(graph.groups)} groups, {len(scored)} of them unlocked and scored, none wider than what "
-            f"max_ratio={selection.max_ratio} leaves; print(actprune.trace(model, example_inputs)) shows the locks"
+            f"max_ratio={selection.max_ratio} leaves; raise max_ratio, or see the locks: "
+            "print(actprune.trace(model, example_inputs))"
         )
     caps = [removable(g, originals.get(g.name, g.size), selection.max_ratio) for g in groups]
     order = _Order(graph, groups, _order(groups, scores, caps, selection, originals), unit, selection.round_to)
