@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from actprune.core.calling import Example
+from actprune.core.copied import Copies
 from actprune.graph.graph import Apart, Consumer, Follower, Graph, Group, Site
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.tracer import run, twice
@@ -23,14 +24,15 @@ class Trace:
         model: any module.
         example_inputs: what it takes, see ``trace``.
         training: follow what it does in training mode as well, and not only where evaluation mode leaves parameters unused.
+        copies: parts that take the cuts of others, see ``Pruner``.
 
     Raises:
         TraceError: the model fails on the example inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example, training: bool = False) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Example, training: bool = False, copies: Copies | None = None) -> None:
         self._model = model
-        self._state = run(model, example_inputs, training)
+        self._state = run(model, example_inputs, training, copies)
 
     def graph(self, tied: Collection[str] = ()) -> Graph:
         """The channel graph.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actprune.core.copied import Copies
 from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
 
@@ -141,6 +142,8 @@ class Graph:
     """Operators without a rule that met cuttable ids -> how often."""
     apart: tuple[Apart, ...] = ()
     """Widths that must not become equal."""
+    copies: Copies = field(default_factory=dict)
+    """Parts that take the cuts of others: their tensors are in no group and in no cost."""
 
     @property
     def params(self) -> int:

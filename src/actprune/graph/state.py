@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actprune.core.copied import Copies
 from actprune.graph.ids import FIXED, Ids, IdSpace, Joined, first
 from actprune.graph.made import Made, made
 from actprune.graph.naming import Naming
@@ -33,7 +34,9 @@ class TraceState(Naming, Splits):
     """Mutable state of one trace; rules see only this."""
 
     names: dict[int, str]
-    """``id(tensor)`` -> name of a parameter, buffer or plain tensor attribute."""
+    """``id(tensor)`` -> name of a parameter, buffer or plain tensor attribute; in a copy, the name of the original."""
+    copies: Copies = field(default_factory=dict)
+    """Parts that copy other parts: their tensors are taken for those of the originals, and nothing else is noted of them."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Parameters and buffers met so far, in order of first use."""
     tensor_ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
@@ -119,7 +122,8 @@ class TraceState(Naming, Splits):
 
     def tied(self, tensor: Tensor, dim: int, ids: Ids) -> list[Ids]:
         """Ids of every dimension of a tensor, one of which is tied to these ids: a new parameter takes them as they are."""
-        if ids is None or tensor in self._ids or id(tensor) not in self.names:
+        name = self.names.get(id(tensor))
+        if ids is None or tensor in self._ids or name is None or name in self.tensor_ids:
             own = self.ids(tensor)
             self.tie(ids, own[dim])
             return own

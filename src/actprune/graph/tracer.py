@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from actprune.core.calling import Example, call, undisturbed
+from actprune.core.copied import Copies, is_copied, led_by, named_alike
 from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
@@ -207,28 +208,34 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
     return a
 
 
-def run(model: nn.Module, example: Example, training: bool = False) -> TraceState:
+def run(model: nn.Module, example: Example, training: bool = False, copies: Copies | None = None) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
-    What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time.
+    What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time. Of a copy
+    and its original the one is observed that evaluation mode runs: where that is the copy, the two change places.
 
     Raises:
         TraceError: the model fails on the example.
     """
+    copies = copies or {}
     with GARBAGE.turned():
-        return settled(functools.partial(_run, model, example, training))
+        state = settled(functools.partial(_run, model, example, training, copies))
+        led = led_by({path for path, _, _ in state.produced_ids}, copies)
+        return state if led == copies else settled(functools.partial(_run, model, example, training, led))
 
 
-def _run(model: nn.Module, example: Example, training: bool, hints: Hints) -> TraceState:
+def _run(model: nn.Module, example: Example, training: bool, copies: Copies, hints: Hints) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             raise TraceError(f"parameter {name} is not initialised; run the model once before pruning it")
         names[id(tensor)] = name
+    names.update(named_alike(names, model, copies))
+    for _, tensor in _held(model):
         if tensor.numel() and tensor.layout == torch.strided:
-            storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = name
-    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, hints=hints)
+            storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = names[id(tensor)]
+    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, hints=hints, copies=copies)
     with undisturbed(model):
         try:
             _follow(model, example, state)
@@ -241,12 +248,14 @@ def _run(model: nn.Module, example: Example, training: bool, hints: Hints) -> Tr
                 "or a callable that takes the model"
             ) from error
     for bindings in (state.bindings, state.possible, state.asked):  # what a forward makes itself, it makes anew
-        bindings[:] = [one for one in bindings if one.attribute.partition(".")[0] in vars(state.modules[one.module])]
-    whole = all(name in state.tensor_ids for name in _learned(model))
+        kept = (one for one in bindings if one.attribute.partition(".")[0] in vars(state.modules[one.module]))
+        bindings[:] = [one for one in kept if not is_copied(one.module, copies)]
+    whole = all(names[id(parameter)] in state.tensor_ids for parameter in model.parameters())
     if training or not whole:
         _in_training(model, example, state)
     if not whole:
         follow_twins(model, state)
+    state.contractions[:] = [one for one in state.contractions if not is_copied(one.module, copies)]
     return state
 
 
@@ -258,10 +267,6 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 yield f"{path}.{name}" if path else name, value
-
-
-def _learned(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
 
 
 def _follow(model: nn.Module, example: Example, state: TraceState) -> None:

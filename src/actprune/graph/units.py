@@ -105,6 +105,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, state.means, classes.of),
         _unknown(state, classes, consumed | produced),
         _apart(state, classes),
+        state.copies,
     )
 
 
@@ -210,7 +211,8 @@ def _cost(
 ) -> CostModel:
     cost = CostModel(len(classes.roots))
     known = {id(c.reads): read for c, read in zip(state.contractions, reads, strict=True) if read is not None}
-    for name, parameter in model.named_parameters():
+    # a copy's parameters have the names of its original's, which are counted once
+    for name, parameter in {state.names.get(id(p), name): p for name, p in model.named_parameters()}.items():
         if name.startswith(metrics):
             continue
         if name in tensors:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
 from actprune.core.calling import Example
+from actprune.core.copied import Copies, checked
 from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
@@ -54,11 +55,12 @@ class Pruner:
         seed: of criteria that draw.
         positions: how many of each unit's positions in a sample criteria see; None: all; "auto": fewer if samples are many.
         known: what ``known`` of an earlier pruner of this model said, whose groups these shall be; nothing is rehearsed then.
+        copies: dotted name of a part that averages another -> name of that one; it takes the same cuts and is not counted.
 
     Raises:
         TraceError: the model fails on the example inputs.
         BudgetError: no unit may leave, or the budget is out of reach.
-        ConfigError: an argument is of another kind, or ``selection.ignore`` names no module.
+        ConfigError: an argument is of another kind, or ``selection.ignore`` or ``copies`` names no module.
     """
 
     def __init__(
@@ -72,23 +74,23 @@ class Pruner:
         seed: int = 0,
         positions: int | Literal["auto"] | None = "auto",
         known: Mapping[str, Any] | None = None,
+        copies: Copies | None = None,
     ) -> None:
         check_model(model)
         check_example(example_inputs)
         check_arguments(criterion=criterion, budget=budget, selection=selection, compensation=compensation, seed=seed)
-        self.model = model
-        self.example_inputs = example_inputs
-        self.criterion = criterion
-        self.budget = budget
+        self.model, self.example_inputs = model, example_inputs
+        self.criterion, self.budget = criterion, budget
         self.selection = selection or Selection()
         self.compensation = compensation
         self.seed, self.positions = seed, positions
         check_positions(positions)
+        self._copies = checked(model, copies or {})
         if known is None:
-            self.graph, self._repairs = rehearse(model, example_inputs)
+            self.graph, self._repairs = rehearse(model, example_inputs, self._copies)
         else:
             self._repairs = Repairs.from_dict(known["repairs"])
-            self.graph = traced(model, example_inputs, self._repairs)
+            self.graph = traced(model, example_inputs, self._repairs, self._copies)
         record = record_of(model)
         first = record.steps[0] if record.steps else None
         self.params_before = first["params_before"] if first else self.graph.params
@@ -106,7 +108,8 @@ class Pruner:
         return {"repairs": self._repairs.to_dict(), "widths": dict(self._original_widths)}
 
     def _traced(self) -> Graph:
-        return self._without_strangers(self._without_unseen(traced(self.model, self.example_inputs, self._repairs)))
+        graph = traced(self.model, self.example_inputs, self._repairs, self._copies)
+        return self._without_strangers(self._without_unseen(graph))
 
     def _now(self) -> dict[str, int]:
         """Width of every group that may be cut, by the record: a group of one unit may look like another one to a new trace."""
@@ -245,7 +248,7 @@ class Pruner:
             frees=partial(self._freed, group),
             columns=partial(columns_of, self.model, self.graph, group),
             norms=partial(norms_of, self.model, group),
-            own=partial(_entry, own, group.name),
+            own=lambda: own().get(group.name, []),
         )
 
     def _freed(self, group: Group) -> float:
@@ -344,7 +347,3 @@ class Pruner:
                 changes.roll_back()
                 raise
         return changes
-
-
-def _entry(of_groups: Callable[[], Mapping[str, list[Tensor]]], name: str) -> list[Tensor]:
-    return of_groups().get(name, [])

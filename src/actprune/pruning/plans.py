@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actprune.compensation import Compensation
+from actprune.core.copied import mirrored
 from actprune.core.errors import SurgeryError
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
@@ -47,7 +48,7 @@ def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) ->
     for (tensor, dim), column in graph.columns.items():
         if len(positions := np.flatnonzero(leaves[column])):
             removed[tensor][dim] = positions.tolist()
-    return Plan(
+    plan = Plan(
         removed=dict(removed),
         groups={name: len(indices) for name, indices in chosen.items() if len(indices)},
         attributes=_attributes(model, graph, gone),
@@ -56,6 +57,7 @@ def draft(model: nn.Module, graph: Graph, units: Mapping[str, Iterable[int]]) ->
         macs_before=graph.macs,
         macs_after=graph.cost.evaluate("macs", gone),
     )
+    return mirrored(plan, model, graph.copies)
 
 
 def _attributes(model: nn.Module, graph: Graph, gone: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -122,4 +124,5 @@ def compensated(
             added += len(bias) - len(cut)
         elif not weights[number]:
             _LOG.warning("%s: no mean is folded, for neither a bias nor a batch norm can take it", consumer.weight)
-    return dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=plan.params_after + added)
+    plan = dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=plan.params_after + added)
+    return mirrored(plan, model, graph.copies)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from actprune.core.calling import Example, call, undisturbed
+from actprune.core.copied import original
 from actprune.core.signals import held
 from actprune.core.stack import module_stack
 from actprune.graph import Graph, Group
@@ -71,7 +72,7 @@ class Trials:
                     error = run.error(self.model, counter.watching())
                     error = counter.missing() if error is None else error
                 if error is not None:
-                    path = stack[-1].path
+                    path = original(stack[-1].path, graph.copies)
                     text = str(error).strip().partition("\n")[0]
                     mode = " in training mode" if run.training else ""
                     where = f"{type(error).__name__} in {path or 'the model'}{mode}"

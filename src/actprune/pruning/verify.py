@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from actprune.core.calling import Example, undisturbed
+from actprune.core.copied import Copies
 from actprune.core.errors import TraceError
 from actprune.graph import Follower, Graph, Group, Trace, twice
 from actprune.pruning.idle import candidates, idle, roles, without
@@ -61,21 +62,21 @@ class Repairs:
         return cls(following, frozenset(state["tied"]), dict(state["locked"]), idle, state.get("training", False))
 
 
-def traced(model: nn.Module, example: Example, repairs: Repairs) -> Graph:
+def traced(model: nn.Module, example: Example, repairs: Repairs, copies: Copies | None = None) -> Graph:
     """The channel graph, with what a rehearsal found out."""
-    return _repaired_graph(Trace(model, example, repairs.training).graph(repairs.tied), repairs)
+    return _repaired_graph(Trace(model, example, repairs.training, copies).graph(repairs.tied), repairs)
 
 
 def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
     return with_locks(without(with_followers(tied, repairs.following), repairs.idle), repairs.locked)
 
 
-def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
+def rehearse(model: nn.Module, example: Example, copies: Copies | None = None) -> tuple[Graph, Repairs]:
     """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that.
 
     A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
     """
-    graph, repairs = _rehearsed(model, [Run(example)])
+    graph, repairs = _rehearsed(model, [Run(example)], copies)
     groups = candidates(graph)
     for inputs in (example, twice(example)) if groups else ():
         run = Run(inputs, training=True)
@@ -84,13 +85,13 @@ def rehearse(model: nn.Module, example: Example) -> tuple[Graph, Repairs]:
         with undisturbed(model):
             runs_whole = run.error(model, nullcontext()) is None
         if runs_whole:
-            return _rehearsed(model, [Run(example), run])
+            return _rehearsed(model, [Run(example), run], copies)
     return graph, repairs
 
 
-def _rehearsed(model: nn.Module, runs: Sequence[Run]) -> tuple[Graph, Repairs]:
+def _rehearsed(model: nn.Module, runs: Sequence[Run], copies: Copies | None) -> tuple[Graph, Repairs]:
     training = any(run.training for run in runs)
-    tied_graph = functools.cache(Trace(model, runs[0].example, training).graph)
+    tied_graph = functools.cache(Trace(model, runs[0].example, training, copies).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
     tried: set[tuple[str, object]] = set()
     known: set[tuple[object, str, Failure]] = set()

@@ -4,12 +4,15 @@ An average is a module of the same structure whose values come from the network'
 longer be averaged with it. Found by themselves: whatever a callback holds of the LightningModule (``WeightAveraging``,
 ``EMAWeightAveraging``, ``StochasticWeightAveraging`` and their like), and every ``AveragedModel`` inside the LightningModule.
 A momentum encoder looks like any second network, so it is named: ``copies={"encoder_k": "encoder_q"}``.
+
+A copy inside the pruned network is cut by the same plan as its original, and is no part of what is counted and observed; one
+outside follows the network's cut. Where validation runs the average alone, the average is observed and the other follows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning import LightningModule
@@ -17,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from actprune.core.copied import Copies, led_by, lies_in, resolved
 from actprune.core.errors import ConfigError
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry
@@ -96,15 +100,60 @@ def copies_of(task: LightningModule, path: str, named: Mapping[str, str]) -> lis
     Raises:
         ConfigError: it cannot be told what an ``AveragedModel`` averages.
     """
-    found = [(_unwrapped(holder), "") for holder in holders(task)]
-    found += list(_within(task, named))
-    copies = []
-    for module, mirrored in found:
-        if mirrored == path or not mirrored or path.startswith(f"{mirrored}."):
-            copies.append(Copy(module.get_submodule(path[len(mirrored) :].lstrip("."))))
-        elif not path or mirrored.startswith(f"{path}."):
-            copies.append(Copy(module, mirrored[len(path) :].lstrip(".")))
-    return copies
+    found = [Copy(_unwrapped(holder).get_submodule(path)) for holder in holders(task)]
+    for follows, leads in _seen_from(path, pairs(task, named)).items():
+        if lies_in(follows, path):  # cut by the plan of the network
+            continue
+        module = task.get_submodule(follows)
+        if lies_in(path, leads):
+            found.append(Copy(module.get_submodule(path[len(leads) :].lstrip("."))))
+        elif lies_in(leads, path):
+            found.append(Copy(module, leads[len(path) :].lstrip(".")))
+    return found
+
+
+def copies_within(task: LightningModule, path: str, named: Mapping[str, str]) -> Copies:
+    """The copies inside the network at ``path`` of what is inside it too, by their names in it; arguments as ``copies_of``.
+
+    Raises:
+        ConfigError: it cannot be told what an ``AveragedModel`` averages.
+    """
+    found = _seen_from(path, pairs(task, named)).items()
+    both = [pair for pair in found if all(lies_in(one, path) for one in pair)]
+    return {copy[len(path) :].lstrip("."): source[len(path) :].lstrip(".") for copy, source in both}
+
+
+def pairs(task: LightningModule, named: Mapping[str, str]) -> Copies:
+    """Dotted name of every copy inside the LightningModule -> of its original; of an ``AveragedModel``, of what it holds.
+
+    Raises:
+        ConfigError: it cannot be told what an ``AveragedModel`` averages, or copies are those of one another.
+    """
+    return resolved(dict(_within(task, named)))
+
+
+def check_apart(task: LightningModule, paths: Collection[str], named: Mapping[str, str]) -> None:
+    """Refuse to prune a copy and its original as two networks: each would take the cuts of both.
+
+    Raises:
+        ConfigError: names them.
+    """
+    copies = pairs(task, named)
+    for source in dict.fromkeys(copies.values()):
+        alike = [source, *(copy for copy, of in copies.items() if of == source)]
+        met = {path: [one for one in alike if lies_in(one, path) or lies_in(path, one)] for path in paths}
+        (first, ones), *others = [item for item in met.items() if item[1]] or [("", [])]
+        for path, theirs in others:
+            if theirs != ones:
+                raise ConfigError(
+                    f"modules names {first!r} and {path!r}, but {ones[0]} and {theirs[0]} are copies of one another and take "
+                    "each other's cuts; name one of the two"
+                )
+
+
+def _seen_from(path: str, copies: Copies) -> Copies:
+    """The same copies; where the network at ``path`` is or holds a copy but not its original, the others follow that copy."""
+    return led_by({path, *(one for pair in copies.items() for one in pair if lies_in(one, path))}, copies)
 
 
 def check_copies(task: LightningModule, named: Mapping[str, str]) -> None:
@@ -140,21 +189,26 @@ def submodule(task: LightningModule, path: str, setting: str) -> nn.Module:
         ) from None
 
 
-def _within(task: LightningModule, named: Mapping[str, str]) -> Iterator[tuple[nn.Module, str]]:
-    for name, original in named.items():
-        yield _unwrapped(task.get_submodule(name)), original
+def _within(task: LightningModule, named: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for pair in named.items():
+        copy, source = (f"{name}.module" if isinstance(task.get_submodule(name), AveragedModel) else name for name in pair)
+        yield copy, source
+    known = {*named, *named.values()}
     for name, module in task.named_modules():
-        if isinstance(module, AveragedModel) and name not in named:
-            yield module.module, _averaged(task, name, module.module)
+        if isinstance(module, AveragedModel) and not {name, f"{name}.module"} & known:
+            yield f"{name}.module", _averaged(task, name, module.module, named)
 
 
-def _averaged(task: LightningModule, name: str, copy: nn.Module) -> str:
+def _averaged(task: LightningModule, name: str, copy: nn.Module, named: Mapping[str, str]) -> str:
     """Dotted name of what an ``AveragedModel`` inside the LightningModule averages."""
     names = [n for n, _ in copy.named_parameters()]
+    others = [*named, *(path for path, module in task.named_modules() if isinstance(module, AveragedModel))]
     alike = [
         path
         for path, module in task.named_modules()
-        if type(module) is type(copy) and not path.startswith(name) and [n for n, _ in module.named_parameters()] == names
+        if type(module) is type(copy)
+        and not any(lies_in(path, other) for other in others)
+        and [n for n, _ in module.named_parameters()] == names
     ]
     if len(alike) != 1:
         raise ConfigError(

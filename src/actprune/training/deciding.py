@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from actprune.compensation import Compensation, Mean
 from actprune.core.budget import Budget
+from actprune.core.copied import mirrored
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.core.plan import Plan
 from actprune.core.views import Criterion
@@ -130,11 +131,13 @@ def carry_out(trainer: Trainer, hooks: CheckpointHooks, pruners: Mapping[str, Pr
     with torch.inference_mode(False), followed(hooks.task):
         optimizers = optimizers_of(trainer, hooks.task)
         for path in list(plans):
-            plan, copies = Plan.from_dict(plans[path]), copies_of(hooks.task, path, hooks.copies)
-            pruners[path].execute(plan, optimizers=optimizers)
+            pruner, copies = pruners[path], copies_of(hooks.task, path, hooks.copies)
+            # one that waits in a checkpoint of an earlier version says nothing of the copies inside
+            plan = mirrored(Plan.from_dict(plans[path]), pruner.model, pruner.graph.copies)
+            pruner.execute(plan, optimizers=optimizers)
             del plans[path]
             for copy in copies:
-                copy.follow(plan, pruners[path].record, optimizers)
+                copy.follow(plan, pruner.record, optimizers)
     regroup(trainer.optimizers, pruners)
     compile_anew(hooks.task)
     rewrap(trainer)

@@ -7,6 +7,8 @@ Three ways a LightningModule may run its network, tried in this order:
 3. it calls several (``self.decoder(self.encoder(x))``): the network is the LightningModule and the example replays the
    whole ``validation_step``, with everything that the step writes (logs, metrics, lists) put back afterwards.
 
+A copy, an average for one, that is called beside its original is not one of them.
+
 Where the user names modules, each of them is a network: the example is what it was called with, or, where the step calls
 not the module but a method of it, the replay.
 """
@@ -25,9 +27,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from actprune.core.calling import call, undisturbed
+from actprune.core.copied import Copies, lies_in
 from actprune.core.errors import ConfigError, TraceError
 from actprune.core.hooks import Live, put_back, uncompiled
-from actprune.training.copies import submodule
+from actprune.training.copies import pairs, submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -73,6 +76,8 @@ class Watcher:
     task: LightningModule
     wanted: Sequence[str] = ()
     """Dotted names of the networks, where the user gave them."""
+    copies: Copies = field(default_factory=dict)
+    """Dotted name of a copy -> of what it is one, where the user said so."""
     own_forward: Call | None = None
     """The first call of the LightningModule's own forward."""
     called: dict[nn.Module, Call] = field(default_factory=dict)
@@ -120,16 +125,26 @@ class Watcher:
                 f"validation_step of {type(self.task).__name__} called no module that has parameters; "
                 "call the network in validation_step, or set example_input_array"
             )
-        if len(self.called) == 1:
-            ((module, called),) = self.called.items()
-            path = next(name for name, candidate in self.task.named_modules() if candidate is module)
-            return [Network(module, path, _as_example(module, called))]
+        trained = self._trained()
+        if len(trained) == 1:
+            ((path, module),) = trained.items()
+            return [Network(module, path, _as_example(module, self.called[module]))]
         return [Network(self.task, "", _replay(self.task, self.task, batch, dataloader_idx))]
 
     @property
     def missing(self) -> list[str]:
         """Wanted modules that were not called, in whole or in part."""
         return [path for path in self.wanted if path not in self.inside]
+
+    def _trained(self) -> dict[str, nn.Module]:
+        """What was called by its dotted name, without copies of what was called too: these follow it."""
+        found = {name: module for name, module in self.task.named_modules() if module in self.called}
+        for copy, source in pairs(self.task, self.copies).items():
+            averages = [name for name in found if lies_in(name, copy) or copy == f"{name}.module"]
+            rest = {name: module for name, module in found.items() if name not in averages}
+            if any(lies_in(name, source) or lies_in(source, name) for name in rest):
+                found = rest
+        return found
 
     def _named(self, path: str) -> Network:
         module = self.task.get_submodule(path)

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.pruning import Pruner
 from actprune.pruning.ignoring import for_each
-from actprune.training.copies import check_copies, copies_of
+from actprune.training.copies import check_apart, check_copies, copies_within
 from actprune.training.events import say
 from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
 from actprune.training.probe import validation_networks
@@ -69,7 +69,7 @@ class Finder:
         """
         if self.networks:
             return False
-        found = validation_networks(trainer, self._task, self._modules)
+        found = validation_networks(trainer, self._task, self._modules, self._copies)
         if found is None and not self._modules:
             network = from_example_input_array(self._task)
             found = None if network is None else [network]
@@ -78,7 +78,7 @@ class Finder:
     def begin(self, batch: Any, dataloader_idx: int) -> None:
         """A validation batch comes: watch it, unless the networks are known."""
         if not self.networks:
-            self._watcher = self._watcher or Watcher(self._task, self._modules)
+            self._watcher = self._watcher or Watcher(self._task, self._modules, self._copies)
             self._watcher.start(batch, dataloader_idx)
 
     def end(self, batch: Any, dataloader_idx: int) -> bool:
@@ -119,6 +119,7 @@ class Finder:
         selections = for_each(settings.pop("selection"), [network.module for network in self.networks.values()])
         for network, chosen in zip(self.networks.values(), selections, strict=True):
             try:
+                settings["copies"] = copies_within(self._task, network.path, self._copies)
                 known = self._hooks.known.get(network.path)
                 pruner = Pruner(network.module, network.example_inputs, selection=chosen, seed=seed, known=known, **settings)
             except BudgetError as error:
@@ -145,7 +146,7 @@ class Finder:
             return False
         for network in found:
             check_alone(self._task, network)
-            copies_of(self._task, network.path, self._copies)
+        check_apart(self._task, [network.path for network in found], self._copies)
         self._watcher = None
         self.networks = {network.path: network for network in found}
         self._hooks.paths = list(self.networks)
@@ -157,10 +158,11 @@ class Finder:
         if "" not in self.networks:
             return
         parts = {name: child for name, child in self._task.named_children() if is_network_part(child)}
+        for copy in copies_within(self._task, "", self._copies):
+            parts = {name: child for name, child in parts.items() if copy not in (name, f"{name}.module")}
         frozen = [name for name, child in parts.items() if not any(p.requires_grad for p in child.parameters())]
-        frozen = [name for name in frozen if name not in self._copies]
         if frozen and len(frozen) < len(parts):
-            rest = [name for name in parts if name not in frozen and name not in self._copies]
+            rest = [name for name in parts if name not in frozen]
             say(
                 self._task,
                 f"all of {type(self._task).__name__} is pruned, also what is frozen ({', '.join(frozen)}); "

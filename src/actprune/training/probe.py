@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.parameter import is_lazy
 
 from actprune.core.calling import undisturbed
+from actprune.core.copied import Copies
 from actprune.core.errors import ActPruneError, ConfigError
 from actprune.training.example import Network, Watcher
 from actprune.training.loaders import spared
@@ -20,13 +21,19 @@ from actprune.training.replay import harmless, validate
 _log = logging.getLogger(__name__)
 
 
-def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str] = ()) -> list[Network] | None:
+def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str], copies: Copies) -> list[Network] | None:
     """Draw the first batch of validation loaders, validate them and say which networks were run.
 
     Random numbers, metrics, logs and the training mode are afterwards as they were. A step that fails is run again after the
     LightningModule's hooks that come before it; the attributes that these make stay, as they do after a sanity check. None if
     the step does not work outside the loop even so, or if a wanted module takes no part in these batches: then real validation
     batches show the networks.
+
+    Args:
+        trainer: its loaders give the batches.
+        task: whose ``validation_step`` runs.
+        wanted: dotted names of the networks; empty: what it runs.
+        copies: dotted name of a copy -> of what it is one.
 
     Raises:
         ConfigError: validation has no batch.
@@ -40,7 +47,7 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
         try:
             for prepares in (False, True):
                 try:
-                    return _networks(trainer, task, wanted, prepares)
+                    return _networks(trainer, task, wanted, copies, prepares)
                 except ActPruneError:
                     raise
                 except Exception as error:
@@ -50,10 +57,12 @@ def validation_networks(trainer: Trainer, task: LightningModule, wanted: Sequenc
     return None
 
 
-def _networks(trainer: Trainer, task: LightningModule, wanted: Sequence[str], prepares: bool) -> list[Network] | None:
+def _networks(
+    trainer: Trainer, task: LightningModule, wanted: Sequence[str], copies: Copies, prepares: bool
+) -> list[Network] | None:
     """The networks that the first batches show; the hooks that come before run if ``prepares``, and what they set stays."""
     made: dict[str, Any] = {}
-    watcher = Watcher(task, wanted)
+    watcher = Watcher(task, wanted, copies)
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()
     real = [] if loop._combined_loader is None else loop._combined_loader.flattened

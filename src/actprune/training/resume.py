@@ -20,11 +20,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from actprune.core import settings
+from actprune.core.copied import mirrored_record
 from actprune.core.errors import ConfigError
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of
 from actprune.surgery import apply_record
 from actprune.surgery.tensors import follow_hooks
-from actprune.training.copies import copies_of, inside
+from actprune.training.copies import copies_of, copies_within, inside
 from actprune.training.references import followed
 
 KEY = "actprune"
@@ -156,8 +157,10 @@ class CheckpointHooks:
         self.paths = list(dict.fromkeys([*self.paths, *wanted]))
         self.remember_original()
         for path in self.paths:
-            record, shapes = wanted.get(path, SurgeryRecord()), self._shapes.get(path)
-            self._become(self.task.get_submodule(path), record, shapes)
+            network, shapes = self.task.get_submodule(path), self._shapes.get(path)
+            within = copies_within(self.task, path, self.copies)
+            record = mirrored_record(wanted.get(path, SurgeryRecord()), network, within)
+            self._become(network, record, shapes)
             for twin in copies_of(self.task, path, self.copies):
                 self._become(twin.module, twin.of_record(record), None if shapes is None else shapes.inside(twin.part))
 
