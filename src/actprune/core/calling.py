@@ -47,6 +47,16 @@ def _to(tree: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 
+def once_and_twice(example: Example) -> Iterator[Example]:
+    """The example, then each of its samples two times, if they can be: a batch norm in training mode insists on two."""
+    yield example
+    try:
+        doubled = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
+    except Exception:  # a sparse matrix in compressed rows, for one
+        return
+    yield doubled
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, with every module called; afterwards its own training flag is as it was."""

@@ -11,10 +11,10 @@ from actprune.core.calling import Example
 from actprune.core.copied import Copies
 from actprune.graph.graph import Apart, Consumer, Follower, Graph, Group, Site
 from actprune.graph.rules.recurrent import is_recurrent
-from actprune.graph.tracer import run, twice
+from actprune.graph.tracer import run
 from actprune.graph.units import build
 
-__all__ = ["Apart", "Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace", "twice"]
+__all__ = ["Apart", "Consumer", "Follower", "Graph", "Group", "Site", "Trace", "is_recurrent", "trace"]
 
 
 class Trace:

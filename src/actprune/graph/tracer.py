@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from actprune.core.calling import Example, call, undisturbed
+from actprune.core.calling import Example, call, once_and_twice, undisturbed
 from actprune.core.copied import Copies, is_copied, led_by, named_alike
 from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import decomposed, is_composite
@@ -290,7 +289,7 @@ def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
 def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
     """Follow the branches that run in training mode only, auxiliary heads for one; of two samples if one does not do."""
     state.training = True
-    for inputs in (example, twice(example)):
+    for inputs in once_and_twice(example):
         with undisturbed(model):
             model.train()
             try:
@@ -299,11 +298,6 @@ def _in_training(model: nn.Module, example: Example, state: TraceState) -> None:
                 # a model that needs targets to train: what was seen of it holds, the rest stays as it is
                 continue
     return None
-
-
-def twice(example: Example) -> Example:
-    """The example's samples, each of them two times: a batch norm in training mode insists on two."""
-    return tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
 
 
 _INTERNAL = ("hidden_state", "attentions", "past_key_values", "mems")

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from actprune.core.calling import Example, undisturbed
+from actprune.core.calling import Example, once_and_twice, undisturbed
 from actprune.core.copied import Copies
 from actprune.core.errors import TraceError
-from actprune.graph import Follower, Graph, Group, Trace, twice
+from actprune.graph import Follower, Graph, Group, Trace
 from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
 from actprune.pruning.trials import Failure, Run, Trials
@@ -78,7 +78,7 @@ def rehearse(model: nn.Module, example: Example, copies: Copies | None = None) -
     """
     graph, repairs = _rehearsed(model, [Run(example)], copies)
     groups = candidates(graph)
-    for inputs in (example, twice(example)) if groups else ():
+    for inputs in once_and_twice(example) if groups else ():
         run = Run(inputs, training=True)
         if Trials(model, [run], Shares(graph)).failure(graph, groups) is None:
             break
