@@ -250,7 +250,14 @@ def _grouped_flops(rows, matrices, *_args, **_kwargs):
     return 2 * rows[0] * rows[1] * matrices[2]
 
 
-_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
+def _sparse_flops(_added, one, other, *_args, **_kwargs):
+    """Counted as the product of full matrices, as PyTorch counts ``mm`` of a sparse one."""
+    return 2 * one[0] * one[1] * other[1]
+
+
+_UNCOUNTED = {torch.ops.aten._sparse_addmm: _sparse_flops}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _UNCOUNTED[torch.ops.aten._grouped_mm] = _grouped_flops
 
 
 def counted(model, example):
@@ -261,7 +268,7 @@ def counted(model, example):
     fused = torch._C._get_mkldnn_enabled()
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # the counter does not know the fused kernel
         torch._C._set_mkldnn_enabled(False)
-    with FlopCounterMode(display=False, custom_mapping=_EXPERTS) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs(model, example)
     torch._C._set_mkldnn_enabled(fused)
     for parameter in learning:

@@ -31,12 +31,58 @@ class Convolutions(nn.Module):
         return self.head(self.gather(edges, self.second(x)).relu())
 
 
+def added(edges, x):
+    return torch.sparse.addmm(x, edges, x, beta=0.5)
+
+
+def set_aside(edges, x):
+    return torch.sparse.addmm(x.exp(), edges, x, beta=0)
+
+
 @pytest.mark.parametrize("layout", ["pairs", "rows"])
-def test_the_matrix_is_an_input(layout):
+@pytest.mark.parametrize("gather", [torch.matmul, torch.spmm, torch.sparse.mm, added, set_aside])
+def test_the_matrix_is_an_input(gather, layout):
     example = (NODES, laid_out(layout))
-    graph, _ = rehearse(Convolutions(torch.matmul).double(), example)
+    graph, _ = rehearse(Convolutions(gather).double(), example)
     assert sorted(group.size for group in graph.unlocked) == [8, 16], str(graph)
-    check_cuts(lambda: Convolutions(torch.matmul), graph, example)
+    assert not graph.unknown
+    check_cuts(lambda: Convolutions(gather), graph, example)
+
+
+def test_the_matrix_is_made_inside():
+    class Made(Convolutions):
+        def forward(self, x):
+            return super().forward(x, laid_out("pairs"))
+
+    graph, _ = rehearse(Made(torch.sparse.mm).double(), NODES)
+    assert sorted(group.size for group in graph.unlocked) == [8, 16], str(graph)
+    check_cuts(lambda: Made(torch.sparse.mm), graph, NODES)
+
+
+class Own(nn.Module):
+    """Products that the module runs itself, one of them of a matrix that may be sparse."""
+
+    def __init__(self, edges):
+        super().__init__()
+        self.register_buffer("edges", edges)
+        self.inner, self.outer = nn.Parameter(torch.randn(10, 8)), nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x):
+        gather = torch.sparse.mm if self.edges.is_sparse else torch.mm
+        return gather(self.edges, x @ self.inner).relu() @ self.outer
+
+
+@pytest.mark.parametrize("criterion", [actprune.criteria.Variance(), actprune.criteria.Taylor()])
+def test_what_a_product_reads_is_found_behind_a_sparse_one(criterion):
+    left = []
+    for edges in (PAIRS, PAIRS.to_dense()):
+        torch.manual_seed(0)
+        model = Own(edges).double()
+        data = [(NODES, torch.arange(6) % 4)]
+        actprune.prune(model, NODES, data=data, criterion=criterion, budget=actprune.Budget(params=0.6), compensation=None)
+        left.append(model.inner)
+    assert left[0].shape == left[1].shape != (10, 8)
+    assert torch.equal(*left)
 
 
 @pytest.mark.parametrize("criterion", [actprune.criteria.Variance(), actprune.criteria.Taylor()])
@@ -44,6 +90,8 @@ def test_the_matrix_is_an_input(layout):
 def test_pruned_by_what_it_computes(layout, criterion):
     torch.manual_seed(0)
     model, example = Convolutions(torch.matmul), {"x": NODES.float(), "edges": laid_out(layout).float()}
-    actprune.prune(model, example, data=[(example, torch.arange(6) % 4)], criterion=criterion, budget=actprune.Budget(params=0.6))
+    actprune.prune(
+        model, example, data=[(example, torch.arange(6) % 4)], criterion=criterion, budget=actprune.Budget(params=0.6)
+    )
     assert model.first.out_features + model.second.out_features < 24
     assert model(**example).shape == (6, 4)

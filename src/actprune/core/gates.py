@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_map_only
 from actprune.core.errors import ObservationError
 from actprune.core.hooks import OPERANDS, Watcher, watch_inputs, watch_operands
 
+_OPERANDS = {operator.replace("_", ""): place for operator, place in OPERANDS.items()}
+"""The same by the names of nodes, in lower case."""
+
 Place = tuple[str, int | None, int]
 """Module path; None for the module's own input, else which of its contractions; which factor of it."""
 
@@ -118,7 +121,7 @@ class Gates:
                 operand = 1 - operand  # with gradients a product may run transposed
             value, version = seen.values[operand]
             name = node.name().removesuffix("Backward0").lower()
-            argument = OPERANDS.get(name, 0) + operand
+            argument = _OPERANDS.get(name, 0) + operand
             source, slot = node.next_functions[argument]
             if source is None:
                 raise ObservationError(

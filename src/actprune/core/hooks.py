@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actprune.core.switches import EAGER, EVERY_MODULE, PLAIN_ATTENTION
 
-CONTRACTIONS = frozenset({"convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d"})
+CONTRACTIONS = frozenset({
+    "convolution", "mm", "bmm", "addmm", "baddbmm", "_sparse_addmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d",
+})  # fmt: skip
 """Operators that count as one contraction each, in the order in which a module runs them."""
 
-OPERANDS = {"addmm": 1, "baddbmm": 1}
+OPERANDS = {"addmm": 1, "baddbmm": 1, "_sparse_addmm": 1}
 """Where an operator's first factor stands among its arguments."""
 
 IN_PARTS = frozenset({

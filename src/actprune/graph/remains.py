@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from actprune.graph.state import TraceState
 
 _SUMS = {"sum", "linalg_vector_norm", "norm"}
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_sparse_addmm", "mv", "dot", "vdot"}
 _DISTANCES = {"_euclidean_dist", "_cdist_forward"}
 # weights and biases of channels that have left are zero, and a norm over channels is one over those that stay
 _CONVOLUTIONS = {"convolution", "deform_conv2d"}
@@ -116,7 +116,8 @@ def follow(
     elif name in _RESTORING:
         left = True
     elif name in _PRODUCTS:
-        left = _product(t, *args[-2:]) and (len(args) < 3 or _sum(t, args[0], outputs[0]))
+        added = len(args) == 3 and kwargs.get("beta") != 0
+        left = _product(t, *args[-2:]) and (not added or _sum(t, args[0], outputs[0]))
     elif name in _DISTANCES:
         left = _distances(t, args[0], args[1], outputs[0])
     elif name in _LAYERS:

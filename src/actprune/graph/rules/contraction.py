@@ -161,10 +161,10 @@ def matrix_product(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     _product(t, a.input, a.mat2, out)
 
 
-@rule("addmm")
+@rule("addmm", "_sparse_addmm")
 def affine(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """``input + mat1 @ mat2``: a linear layer with bias."""
-    is_bias = a.input.dim() == 1
+    """``beta * input + alpha * mat1 @ mat2``: a linear layer with bias; ``torch.sparse.mm`` where nothing is added."""
+    is_bias = a.input.dim() == 1 and a.alpha == a.beta == 1
     _product(t, a.mat1, a.mat2, out, a.input if is_bias else None)
     _add(t, a.input, out)
 
