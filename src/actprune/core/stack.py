@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Frame:
     """Operators that the call has run itself, outside its children."""
     met: bool = False
     """Whether the call's inputs were looked at."""
+    unseen: list[str] = field(default_factory=list)
+    """What the call runs past ``__call__``, innermost first: it called something that these hold, none of which runs."""
 
     @property
     def place(self) -> tuple[str, int, int]:
@@ -35,13 +38,40 @@ class Frame:
         return self.path, self.call, self.operators
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def held(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """Paths of what a module holds."""
+    found = []
+    for name in modules[path]._modules:
+        child = f"{path}.{name}" if path else name
+        if child in modules:  # else it has another path, or is None
+            found.append(child)
+    return found
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """(path, paths of what holds the module, innermost first, lists, dicts and sequences aside) of every module."""
+    known: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        around, _, name = path.rpartition(".")
+        above = known[around] if name else []
+        yield path, above
+        known[path] = above if path and type(module) in _CONTAINERS else [path, *above]
+
+
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
     """Yield the running calls, outermost first; after an exception the list stays as it was then."""
     stack = [Frame("")]
     calls: Counter[str] = Counter()
+    holders = dict(_holders(model))
 
     def enter(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if holders[path][:1] != [stack[-1].path]:
+            running = {frame.path for frame in stack}
+            stack[-1].unseen = list(takewhile(lambda holder: holder not in running, holders[path])) or stack[-1].unseen
         stack.append(Frame(path, (*args, *kwargs.values()), calls[path]))
         calls[path] += 1
 

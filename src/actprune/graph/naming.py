@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from actprune.core import settings
-from actprune.core.stack import Frame
+from actprune.core.stack import Frame, held
 
 
 @dataclass(kw_only=True)
@@ -30,17 +30,33 @@ class Naming:
         for path in reversed(self.stack):
             yield from self._plain(path)
 
+    @property
+    def unseen(self) -> list[str]:
+        """Paths of what the running calls run past ``__call__``: ``sublayer(x, lambda x: self.attention.forward(x))``."""
+        stack = self.stack
+        around = [
+            holder
+            for frame, inner in zip(self.frames, stack[1:], strict=False)
+            for holder in frame.unseen
+            if inner.startswith(f"{holder}.")  # else it ran before
+        ]
+        return [path for path in (*self.frames[-1].unseen, *around) if path not in stack]
+
     def called(self) -> Iterator[tuple[str, str, object]]:
-        """The same and those of the innermost module's children, whose methods it may call."""
+        """The same, those of what the innermost module holds, whose methods it may call, and of what runs past its call."""
         yield from self.attributes()
-        for child in self.children():
-            yield from self._plain(child)
+        for path in self.beside():
+            yield from self._plain(path)
+
+    def beside(self) -> Iterable[str]:
+        """Paths of modules that do not run, whose code may: what the innermost one holds, then what runs past its call."""
+        return dict.fromkeys((*held(self.modules, self.stack[-1]), *self.unseen))
 
     def children(self) -> list[str]:
-        """Paths of what the innermost module holds: code that runs now may be a method of one of them."""
+        """Paths of what the innermost module holds itself."""
         path = self.stack[-1]
-        held = (f"{path}.{name}" if path else name for name in self.modules[path]._modules)
-        return [child for child in held if child in self.modules]
+        own = (f"{path}.{name}" if path else name for name in self.modules[path]._modules)
+        return [child for child in own if child in self.modules]
 
     def _plain(self, path: str) -> Iterator[tuple[str, str, object]]:
         for name, value in vars(self.modules[path]).items():

@@ -277,7 +277,7 @@ class TraceState(Naming, Splits):
         for path, name, value in self.called():
             if type(value) is int and value == len(ids) and not self.of_torch(path):
                 self.possible.append(Binding(path, name, None, ids))
-        for path in (self.stack[-1], *self.children()):
+        for path in (self.stack[-1], *self.beside()):
             self.possible += [Binding(path, name, None, ids) for name, n in self.settings(path) if n == len(ids)]
 
     def contract(

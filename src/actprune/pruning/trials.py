@@ -30,6 +30,8 @@ class Failure:
     error: str
     progress: tuple[int, int, int, int]
     """Which cut failed, in which run, how many operators had run, and how many extents were right at the one that failed."""
+    unseen: tuple[str, ...] = ()
+    """Paths of what ran in that module past ``__call__``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Trials:
                     text = str(error).strip().partition("\n")[0]
                     mode = " in training mode" if run.training else ""
                     where = f"{type(error).__name__} in {path or 'the model'}{mode}"
-                    return Failure(path, f"{where}: {text}", (number, second, counter.n, counter.right))
+                    progress = number, second, counter.n, counter.right
+                    return Failure(path, f"{where}: {text}", progress, tuple(stack[-1].unseen))
         return None
 
     def _others(self, kinds: Mapping[str, type]) -> set[str]:

@@ -18,6 +18,7 @@ from torch import nn
 from actprune.core.calling import Example, once_and_twice, undisturbed
 from actprune.core.copied import Copies
 from actprune.core.errors import TraceError
+from actprune.core.stack import held
 from actprune.graph import Follower, Graph, Group, Trace
 from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
@@ -127,7 +128,7 @@ def _repaired(
     graph = _repaired_graph(tied_graph(repairs.tied), repairs)
     failure = trials.failure(graph, candidates(graph))
     while failure is not None:
-        attempt = _proposal(trials.model, graph, failure.path, repairs, tried)
+        attempt = _proposal(trials.model, graph, failure, repairs, tried)
         if attempt is None:
             break
         attempt, after = _carried(graph, tied_graph, repairs, attempt)
@@ -168,11 +169,14 @@ def _of(repairs: Repairs, attempt: Repairs, path: str, near: bool) -> Repairs:
     return dataclasses.replace(attempt, following=attempt.following & repairs.following | chosen)
 
 
-def _proposal(model: nn.Module, graph: Graph, path: str, repairs: Repairs, tried: set[tuple[str, object]]) -> Repairs | None:
+def _proposal(
+    model: nn.Module, graph: Graph, failure: Failure, repairs: Repairs, tried: set[tuple[str, object]]
+) -> Repairs | None:
     """What to try next for a failure in a module, for all modules of the same class and place in their block at once."""
-    parts = path.split(".") if path else []
+    parts = failure.path.split(".") if failure.path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-    enclosing[1:1] = [f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_children()]
+    enclosing[1:1] = held(dict(model.named_modules()), failure.path)
+    enclosing += failure.unseen
     role = roles(model)
     options = _options(graph)
     followed = {(module, attribute) for module, attribute, _ in repairs.following}

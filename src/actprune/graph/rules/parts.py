@@ -118,9 +118,9 @@ def _set_parts(t: TraceState, whole: list[Ids], dim: int, sizes: list[int], out:
 
 
 def _bind_sizes(t: TraceState, size: int, counts: np.ndarray) -> None:
-    """An integer of the innermost module may be what the split was called with."""
-    path = t.stack[-1]
-    t.possible += [Binding(path, name, None, counts) for name, n in (*t.integers(path), *t.settings(path)) if n == size]
+    """An integer of the innermost module, or of what runs there past its call, may be what the split was called with."""
+    for path in (t.stack[-1], *t.unseen):
+        t.possible += [Binding(path, name, None, counts) for name, n in (*t.integers(path), *t.settings(path)) if n == size]
 
 
 def _bind_list(t: TraceState, sizes: list[int], ids: np.ndarray) -> bool:

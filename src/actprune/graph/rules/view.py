@@ -97,10 +97,10 @@ def _head_axis(t: TraceState, grid: np.ndarray, axes: list[int]) -> int | None:
     """The factor that a running module names as its head count, or the one before what it names as a head's width.
 
     An attribute that holds the count will follow the cut. ``self.attention.forward(x)`` is no call of that module, so what the
-    innermost module holds is asked, too.
+    innermost module holds is asked, too, and what runs inside other calls in that way.
     """
     inner, *outer = reversed(t.stack)
-    places = [(path, t.integers(path)) for path in (inner, *t.children(), *outer)]
+    places = [(path, t.integers(path)) for path in (inner, *t.children(), *outer, *t.unseen)]
     for path, kept in (*places, (inner, t.settings(inner))):
         named = {n: v for n, v in kept if _speaks(n, _HEAD_WORDS)}
         counts = {n: v for n, v in named.items() if not _speaks(n, _WIDTH_WORDS)}
