@@ -73,10 +73,61 @@ def lent(named):
     return lambda: nn.Sequential(nn.Linear(5, 12), Block(named), Block(named), nn.Linear(12, 3))
 
 
+class Cell(nn.Module):
+    """Says itself what it starts from."""
+
+    def __init__(self, n, width):
+        super().__init__()
+        self.hidden_dim, self.gates = width, nn.Conv2d(n + width, 4 * width, 3, padding=1)
+
+    def forward(self, x, state):
+        h, c = state
+        i, f, o, g = torch.split(self.gates(torch.cat([x, h], 1)), self.hidden_dim, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def init_hidden(self, x):
+        h, w = x.shape[-2:]
+        weight = self.gates.weight
+        return tuple(torch.zeros(len(x), self.hidden_dim, h, w, dtype=weight.dtype) for _ in range(2))
+
+
+class Recurrent(nn.Module):
+    """Cells in a list, one above the other, whose first states their owner has them make."""
+
+    def __init__(self, hold, widths):
+        super().__init__()
+        self.cells = hold([Cell(a, b) for a, b in zip((3, *widths), widths, strict=False)])
+        self.head = nn.Conv2d(widths[-1], 2, 1)
+
+    def forward(self, x):
+        cells = list(self.cells.values() if isinstance(self.cells, nn.ModuleDict) else self.cells)
+        states = [cell.init_hidden(x) for cell in cells]
+        for t in range(x.shape[1]):
+            y = x[:, t]
+            for n, cell in enumerate(cells):
+                states[n] = cell(y, states[n])
+                y = states[n][0]
+        return self.head(y)
+
+
+def named(cells):
+    return nn.ModuleDict({f"cell{n}": cell for n, cell in enumerate(cells)})
+
+
+def recurrent(hold, *widths):
+    return lambda: Recurrent(hold, widths)
+
+
+FILM = torch.randn(1, 3, 3, 5, 5, dtype=torch.float64)
 TOKENS = torch.randn(2, 6, 5, dtype=torch.float64)
 CASES = {
     "a sibling's forward": (lent(named=False), TOKENS, [4, 4, 8, 8, 12]),
     "a sibling's forward, heads by name": (lent(named=True), TOKENS, [4, 4, 8, 8, 12]),
+    "methods of cells in a list": (recurrent(nn.ModuleList, 8, 6), FILM, [6, 8]),
+    "of equal cells": (recurrent(nn.ModuleList, 6, 6, 6), FILM, [6, 6, 6]),
+    "of cells in a dict": (recurrent(named, 8, 6), FILM, [6, 8]),
+    "of cells in a sequence": (recurrent(lambda cells: nn.Sequential(*cells), 8, 6), FILM, [6, 8]),
 }
 
 

@@ -42,12 +42,12 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def held(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """Paths of what a module holds."""
+    """Paths of what a module holds, in lists, dicts and sequences too."""
     found = []
     for name in modules[path]._modules:
         child = f"{path}.{name}" if path else name
         if child in modules:  # else it has another path, or is None
-            found.append(child)
+            found += [child, *(held(modules, child) if type(modules[child]) in _CONTAINERS else ())]
     return found
 
 

@@ -234,7 +234,7 @@ def _moved(before: Graph, after: Graph, locked: Mapping[str, str]) -> dict[str, 
 
 
 def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:
-    """(module, attribute) -> the different widths that the attribute may follow."""
+    """(module, attribute) -> the different widths that the attribute may follow, first those that the module makes."""
     owner = _owners(graph)
     found: dict[tuple[str, str], list[Choice]] = {}
     for follower in graph.possible:
@@ -242,7 +242,13 @@ def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:
         choice = _choice(follower, owner)
         if choice[2] and choice not in choices:
             choices.append(choice)
+    for (module, _), choices in found.items():
+        choices.sort(key=lambda choice: not any(_made_by(module, name) for name in choice[2]))
     return found
+
+
+def _made_by(module: str, group: str) -> bool:
+    return f"{group.partition('#')[0]}.".startswith(f"{module}.")
 
 
 def _owners(graph: Graph) -> dict[int, str]:
