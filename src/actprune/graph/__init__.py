@@ -46,7 +46,7 @@ class Trace:
         state.bindings = list(state.bindings)
         for path, _, attribute in (one.partition(":") for one in tied):
             if attribute:
-                same = (b for b in state.possible if (b.module, b.attribute) == (path, attribute))
+                same = (b for b in state.possible if (b.module, b.name) == (path, attribute))
                 state.bindings += [b for b in same if not state.space.locked(b.counts)]
                 continue
             for inside, outside in state.coincidences.get(path, ()):

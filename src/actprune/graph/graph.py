@@ -92,6 +92,13 @@ class Follower:
     """Class index of every counted thing."""
     assumed: bool = False
     """Whether chance may have made it equal: it follows only if the cut model fails otherwise."""
+    alone: bool = False
+    """Whether it is one number of a list, whatever the others are."""
+
+    @property
+    def name(self) -> str:
+        """What it is called among the module's integers."""
+        return f"{self.attribute}[{self.index}]" if self.alone else self.attribute
 
     def value(self, removed: NDArray[np.bool_]) -> int:
         """The attribute's value when the marked classes are gone."""

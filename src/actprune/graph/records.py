@@ -58,3 +58,10 @@ class Binding:
     """One id per counted thing: the attribute's new value is how many of them stay."""
     assumed: bool = False
     """Follows because it is equal and called a width, which may be chance: a rehearsal tells whether anything needs it."""
+    alone: bool = False
+    """One number of a list, whatever the others are: of widths that stand there layer by layer."""
+
+    @property
+    def name(self) -> str:
+        """What it is called among the module's integers."""
+        return f"{self.attribute}[{self.index}]" if self.alone else self.attribute

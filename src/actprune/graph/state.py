@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Column: TypeAlias = "NDArray[np.int64] | tuple[str, int]"
 """Ids along a dimension; of a parameter or buffer that no operator has met yet, its name and which dimension."""
 
+_MOST_LAYERS = 64
+"""A longer list has other numbers than widths of layers, and what holds no layers has none."""
+
 
 @dataclass(kw_only=True)
 class TraceState(Naming, Splits):
@@ -273,10 +276,14 @@ class TraceState(Naming, Splits):
                 self.space.lock(*pending)
 
     def may_count(self, ids: NDArray[np.int64]) -> None:
-        """Integers of the running modules that equal an extent may follow it: a rehearsal tells."""
+        """Integers of the running modules that equal an extent, in lists too, may follow it: a rehearsal tells."""
         for path, name, value in self.called():
-            if type(value) is int and value == len(ids) and not self.of_torch(path):
-                self.possible.append(Binding(path, name, None, ids))
+            if type(value) is int:
+                if value == len(ids) and not self.of_torch(path):
+                    self.possible.append(Binding(path, name, None, ids))
+            elif isinstance(value, (list, tuple)) and len(value) <= _MOST_LAYERS and self.modules[path]._modules:
+                same = (index for index, n in enumerate(value) if type(n) is int and n == len(ids))
+                self.possible += [Binding(path, name, index, ids, alone=True) for index in same]
         for path in (self.stack[-1], *self.beside()):
             self.possible += [Binding(path, name, None, ids) for name, n in self.settings(path) if n == len(ids)]
 

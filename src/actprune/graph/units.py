@@ -71,7 +71,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
     groups = group(columns, reasons, consumed[:n] | produced[:n], _once(sites), reads, state)
     cost = _cost(state, model, classes, tensors, reads, metrics)
     followers, possible = (
-        tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts), b.assumed) for b in bindings)
+        tuple(Follower(b.module, b.attribute, b.index, classes.of(b.counts), b.assumed, b.alone) for b in bindings)
         for bindings in (state.bindings, state.possible + state.asked)
     )
     consumers = tuple(

@@ -108,7 +108,7 @@ def _pairs_of_units(graph: Graph) -> dict[str, int]:
     """Groups of two units that one integer may follow beside others -> 1 or 2, by turns."""
     owner = {cls: group.name for group in graph.unlocked if group.size == 2 for cls in group.classes.tolist()}
     followed: dict[tuple[str, str, int | None], dict[str, None]] = {}
-    for one in graph.possible:
+    for one in (one for one in graph.possible if not one.alone):
         names = {owner.get(cls, "") for cls in one.counts.tolist()}
         if len(names) == 1 and "" not in names:
             followed.setdefault((one.module, one.attribute, one.index), {}).update(dict.fromkeys(names))

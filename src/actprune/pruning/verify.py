@@ -183,8 +183,9 @@ def _proposal(
     for here in enclosing:
         own = [(attribute, choices) for (module, attribute), choices in options.items() if module == here]
         # what follows a width already may have taken the wrong one of several that are equal: asked last; settings before it
-        for attribute, choices in sorted(own, key=lambda option: ((here, option[0]) in followed, "." in option[0])):
-            for k, choice in enumerate(choices):
+        for attribute, choices in sorted(own, key=lambda option: ((here, option[0]) in followed, *_of_others(option[0]))):
+            beside = {c[2] for c in repairs.following if c[0] == here and _same_list(c[1], attribute)}
+            for k, choice in sorted(enumerate(choices), key=lambda numbered: numbered[1][2] in beside):
                 if (here, choice) in tried or choice in repairs.following:
                     continue
                 others = [(p, found[k]) for (p, name), found in options.items() if name == attribute and len(found) > k]
@@ -207,12 +208,22 @@ def _proposal(
     return None
 
 
+def _of_others(name: str) -> tuple[bool, bool]:
+    """Whether an integer is one of a list, or of settings."""
+    return name.endswith("]"), "." in name
+
+
+def _same_list(one: str, other: str) -> bool:
+    """Whether two are different numbers of one list: those of other layers, which have widths of their own."""
+    return one != other and one.endswith("]") and one.partition("[")[0] == other.partition("[")[0]
+
+
 def _rivals(graph: Graph, choice: Choice) -> set[Choice]:
     """Choices that would set the same integer: the same attribute, of a tuple the same element."""
     owner = _owners(graph)
-    same = [(_choice(f, owner), f.index) for f in graph.possible if (f.module, f.attribute) == choice[:2]]
-    elements = {index for other, index in same if other == choice}
-    return {other for other, index in same if index in elements}
+    same = [(_choice(f, owner), (f.attribute, f.index)) for f in graph.possible if f.module == choice[0]]
+    set_by = {place for other, place in same if other == choice}
+    return {other for other, place in same if place in set_by}
 
 
 def _renamed(before: Graph, after: Graph, chosen: frozenset[Choice]) -> frozenset[Choice]:
@@ -238,7 +249,7 @@ def _options(graph: Graph) -> dict[tuple[str, str], list[Choice]]:
     owner = _owners(graph)
     found: dict[tuple[str, str], list[Choice]] = {}
     for follower in graph.possible:
-        choices = found.setdefault((follower.module, follower.attribute), [])
+        choices = found.setdefault((follower.module, follower.name), [])
         choice = _choice(follower, owner)
         if choice[2] and choice not in choices:
             choices.append(choice)
@@ -257,7 +268,7 @@ def _owners(graph: Graph) -> dict[int, str]:
 
 def _choice(follower: Follower, owner: Mapping[int, str]) -> Choice:
     names = {owner[cls] for cls in set(follower.counts.tolist()) if cls in owner}
-    return follower.module, follower.attribute, frozenset(names)
+    return follower.module, follower.name, frozenset(names)
 
 
 def with_followers(graph: Graph, chosen: Collection[Choice]) -> Graph:
