@@ -278,8 +278,7 @@ class PruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plans still to be executed, the last epoch that was decided, the history, and what the guard knows."""
-        guard = None if self.guard is None else self.guard.state_dict()
-        return {**{name: getattr(self, name) for name in _STATE}, "guard": guard}
+        return {**{name: getattr(self, name) for name in _STATE}, "guard": self.guard and self.guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written; the networks are traced anew."""
@@ -314,9 +313,10 @@ class PruningCallback(Callback):
         row |= measured(trainer, self.monitor, monitor, first=not self.history)
         self.history.append(row)
         log_row(trainer, row)
-        if self.guard is not None and ends_epoch(trainer):
+        if self.guard is not None:
             self.guard.see(trainer.strategy.broadcast(row.get(str(monitor))), trainer.callback_metrics)
-            self.guard.judge(trainer.current_epoch)
+            if ends_epoch(trainer):
+                self.guard.judge(trainer.current_epoch)
 
     def _step(self, trainer: Trainer) -> None:
         before, plans = sizes(self.pruners.values()), {path: Plan.from_dict(plan) for path, plan in self._plans.items()}

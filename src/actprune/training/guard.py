@@ -3,7 +3,7 @@
 Reference: the best value of the monitored metric in the validations right before the steps so far, so that small losses do not
 add up. A step is judged once, by the validation that ends its recovery: when the next step is due; after the last one, as
 many epochs later as lay between the last two; after an only one, half-way to the end; or when training ends before that.
-NaN is a loss.
+NaN is a loss, and so is a step that training ends after without a validation that logged the metric.
 
 A step that lost too much: network, optimizers and averaged copies go back to what they were right before it, and the next
 step of the schedule goes half-way between the largest reduction that kept the metric and the smallest that lost it; where
@@ -60,8 +60,10 @@ class Guard:
         """Epoch after whose validation the verdict falls."""
         self.snapshot: Snapshot | None = None
         """The network before that step."""
+        self.seen = False
+        """Whether ``value`` is of the network after that step."""
         self.lost: list[dict[str, Any]] = []
-        """Steps that were taken back: epoch of the verdict, share, value, reference."""
+        """Steps that were taken back: epoch of the verdict, share, value (None: nobody saw one), reference."""
 
     def share(self, due: float) -> float | None:
         """How far the step goes that the schedule wants to go to ``due``; None: no further step is worth it."""
@@ -70,7 +72,7 @@ class Guard:
         return min(due, (self.good + self.failed) / 2) if self.failed - self.good >= CLOSE else None
 
     def see(self, value: float | None, logged: Iterable[str]) -> None:
-        """A validation that ends an epoch gave a value, or None.
+        """A validation gave a value, or None.
 
         Raises:
             ConfigError: the metric was never logged so far.
@@ -80,7 +82,8 @@ class Guard:
                 f"max_metric_drop watches {self.monitor!r}, which validation did not log; it logged "
                 f"{', '.join(map(str, logged)) or 'nothing'}: set monitor=..., and log it once per validation"
             )
-        self.value = self.value if value is None else value
+        if value is not None:
+            self.value, self.seen = value, self.snapshot is not None
 
     def begin(self, share: float, deadline: int, cuts: bool) -> None:
         """A step was decided for the network that was just validated.
@@ -97,7 +100,7 @@ class Guard:
             raise ConfigError(f"{self.monitor} is {self.value} before a pruning step: max_metric_drop has nothing to keep")
         if self.reference is None or self._worse(self.reference, self.value) > 0:
             self.reference = self.value
-        self.trial, self.deadline = share, deadline
+        self.trial, self.deadline, self.seen = share, deadline, False
         if not cuts:
             self._keep()
 
@@ -108,14 +111,15 @@ class Guard:
             epoch: the epoch that was validated.
             last: training ends, so the time has come.
         """
-        if self.trial is None or self.snapshot is None or (epoch < self.deadline and not last):
+        if self.trial is None or self.snapshot is None or not (last or (self.seen and epoch >= self.deadline)):
             return
         assert self.reference is not None
         assert self.value is not None
-        if self._worse(self.value, self.reference) <= self.max_drop:
+        if self.seen and self._worse(self.value, self.reference) <= self.max_drop:
             self._keep()
             return
-        self.lost.append({"epoch": epoch, "share": self.trial, "value": self.value, "reference": self.reference})
+        value = self.value if self.seen else None
+        self.lost.append({"epoch": epoch, "share": self.trial, "value": value, "reference": self.reference})
         self.failed, self.trial = self.trial, None
 
     def _keep(self) -> None:
@@ -130,6 +134,8 @@ class Guard:
     def verdict(self) -> str:
         """The last loss in words."""
         last = self.lost[-1]
+        if last["value"] is None:
+            return f"no validation saw {self.monitor} after the step, max_metric_drop={self.max_drop:g}"
         return (
             f"{self.monitor} {last['value']:.4g} after recovery, {last['reference']:.4g} before, "
             f"max_metric_drop={self.max_drop:g}"
@@ -151,7 +157,7 @@ class Guard:
         return math.inf if math.isnan(worse) else worse
 
 
-_STATE = ("value", "reference", "good", "failed", "trial", "deadline", "lost")
+_STATE = ("value", "seen", "reference", "good", "failed", "trial", "deadline", "lost")
 
 
 def direction(monitor: str, mode: str | None, trainer: Trainer) -> str:

@@ -16,20 +16,23 @@ class Timetable:
     """The steps of a schedule for one trainer.
 
     A step that falls on an epoch without validation is taken after the next validation; if two fall together, the
-    later one.
+    later one. Every step is followed by a validation, so that what it cost is known.
     """
 
-    schedule: Schedule
     max_epochs: int
     epochs: tuple[int, ...]
-    """Epochs, counted from 0, after whose validation a step is due."""
+    """Epochs, counted from 0, after whose validation a step is due; ascending."""
+    shares: tuple[float, ...]
+    """Of the whole reduction, due by each of them."""
 
     @classmethod
     def of(cls, schedule: Schedule, trainer: Trainer) -> Timetable:
         """Fit a schedule to a trainer.
 
+        Steps that the schedule placed by itself move to the last validation that another one follows.
+
         Raises:
-            ConfigError: the number of epochs is unknown, or the last step has no validation before the last epoch.
+            ConfigError: the number of epochs is unknown, or no validation would follow the last step.
         """
         max_epochs = trainer.max_epochs
         if max_epochs is None or max_epochs < 1:
@@ -38,27 +41,25 @@ class Timetable:
                 "set Trainer(max_epochs=...), beside max_steps if need be"
             )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return cls(schedule, max_epochs, ())  # one epoch, to see that everything runs: there is no room for a step
-        table = cls(schedule, max_epochs, tuple(schedule.epochs(max_epochs)))
-        every = trainer.check_val_every_n_epoch or 1
-        last_validation = (max_epochs - 1) // every * every - 1
-        if table.last > last_validation:
+            return cls(max_epochs, (), ())  # one epoch, to see that everything runs: there is no room for a step
+        epochs = schedule.epochs(max_epochs)
+        every = trainer.check_val_every_n_epoch or 1  # None: validation counts batches, whose number is not known yet
+        latest = (max_epochs // every - 1) * every - 1
+        placed = schedule.steps is None and schedule.interval is None and (schedule.start or 0) <= latest
+        if max(epochs) > latest and not placed:
+            where = f"the last validation that another one follows is in epoch {latest}"
             raise ConfigError(
-                f"the last pruning step is due after epoch {table.last}, but with check_val_every_n_epoch={every} and "
-                f"max_epochs={max_epochs} the last validation that training follows is in epoch {last_validation}; "
+                f"the last pruning step is due after epoch {max(epochs)}, but with check_val_every_n_epoch={every} and "
+                f"max_epochs={max_epochs} {where if latest >= 0 else 'no validation is followed by another one'}; "
                 "start the schedule earlier, take fewer steps, or validate more often"
             )
-        return table
-
-    @property
-    def last(self) -> int:
-        """Epoch of the last step; -1 if there is none."""
-        return max(self.epochs, default=-1)
+        steps = {min(epoch, latest): schedule.due(epoch, max_epochs) or 0.0 for epoch in epochs}
+        return cls(max_epochs, tuple(steps), tuple(steps.values()))
 
     def due(self, decided: int, epoch: int) -> float | None:
         """Share of the reduction due after ``epoch``, with steps up to epoch ``decided`` done; None if nothing is."""
-        steps = [step for step in self.epochs if decided < step <= epoch]
-        return self.schedule.due(max(steps), self.max_epochs) if steps else None
+        steps = [share for step, share in zip(self.epochs, self.shares, strict=True) if decided < step <= epoch]
+        return steps[-1] if steps else None
 
     def recovered(self, decided: int) -> int:
         """Epoch after whose validation the step decided after epoch ``decided`` has had its recovery.

@@ -1,0 +1,143 @@
+"""Cuts that no validation follows: taken back where a metric is guarded, planned away where that is known beforehand."""
+
+import copy
+
+import pytest
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from actprune.core.budget import Budget
+from actprune.core.errors import ConfigError
+from actprune.schedule import Schedule
+from actprune.training.guard import Guard
+from actprune.training.timing import Timetable
+from foreign import loader, network
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+WHOLE = 2364
+ONE = Schedule("one_shot", start=3)
+
+UNSEEN = {
+    "steps run out": {"max_steps": 25},
+    "validation after batches": {"check_val_every_n_epoch": None, "val_check_interval": 20},
+}
+
+
+class Watched(LightningModule):
+    """Logs whether anything was cut, which is a loss unless ``forgiving``."""
+
+    def __init__(self, forgiving=False):
+        super().__init__()
+        self.net, self.forgiving = network(), forgiving
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
+        self.log("quality", float(self.forgiving or n_params(self) == WHOLE))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def n_params(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.fixture
+def guarded(pruning):
+    def make(schedule=ONE):
+        return pruning(schedule=schedule, budget=Budget(params=0.5), monitor="quality", mode="max", max_metric_drop=0.0)
+
+    return make
+
+
+@pytest.mark.parametrize("forgiving", [False, True])
+@pytest.mark.parametrize("case", UNSEEN)
+def test_a_cut_that_no_validation_saw_is_taken_back(case, forgiving, guarded, trainer, capsys):
+    """Also if it would have kept the metric: nobody knows."""
+    module, callback = Watched(forgiving), guarded()
+    trainer(callback, **UNSEEN[case]).fit(module, loader(), loader(32, 1))
+    assert [event.get("went_back", False) for event in callback.events] == [False, True]
+    assert n_params(module) == callback.pruner.params == WHOLE
+    assert callback.guard.lost[-1]["value"] is None
+    out = capsys.readouterr().out
+    assert "no validation saw quality after the step, max_metric_drop=0: back to 2,364 parameters" in out.splitlines()
+    assert callback.stopped["reason"] == "metric"
+
+
+def test_the_last_value_counts_wherever_in_an_epoch_it_was_measured(guarded, trainer):
+    """After half of the only epoch since the cut, in the middle of which training ends."""
+    for forgiving, left in ((True, 0.5 * WHOLE), (False, WHOLE)):
+        module, callback = Watched(forgiving), guarded()
+        trainer(callback, max_steps=28, val_check_interval=0.5).fit(module, loader(), loader(32, 1))
+        assert callback.history[-1]["step"] == 1
+        assert n_params(module) <= left
+        assert bool(callback.guard.lost) is not forgiving
+    assert callback.guard.lost[-1]["value"] == 0.0
+
+
+def test_what_was_seen_is_in_checkpoints(guarded, trainer, tmp_path):
+    start = Watched(forgiving=True)
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer(guarded(), saved, enable_checkpointing=True).fit(copy.deepcopy(start), loader(), loader(32, 1))
+    for epoch in (3, 4, 5):
+        module, callback = copy.deepcopy(start), guarded()
+        trainer(callback).fit(module, loader(), loader(32, 1), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert n_params(module) <= 0.5 * WHOLE
+        assert not callback.guard.lost
+
+
+def test_a_verdict_waits_for_a_value():
+    guard = Guard("x", 0.0, "max")
+    guard.see(0.9, ())
+    guard.begin(0.5, 3, cuts=True)
+    guard.snapshot = object()
+    guard.see(None, ())
+    guard.judge(4)
+    assert guard.trial == 0.5
+    guard.see(0.95, ())
+    guard.judge(5)
+    assert (guard.good, guard.lost) == (0.5, [])
+    guard.begin(1.0, 7, cuts=True)
+    guard.snapshot = object()
+    guard.judge(8, last=True)
+    assert guard.lost == [{"epoch": 8, "share": 1.0, "value": None, "reference": 0.95}]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 10, 12, 13])
+@pytest.mark.parametrize("max_epochs", [2, 3, 5, 24, 25])
+def test_a_validation_follows_every_step(max_epochs, every, trainer):
+    validated = [epoch for epoch in range(max_epochs) if (epoch + 1) % every == 0]
+    fitted = trainer(max_epochs=max_epochs, check_val_every_n_epoch=every)
+    if len(validated) < 2:
+        with pytest.raises(ConfigError, match="no validation is followed by another one; .* validate more often"):
+            Timetable.of(Schedule(), fitted)
+        return
+    table = Timetable.of(Schedule(), fitted)
+    assert list(table.epochs) == sorted(set(table.epochs))
+    assert list(table.shares) == sorted(table.shares)
+    decided, taken = -1, []
+    for epoch in validated:
+        due = table.due(decided, epoch)
+        if due is not None:
+            taken.append((epoch, due))
+            decided = epoch
+            assert epoch < table.recovered(decided)
+    assert taken[-1][1] == 1.0
+    assert taken[-1][0] < validated[-1]
+
+
+@pytest.mark.parametrize(
+    "schedule", [ONE, Schedule(steps=3, start=1), Schedule(interval=2), Schedule("one_shot", start=2)], ids=str
+)
+def test_what_was_asked_for_is_kept_or_refused(schedule, trainer):
+    fitted = trainer(max_epochs=5, check_val_every_n_epoch=2)
+    if max(schedule.epochs(5)) <= 1:
+        assert Timetable.of(schedule, fitted).epochs == tuple(schedule.epochs(5))
+        return
+    with pytest.raises(ConfigError, match="check_val_every_n_epoch=2 and max_epochs=5 the last validation that another one"):
+        Timetable.of(schedule, fitted)
