@@ -129,6 +129,15 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, trainer):
     assert lines.is_enabled
 
 
+def test_lines_hold_what_was_measured_in_their_epoch(capsys, trainer):
+    run = Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[progress_bar()],
+                  enable_model_summary=False, check_val_every_n_epoch=2)  # fmt: skip
+    run.fit(OwnForward(), loader(), loader(32, 1))
+    out = capsys.readouterr().out.splitlines()
+    assert ["val_loss" in line for line in out] == [False, True, False, True]
+    assert all(": loss " in line for line in out)
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert isinstance(progress_bar(), RichProgressBar)

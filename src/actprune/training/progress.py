@@ -10,11 +10,12 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 
 class EpochLines(ProgressBar):
-    """One plain line per validated training epoch: a log file stays readable."""
+    """One plain line per training epoch with what was measured in it: a log file stays readable."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
+        self._shown: dict[str, Any] = {}
 
     @property
     def is_enabled(self) -> bool:
@@ -32,8 +33,10 @@ class EpochLines(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print epoch and metrics."""
         if self._enabled and trainer.is_global_zero:
-            metrics = {n: v for n, v in trainer.callback_metrics.items() if not n.startswith(("prune/", "lr-"))}
-            shown = ", ".join(f"{name} {float(value):.4f}" for name, value in sorted(metrics.items()))
+            metrics = dict(trainer.callback_metrics)
+            new = {name: value for name, value in metrics.items() if value is not self._shown.get(name)}  # else of before
+            named = {name: float(value) for name, value in new.items() if not name.startswith(("prune/", "lr-"))}
+            shown, self._shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(named.items())), metrics
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {shown}", flush=True)
 
 
