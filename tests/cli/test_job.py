@@ -90,6 +90,26 @@ def test_baseline_and_pruned_count_the_same_network(fast, out):
         assert pruned[key] == baseline[key]
 
 
+@pytest.mark.parametrize("stop", ["budget", "no_loss"])
+def test_a_network_that_no_validation_saw_is_validated_at_the_end(fast, out, stop):
+    """Everything that tells of the run tells of the network that is left: cut, or taken back."""
+    score = run_job(fast("+trainer.max_steps=7", "schedule.start=1", f"pruner.stop={stop}", "pruner=magnitude"))
+    summary = summary_of(out)
+    history = summary["history"]
+    assert [row["epoch"] for row in history] == [0, 1, 2]
+    assert history[-1]["params"] == summary["params_after"]
+    assert (summary["params_left"] < 0.4) is (stop == "budget")
+    assert history[-1]["val_accuracy"] == summary["val_accuracy"] == score
+    assert summary["epochs"] == 3
+    if stop == "no_loss":
+        assert summary["val_accuracy"] == history[-2]["val_accuracy"]
+        assert "no validation saw val/accuracy after the step" in summary["stopped"]["message"]
+    with (out / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert int(last["prune/params"]) == summary["params_after"]
+    assert float(last["val/accuracy"]) == pytest.approx(summary["val_accuracy"])
+
+
 def test_same_seed_same_network(fast, out):
     nets = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -101,6 +101,12 @@ def test_an_unpruned_run_is_drawn_over_its_epochs(tmp_path):
     np.testing.assert_array_equal(lines(axes)["epoch, validation"][0], range(8))
 
 
+def test_steps_that_were_taken_back_are_told_of(tmp_path):
+    rows = [*HISTORY, {**HISTORY[-1], "params": 20000, "step": 0}]
+    (axes,) = params_vs_accuracy(rows, tmp_path / "a.png").axes
+    assert axes.get_title(loc="left") == "20k parameters, every pruning step was taken back"
+
+
 def test_epochs_without_validation_are_left_out(tmp_path):
     rows = [HISTORY[2], {**HISTORY[3], "val_accuracy": None}, {**HISTORY[4], "val_accuracy": float("nan")}, HISTORY[5]]
     (axes,) = params_vs_accuracy(rows, tmp_path / "a.png").axes

@@ -55,6 +55,22 @@ def guarded(pruning):
     return make
 
 
+@pytest.mark.parametrize("case", UNSEEN)
+def test_the_history_ends_with_the_network_that_is_left(case, pruning, trainer, list_logger):
+    """Without a metric, which nobody measured."""
+    module, callback = Watched(), pruning(schedule=ONE, budget=Budget(params=0.5), monitor="quality")
+    trainer(callback, logger=[list_logger], log_every_n_steps=1, **UNSEEN[case]).fit(module, loader(), loader(32, 1))
+    before, last = callback.history[-2:]
+    assert (before["params"], before["quality"]) == (WHOLE, 1.0)
+    assert last == {
+        "epoch": 4 if "max_steps" in UNSEEN[case] else 5,
+        "step": 1,
+        "params": n_params(module),
+        "macs": last["macs"],
+    }
+    assert [call["prune/params"] for _, call in list_logger.calls if "prune/params" in call][-1] == n_params(module) < WHOLE
+
+
 @pytest.mark.parametrize("forgiving", [False, True])
 @pytest.mark.parametrize("case", UNSEEN)
 def test_a_cut_that_no_validation_saw_is_taken_back(case, forgiving, guarded, trainer, capsys):
@@ -74,7 +90,7 @@ def test_the_last_value_counts_wherever_in_an_epoch_it_was_measured(guarded, tra
     for forgiving, left in ((True, 0.5 * WHOLE), (False, WHOLE)):
         module, callback = Watched(forgiving), guarded()
         trainer(callback, max_steps=28, val_check_interval=0.5).fit(module, loader(), loader(32, 1))
-        assert callback.history[-1]["step"] == 1
+        assert [row["epoch"] for row in callback.history if row["step"]] == [4]
         assert n_params(module) <= left
         assert bool(callback.guard.lost) is not forgiving
     assert callback.guard.lost[-1]["value"] == 0.0

@@ -27,6 +27,7 @@ from actprune.cli.schema import Task
 from actprune.cli.trained import fed
 from actprune.core.errors import ConfigError, ExportError
 from actprune.training import AtomicCheckpoints, PruningCallback, RandomState, SeReNe
+from actprune.training.events import epochs_trained, unseen
 from actprune.training.exporting import check_formats, export
 from actprune.training.storage import goes_on
 
@@ -135,11 +136,11 @@ def _train(config: DictConfig, parts: Parts, began: float) -> float:
         raise KeyboardInterrupt
     tested = trainer.test(parts.module, datamodule=parts.data, verbose=False)
     history, events = parts.recorder.history, [] if parts.pruning is None else parts.pruning.events
-    val_accuracy = history[-1]["val_accuracy"] if history else None
-    if events and events[-1].get("went_back") and events[-1]["epoch"] > history[-1]["epoch"]:  # after the last validation
-        val_accuracy = trainer.validate(parts.module, datamodule=parts.data, verbose=False)[0]["val/accuracy"]
+    if unseen(history, events):
+        measured = trainer.validate(parts.module, datamodule=parts.data, verbose=False)[0]
+        parts.recorder.add(epochs_trained(trainer) - 1, parts.module, measured)
     results = output.Results(
-        val_accuracy=val_accuracy,
+        val_accuracy=history[-1]["val_accuracy"] if history else None,
         test_accuracy=tested[0]["test/accuracy"],
         history=history,
         seconds=time.monotonic() - began,

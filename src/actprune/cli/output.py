@@ -42,7 +42,7 @@ class Results:
     test_accuracy: float
     """Share of test samples that the last epoch's network gets right."""
     history: Sequence[dict[str, Any]]
-    """One row per validation epoch: epoch, step, params, val_accuracy."""
+    """One row per validation: epoch, step, params, val_accuracy."""
     val_accuracy: float | None
     """The same of validation samples; None if nothing was validated."""
     seconds: float

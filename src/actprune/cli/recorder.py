@@ -38,14 +38,18 @@ class Recorder(Callback):
         """Add the row of this epoch."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        metrics = {name.replace("/", "_"): float(value) for name, value in trainer.callback_metrics.items()}
+        self.add(trainer.current_epoch, pl_module, trainer.callback_metrics)
+
+    def add(self, epoch: int, task: LightningModule, metrics: Mapping[str, Any]) -> None:
+        """Add a row: what validation logged of the network as it is after an epoch."""
+        named = {name.replace("/", "_"): float(value) for name, value in metrics.items()}
         self.history.append(
             {
-                "epoch": trainer.current_epoch,
+                "epoch": epoch,
                 "step": len(self._record().steps),
-                "params": sum(p.numel() for p in pl_module.parameters()),
-                "val_accuracy": metrics.get("val_accuracy"),
-                "val_loss": metrics.get("val_loss"),
+                "params": sum(p.numel() for p in task.parameters()),
+                "val_accuracy": named.get("val_accuracy"),
+                "val_loss": named.get("val_loss"),
             }
         )
 

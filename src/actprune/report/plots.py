@@ -121,7 +121,9 @@ def _draw_unpruned(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> str:
     _draw_last(axes, epochs[-1], accuracy[-1])
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("epoch", color=INK, fontsize=10)
-    return f"{short(rows[-1]['params'])} parameters in every epoch, no pruning step"
+    back = any(row["step"] for row in rows)
+    said = "parameters, every pruning step was taken back" if back else "parameters in every epoch, no pruning step"
+    return f"{short(rows[-1]['params'])} {said}"
 
 
 def _draw_epochs(axes: Axes, x: Sequence[float], accuracy: Sequence[float]) -> None:

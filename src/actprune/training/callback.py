@@ -22,7 +22,7 @@ from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
 from actprune.training.deciding import WAITS, Plans, carry_out, check_kinds, decide, folded, go_back, regroup, watch
-from actprune.training.events import broke_after_cut, log_gauges, measured, say, sizes, step_event, step_line, tell, why
+from actprune.training.events import broke_after_cut, close, log_gauges, measured, say, sizes, step_event, step_line, tell
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
 from actprune.training.guard import Guard, drop_limit, guard_for
@@ -96,7 +96,8 @@ class PruningCallback(Callback):
         self.pruners: dict[str, Pruner] = {}
         """Dotted name of every pruned network -> its pruner, once validation has been seen; empty before."""
         self.history: list[dict[str, Any]] = []
-        """One row per validation epoch: epoch, step (pruning steps so far), params, macs and the monitored metric."""
+        """One row per validation epoch: epoch, step (pruning steps so far), params, macs and the monitored metric; without the
+        metric, one more where the network was changed after the last validation."""
         self.events: list[dict[str, Any]] = []
         """One entry per executed step, and per step taken back: epoch, step, params, macs, widths, seconds."""
         self.stopped: dict[str, str] = {}
@@ -254,14 +255,12 @@ class PruningCallback(Callback):
         self._last_verdict(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say why pruning stopped."""
+        """Record a network that no validation saw; say why pruning stopped."""
         if self._timetable is None:
             return
         self._find(trainer)  # a run that is resumed after its last epoch has seen no validation
         self._last_verdict(trainer)
-        self.stopped = why(trainer, self.budget, self.pruners.values(), self.guard)
-        if self.stopped["reason"] != "budget":
-            say(pl_module, self.stopped["message"])
+        self.stopped = close(trainer, self.history, self.events, self.budget, self.pruners.values(), self.guard)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from actprune.core.plan import Plan
 from actprune.core.text import short
 from actprune.pruning import Pruner
 from actprune.training.guard import Guard
+from actprune.training.logging import log_row
 
 
 def sizes(pruners: Iterable[Pruner]) -> dict[str, int]:
@@ -111,6 +112,35 @@ def log_gauges(trainer: Trainer, task: LightningModule, size: Mapping[str, int] 
     metrics |= {f"prune/{name}": value for name, value in (size or {}).items()}
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=max(trainer.global_step - 1, 0))
+
+
+def epochs_trained(trainer: Trainer) -> int:
+    """How many epochs were trained, the last one perhaps in part; unlike ``current_epoch`` also right after a resume."""
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
+
+
+def unseen(history: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the network was cut, or put back, after the last validation: what that measured is of another network."""
+    return bool(events) and (not history or events[-1]["epoch"] > history[-1]["epoch"])
+
+
+def close(
+    trainer: Trainer,
+    history: list[dict[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    budget: Budget,
+    pruners: Iterable[Pruner],
+    guard: Guard | None,
+) -> dict[str, str]:
+    """End a run: sizes of a network that no validation saw go to the history and to every logger; say ``why`` it stopped."""
+    pruners = list(pruners)
+    if unseen(history, events):
+        history.append({"epoch": epochs_trained(trainer) - 1, **sizes(pruners)})
+        log_row(trainer, history[-1], step=trainer.global_step)  # beside what was logged last, which is of another network
+    stopped = why(trainer, budget, pruners, guard)
+    if stopped["reason"] != "budget":
+        say(trainer.lightning_module, stopped["message"])
+    return stopped
 
 
 def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guard | None) -> dict[str, str]:

@@ -101,14 +101,16 @@ def define_axes(trainer: Trainer) -> None:
             logger.experiment.define_metric("prune/*", step_metric="prune/params")
 
 
-def log_row(trainer: Trainer, row: Mapping[str, Any]) -> None:
+def log_row(trainer: Trainer, row: Mapping[str, Any], step: int | None = None) -> None:
     """Send one row of the pruning history to every logger, in one call each.
 
     ``epoch``, ``params`` (a count), ``macs`` (a count), ``step`` (pruning steps executed) and the validation metric,
-    if one is followed, under its own last name: ``val/accuracy`` arrives as ``prune/accuracy``.
+    if one is followed, under its own last name: ``val/accuracy`` arrives as ``prune/accuracy``. ``step`` is that of the
+    epoch's own metrics unless given.
     """
     metrics = {f"prune/{key.rpartition('/')[2]}": value for key, value in row.items() if key != "epoch"}
-    step = max(trainer.global_step - 1, 0)  # Lightning's own epoch metrics carry the last step's number, counted from 0
+    if step is None:
+        step = max(trainer.global_step - 1, 0)  # Lightning's own epoch metrics carry the last step's number, counted from 0
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": row["epoch"]}, step=step)
         logger.save()
