@@ -110,6 +110,17 @@ def test_a_network_that_no_validation_saw_is_validated_at_the_end(fast, out, sto
     assert float(last["val/accuracy"]) == pytest.approx(summary["val_accuracy"])
 
 
+@pytest.mark.parametrize(
+    "validating", [["+trainer.val_check_interval=0.34"], ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=5"]]
+)
+def test_epochs_are_counted_and_not_validations(fast, out, capsys, no_pictures, validating):
+    run_job(fast("pruner=none", "logger=none", *validating))
+    summary = summary_of(out)
+    trained = 5 if len(validating) == 2 else 3
+    assert summary["epochs"] == trained != len(summary["history"])
+    assert f"{trained} epochs in " in capsys.readouterr().out
+
+
 def test_same_seed_same_network(fast, out):
     nets = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -143,6 +143,7 @@ def _train(config: DictConfig, parts: Parts, began: float) -> float:
         val_accuracy=history[-1]["val_accuracy"] if history else None,
         test_accuracy=tested[0]["test/accuracy"],
         history=history,
+        epochs=epochs_trained(trainer),
         seconds=time.monotonic() - began,
         stopped={} if parts.pruning is None else parts.pruning.stopped,
         events=events,

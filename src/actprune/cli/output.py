@@ -43,6 +43,8 @@ class Results:
     """Share of test samples that the last epoch's network gets right."""
     history: Sequence[dict[str, Any]]
     """One row per validation: epoch, step, params, val_accuracy."""
+    epochs: int
+    """How many were trained."""
     val_accuracy: float | None
     """The same of validation samples; None if nothing was validated."""
     seconds: float
@@ -90,7 +92,7 @@ def write(
         "data": choice("data") or type(data).__name__,
         "model": choice("model") or type(module.net).__name__,
         "budget": None if first is None else {first.budget.unit: first.budget.share},
-        "epochs": len(results.history),
+        "epochs": results.epochs,
         "seconds": round(results.seconds, 2),
         "versions": versions(),
         "commit": commit(),
