@@ -116,6 +116,15 @@ def test_overrides_that_change_the_numbers_are_kept(tmp_path, make_run):
     assert run.overrides == ("+optimizer.lr=0.1", "pruner.criterion.bins=8", "schedule=one_shot")
 
 
+def test_a_run_that_was_interrupted_is_the_run_that_was_not(tmp_path, make_run):
+    make_run(tmp_path / "0", "entropy", 1, 0.9, overrides=["trainer.max_epochs=9"])
+    later = ["resume='/runs/1'", "ckpt_path=last.ckpt", "export=[onnx]", "optimize=test_accuracy"]
+    make_run(tmp_path / "1", "entropy", 2, 0.9, overrides=["trainer.max_epochs=9", *later])
+    make_run(tmp_path / "2", "entropy", 3, 0.9, overrides=["+trainer.max_epochs=12", *later, "trainer.max_epochs=9"])
+    runs, _ = read_runs(tmp_path)
+    assert [run.overrides for run in runs] == [("trainer.max_epochs=9",)] * 3
+
+
 def test_an_overridden_budget_stays_visible_where_the_summary_lacks_it(tmp_path, make_run):
     make_run(tmp_path, "entropy", 1, 0.9, overrides=["pruner.budget.params=0.3"], budget=None)
     (run,), _ = read_runs(tmp_path)

@@ -24,7 +24,8 @@ REQUIRED = ("params_before", "params_after", "macs_before", "macs_after", "test_
 """Keys without which a summary cannot be compared."""
 
 _ELSEWHERE = ("seed", "pruner", "data", "model")  # overrides that the summary says in keys of its own
-_WITHOUT_EFFECT = ("hydra", "logger", "paths", "name", "tags", "group")  # settings that leave the numbers as they are
+_WITHOUT_EFFECT = ("hydra", "logger", "paths", "name", "tags", "group", "resume", "ckpt_path", "export", "optimize")
+"""Settings that leave the numbers as they are: where a run writes, that it was resumed, what is done with its network."""
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,14 @@ def _budget(value: Any) -> str:
 
 
 def _overrides(path: Path) -> tuple[str, ...]:
-    """Read what Hydra wrote down of the command line of this job."""
+    """Read what Hydra wrote down of the command line of this job; of a setting that was given again, what was said last."""
     file = path / ".hydra" / "overrides.yaml"
     if not file.exists():
         return ()
     overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(overrides, list):
         raise ValueError(f".hydra/{file.name} is not a list of overrides")
-    return tuple(sorted(str(override) for override in overrides))
+    return tuple(sorted({_key(str(override)): str(override) for override in overrides}.values()))
 
 
 def _choices(path: Path) -> Mapping[str, Any]:
@@ -179,8 +180,12 @@ def _choices(path: Path) -> Mapping[str, Any]:
         raise ValueError(f".hydra/{file.name} lacks hydra.runtime.choices") from error
 
 
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0]
+
+
 def _matters(override: str, budget_known: bool) -> bool:
-    key = override.lstrip("+~").split("=", 1)[0]
+    key = _key(override)
     if budget_known and "budget" in key.split("."):
         return False
     return key not in _ELSEWHERE and key.split(".")[0].split("/")[0].split("@")[0] not in _WITHOUT_EFFECT
