@@ -1,12 +1,16 @@
 """run.py in a process of its own: exit codes, sweeps, messages."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import pytest
+
 from paths import ROOT
+from processes import needs_fork, start_run_py
 
 
 def test_sweep_goes_on_after_a_failed_job_and_exits_with_an_error(command, tmp_path):
@@ -53,18 +57,39 @@ def test_a_folder_that_cannot_be_written_is_one_message(command, tmp_path):
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def test_sigterm_has_a_status_of_its_own_and_says_how_to_go_on(tmp_path):
-    """In an interpreter of its own, as a scheduler stops it."""
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_signals_have_a_status_of_their_own_and_say_how_to_go_on(tmp_path, number, name):
+    """In an interpreter of its own, as a scheduler or a person stops it."""
     line = [sys.executable, str(ROOT / "run.py"), "debug=fast", "trainer.max_epochs=10000", "logger=none", "hydra.run.dir=run"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down that it is ignored
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 200
         while not list((tmp_path / "run").rglob("*.ckpt")) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
-        process.terminate()
+        process.send_signal(number)
         _, said = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; resume=" in said
+        signal.signal(signal.SIGINT, before)
+    assert process.returncode == 128 + number
+    assert f"stopped by {name}; resume={tmp_path / 'run'} goes on" in said.splitlines()
     assert "Traceback" not in said
+
+
+@needs_fork
+def test_an_interrupted_sweep_goes_on_as_a_whole(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        line = ["-m", "debug=fast", "seed=1,2", "trainer.max_epochs=10000", "logger=none", "hydra.sweep.dir=many"]
+        process = start_run_py(*line, folder=tmp_path)
+        end = time.monotonic() + 200
+        while not list((tmp_path / "many").rglob("*.ckpt")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        done = process.wait(100)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.returncode == 128 + signal.SIGINT
+    assert f"stopped by Ctrl-C; resume={tmp_path / 'many'} goes on" in done.stderr.splitlines()
+    assert not (tmp_path / "many" / "1").exists()

@@ -132,8 +132,6 @@ def assemble(config: DictConfig) -> Parts:
 def _train(config: DictConfig, parts: Parts, began: float) -> float:
     trainer = parts.trainer
     trainer.fit(parts.module, datamodule=parts.data, ckpt_path=config.ckpt_path)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     tested = trainer.test(parts.module, datamodule=parts.data, verbose=False)
     history, events = parts.recorder.history, [] if parts.pruning is None else parts.pruning.events
     if unseen(history, events):

@@ -57,9 +57,19 @@ def _job(config: DictConfig) -> Any:
             print(f"job {HydraConfig.get().job.num} failed: {message}", file=sys.stderr, flush=True)
         raise JobError(message) from error
     except SIGTERMException:  # which has no status of its own
-        print(f"stopped by SIGTERM; resume={config.paths.output_dir} goes on", file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise _stopped("SIGTERM", signal.SIGTERM, config) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        raise _stopped("Ctrl-C", signal.SIGINT, config) from None  # of which Lightning makes an exit with status 1
     except Exception:
         if sweep:
             _log.exception("job %s failed", HydraConfig.get().job.num)
         raise
+
+
+def _stopped(by: str, number: int, config: DictConfig) -> SystemExit:
+    folder = Path(config.paths.output_dir)
+    whole = folder if HydraConfig.get().mode is not RunMode.MULTIRUN else folder.parent
+    print(f"stopped by {by}; resume={whole} goes on", file=sys.stderr, flush=True)
+    return SystemExit(128 + number)
