@@ -9,9 +9,11 @@ import torch
 from actprune.cli.job import run_job
 from actprune.cli.resuming import command_line
 from actprune.core.errors import ConfigError
+from actprune.report.runs import read_runs
 from processes import needs_fork, start_run_py
 
 SMALL = ("debug=fast", "data.batch_size=16", "pruner=magnitude", "logger=csv", "trainer.max_epochs=6", "schedule.start=1")
+KEPT = ("summary.json", "overrides.yaml")
 
 
 def state(folder):
@@ -65,6 +67,44 @@ def test_one_job_goes_on_and_takes_new_settings(command, tmp_path):
     assert not (tmp_path / "runs").exists()
     third = command("resume=run")
     assert "finished already" in third.stdout
+
+
+@needs_fork
+def test_a_finished_run_takes_no_other_settings(command, tmp_path):
+    done = command(*SMALL[:-2], "hydra.run.dir=run", "trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.[jy]*") if path.name in KEPT}
+    assert len(kept) == 2
+    for setting in ("trainer.max_epochs=5", "+trainer.max_steps=3", "pruner=random", "debug=overfit"):
+        again = command("resume=run", setting)
+        assert again.returncode == 1, setting
+        assert f"run is finished and did not run with {setting}: leave that out" in again.stderr
+        assert f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}" in again.stderr
+    for settings in ([], ["trainer.max_epochs=2", "pruner=magnitude", "optimizer=adamw"], ["optimize=test_accuracy"]):
+        again = command("resume=run", *settings)
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.splitlines() == [f"finished already: {tmp_path / 'run'}"]
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    longer = [*SMALL[:-2], "trainer.max_epochs=3", "ckpt_path=run/checkpoints/last.ckpt", "hydra.run.dir=on"]
+    assert command(*longer).returncode == 0
+    assert [row["epoch"] for row in json.loads((tmp_path / "on" / "summary.json").read_text())["history"]] == [0, 1, 2]
+
+
+@needs_fork
+def test_finished_jobs_of_a_sweep_keep_their_settings(command, tmp_path):
+    """The others take what is given; what is written of each is what it ran with, which reports read."""
+    done = command("-m", *SMALL[:-2], "trainer.max_epochs=2", "seed=1,2", "hydra.sweep.dir=many")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "many" / "1" / "summary.json").unlink()
+    again = command("resume=many", "trainer.max_epochs=3")
+    assert again.returncode == 0, again.stderr
+    assert "1 finished job kept as before; trainer.max_epochs=3 is for the others" in again.stdout.splitlines()
+    assert json.loads((tmp_path / "many" / "1" / "summary.json").read_text())["epochs"] == 3
+    runs, _ = read_runs(tmp_path / "many")
+    assert [[o for o in run.overrides if "max_epochs" in o] for run in runs] == [
+        ["trainer.max_epochs=2"],
+        ["trainer.max_epochs=3"],
+    ]
 
 
 @pytest.mark.parametrize("held", ["summary.json", "checkpoints/last.ckpt"])

@@ -33,12 +33,14 @@ class JobError(CompactHydraException):
 def main(config_dir: str | os.PathLike[str]) -> None:
     """Run what the command line asks for, with the configuration in ``config_dir``."""
     schema.register()
+    given = sys.argv[1:]
     try:
-        sys.argv[1:] = resuming.command_line(sys.argv[1:])
+        sys.argv[1:] = resuming.command_line(given)
         check_arguments(sys.argv[1:], Path(config_dir))
     except ActPruneError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
+    with resuming.finished_as_they_are(given):
+        hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
 
 
 def _job(config: DictConfig) -> Any:

@@ -1,25 +1,30 @@
 """``resume=DIR``: go on with a job or a sweep that was cut off, in its own folder, with the settings that it was started with.
 
 Hydra wrote down what the command line said; that is said again, with the old folder as the output folder. Settings given beside
-``resume`` come last and win. A job that has a summary is finished and is not run again; one with a checkpoint goes on from the
-newest that is whole; one without starts anew.
+``resume`` come last and win. A job that has a summary is finished and is not run again, nor does it take other settings; one
+with a checkpoint goes on from the newest that is whole; one without starts anew.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from actprune.cli.names import sweep_name
-from actprune.cli.output import SUMMARY
+from actprune.cli.output import CONFIG, SUMMARY
 from actprune.cli.schema import Task
 from actprune.core.errors import ConfigError
+from actprune.core.files import atomic_path
 from actprune.training import newest_checkpoint
 
 _OWN = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=", "resume=", "ckpt_path=")
+_NO_SETTINGS = ("-", "hydra.", "hydra/", "paths.", "ckpt_path=", "optimize=")
+"""Arguments that say where and how a job runs, or what is asked of it."""
 _SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -27,15 +32,19 @@ def command_line(arguments: list[str]) -> list[str]:
     """The arguments that Hydra gets: those of the old run where ``resume=DIR`` is among them, else as they are.
 
     Raises:
-        ConfigError: DIR is no output folder of a job or a sweep, or the sweep cannot be resumed.
+        ConfigError: DIR is no output folder of a job or a sweep, the sweep cannot be resumed, or the job is finished and did
+            not run with what is given beside.
     """
-    given = [argument for argument in arguments if argument.startswith("resume=")]
-    if not given or given[-1] in ("resume=", "resume=null"):
+    folder = _folder(arguments)
+    if folder is None:
         return arguments
-    folder = Path(given[-1].partition("=")[2].strip("'\"")).expanduser().resolve()
     others = [argument for argument in arguments if not argument.startswith("resume=")]
+    settings = [argument for argument in others if not argument.startswith(_NO_SETTINGS)]
     if (folder / "multirun.yaml").is_file():
         others = [argument for argument in others if argument not in ("-m", "--multirun")]
+        n = len(list(folder.glob(f"*/{SUMMARY}")))
+        if n and settings:
+            print(f"{n} finished job{'s' if n > 1 else ''} kept as before; {', '.join(settings)} is for the others")
         return ["-m", *_sweep(folder), *others, f"hydra.sweep.dir={_quoted(folder)}", f"resume={_quoted(folder)}"]
     if "-m" in others or "--multirun" in others:
         raise ConfigError(f"resume={folder} is one job, which -m cannot vary; leave -m out")
@@ -45,7 +54,30 @@ def command_line(arguments: list[str]) -> list[str]:
             f"resume={folder} is no output folder: it has neither .hydra/overrides.yaml of a job nor multirun.yaml of a sweep; "
             "runs write theirs under runs/"
         )
+    late = ", ".join(setting for setting in settings if not _ran_with(folder, setting))
+    if late and (folder / SUMMARY).is_file():
+        last = folder / "checkpoints" / "last.ckpt"
+        there = (
+            f"; there, ckpt_path={last} beside the settings of this run goes on from its last epoch" if last.is_file() else ""
+        )
+        raise ConfigError(f"{folder} is finished and did not run with {late}: leave that out, or use another folder{there}")
     return [*_kept(OmegaConf.load(written)), *others, f"hydra.run.dir={_quoted(folder)}", f"resume={_quoted(folder)}"]
+
+
+@contextmanager
+def finished_as_they_are(arguments: list[str]) -> Iterator[None]:
+    """What ``.hydra`` says of finished jobs stays what they ran with; Hydra writes down for every job what it is asked now."""
+    folder = _folder(arguments)
+    done = [] if folder is None else [folder / SUMMARY, *folder.glob(f"*/{SUMMARY}")]
+    files = [path.parent / ".hydra" / "overrides.yaml" for path in done if path.is_file()]
+    said = {file: file.read_bytes() for file in files if file.is_file()}
+    try:
+        yield
+    finally:
+        for file, content in said.items():
+            if file.read_bytes() != content:
+                with atomic_path(file) as temporary:
+                    temporary.write_bytes(content)
 
 
 def where_to_go_on(config: DictConfig) -> str | None:
@@ -88,6 +120,25 @@ def check_unused(config: DictConfig) -> None:
                 f"{folder} holds another run ({path.relative_to(folder)}): resume={whole} goes on with that one, "
                 f"hydra.{key}.dir=FOLDER takes this one elsewhere"
             )
+
+
+def _folder(arguments: list[str]) -> Path | None:
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    if not given or given[-1] in ("resume=", "resume=null"):
+        return None
+    return Path(given[-1].partition("=")[2].strip("'\"")).expanduser().resolve()
+
+
+def _ran_with(folder: Path, setting: str) -> bool:
+    """Whether a job ran with a setting, given for it or not."""
+    ran, hydra = folder / CONFIG, folder / ".hydra" / "hydra.yaml"
+    key, _, value = setting.lstrip("+").partition("=")
+    choices = OmegaConf.load(hydra).hydra.runtime.choices if hydra.is_file() else {}
+    if key in choices:
+        return str(choices[key]) == value
+    held = OmegaConf.select(OmegaConf.load(ran), key, default="") if ran.is_file() else ""
+    given = OmegaConf.from_dotlist([f"value={value}"]).value
+    return held == given and held != ""
 
 
 def _sweep(folder: Path) -> list[str]:
