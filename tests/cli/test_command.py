@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+import actprune.cli  # noqa: F401
+from actprune.core.errors import StorageError
 from paths import ROOT
 from processes import needs_fork, start_run_py
 
@@ -72,7 +74,7 @@ def test_signals_have_a_status_of_their_own_and_say_how_to_go_on(tmp_path, numbe
     finally:
         process.kill()
         signal.signal(signal.SIGINT, before)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, said
     assert f"stopped by {name}; resume={tmp_path / 'run'} goes on" in said.splitlines()
     assert "Traceback" not in said
 
@@ -93,3 +95,23 @@ def test_an_interrupted_sweep_goes_on_as_a_whole(tmp_path):
     assert done.returncode == 128 + signal.SIGINT
     assert f"stopped by Ctrl-C; resume={tmp_path / 'many'} goes on" in done.stderr.splitlines()
     assert not (tmp_path / "many" / "1").exists()
+
+
+def test_an_interrupt_that_broke_a_file_is_an_interrupt(monkeypatch):
+    """torch fails to close the archive that it was writing, which looks like a full disk."""
+    module = sys.modules["actprune.cli.main"]
+
+    def job(config):
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("unexpected pos")
+        except RuntimeError as error:
+            raise StorageError("could not be written") from error
+
+    monkeypatch.setattr(module, "run_job", job)
+    monkeypatch.setattr(module, "_stopped", lambda by, number, config: SystemExit(128 + number))
+    with pytest.raises(SystemExit) as stopped:
+        module._interruptible(None)
+    assert stopped.value.code == 130

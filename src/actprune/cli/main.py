@@ -46,7 +46,7 @@ def main(config_dir: str | os.PathLike[str]) -> None:
 def _job(config: DictConfig) -> Any:
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        return run_job(config)
+        return _interruptible(config)
     except ActPruneError as error:
         if sweep:  # Hydra tells of the first failed job only, and only when the last one is done
             print(f"job {HydraConfig.get().job.num} failed: {error}", file=sys.stderr, flush=True)
@@ -60,14 +60,23 @@ def _job(config: DictConfig) -> Any:
         raise JobError(message) from error
     except SIGTERMException:  # which has no status of its own
         raise _stopped("SIGTERM", signal.SIGTERM, config) from None
-    except (KeyboardInterrupt, SystemExit) as error:
-        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        raise _stopped("Ctrl-C", signal.SIGINT, config) from None  # of which Lightning makes an exit with status 1
     except Exception:
         if sweep:
             _log.exception("job %s failed", HydraConfig.get().job.num)
         raise
+
+
+def _interruptible(config: DictConfig) -> Any:
+    """Run a job; Ctrl-C ends it as such, whatever came of it: Lightning exits with 1, torch cannot close half a file."""
+    try:
+        return run_job(config)
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise _stopped("Ctrl-C", signal.SIGINT, config) from None
 
 
 def _stopped(by: str, number: int, config: DictConfig) -> SystemExit:
