@@ -27,6 +27,8 @@ class Frame:
     """Contractions that the call has run itself, outside its children."""
     operators: int = 0
     """Operators that the call has run itself, outside its children."""
+    reads: int = 0
+    """How often the call has read values, or let them say how many are picked, itself."""
     met: bool = False
     """Whether the call's inputs were looked at."""
     unseen: list[str] = field(default_factory=list)

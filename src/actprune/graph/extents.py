@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from actprune.graph.ids import FREE, Ids
+from actprune.graph.told import Read, Told
 
 Place: TypeAlias = tuple[str, int, int]
 """(module, call, operator)."""
@@ -29,9 +32,10 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
         lengths: Mapping[Place, tuple[tuple[int, ...] | None, ...]],
         skipped: Mapping[Place, Ids],
         means: Mapping[Place, int],
+        told: Mapping[Read, Told],
         classes: Callable[[NDArray[np.int64]], NDArray[np.int64]],
     ) -> None:
-        self._produced, self._skipped, self._classes = produced, skipped, classes
+        self._produced, self._skipped, self._told, self._classes = produced, skipped, told, classes
         self.numbers = numbers
         """Place -> the numbers that an operator computed with, if any: no cut changes them."""
         self.lengths = lengths
@@ -55,7 +59,7 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
 
     def __reduce__(self) -> Any:
         """A copy looks everything up anew: what is known is known by identity."""
-        return Extents, (self._produced, self.numbers, self.lengths, self._skipped, self.means, self._classes)
+        return Extents, (self._produced, self.numbers, self.lengths, self._skipped, self.means, self._told, self._classes)
 
     def fixed(self, place: Place) -> Iterator[tuple[int, int, int]]:
         """Yield (output, dimension, extent) of every dimension that no cut changes."""
@@ -73,6 +77,18 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
         """Classes of the positions before such a window; None where that is not known."""
         ids = self._skipped[place]
         return None if ids is None or (ids == FREE).any() else self._classes(ids)
+
+    def told(self, read: Read, stays: NDArray[np.bool_]) -> tuple[list[Tensor], bool]:
+        """The values that the trace has read there, of what stays; none if unknown. And whether some leave."""
+        found, leaves = [], False
+        told = self._told.get(read)
+        for value, dims in zip(told.values, told.ids, strict=True) if told is not None else ():
+            for dim, ids in enumerate(dims):
+                if (column := self._column(ids)) is not None and not stays[column].all():
+                    index = torch.from_numpy(np.flatnonzero(stays[column])).to(value.device)
+                    value, leaves = value.index_select(dim, index), True
+            found.append(value)
+        return found, leaves
 
     def _column(self, ids: Ids) -> NDArray[np.int64] | None:
         """Classes of ids; broadcast dimensions follow others and say nothing."""

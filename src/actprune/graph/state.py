@@ -19,6 +19,7 @@ from actprune.graph.made import Made, made
 from actprune.graph.naming import Naming
 from actprune.graph.records import Binding, Contraction
 from actprune.graph.splits import Splits
+from actprune.graph.told import Reads
 from actprune.graph.weak import ByTensor
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TraceState(Naming, Splits):
     """(module, call, operator) -> ids before a window along what may be cut; None where the numbers follow otherwise."""
     means: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
+    reads: Reads = field(default_factory=Reads)
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     unequal: list[tuple[str, Column, Column | int]] = field(default_factory=list)

@@ -24,6 +24,7 @@ from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
+from actprune.core.values import Listing, deciding, opaque
 from actprune.graph import remains
 from actprune.graph.compared import Comparisons
 from actprune.graph.records import Binding
@@ -78,10 +79,11 @@ class ChannelTracer(TorchDispatchMode):
         name = func.overloadpacket.__name__
         composite = is_composite(func)
         shape = args[0].shape if name == "squeeze_" else None  # afterwards nothing tells which extents were 1
+        t = self.state
+        t.reads.add(t, [] if composite else deciding(func, args))  # before it writes
         out = decomposed(self, func, args, kwargs)
         if composite and name not in RULES:
             return out
-        t = self.state
         if self._inside:
             if not composite and not t.training:
                 t.skips(None)
@@ -119,6 +121,7 @@ class ChannelTracer(TorchDispatchMode):
         t.compute(name, inputs, outputs)
         if not composite and not t.training:
             self._number(name, outputs, given)
+        t.reads.add(t, outputs if opaque(func) else [], results=True)
         return out
 
     def whole(self, function: Any, args: Any, inputs: list[Tensor], follow: Callable[[Any], None]) -> Any:
@@ -271,7 +274,8 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
     with module_stack(model) as state.frames:
         tracer = ChannelTracer(state)
-        with tracer, Comparisons(state), Wholes(tracer) if wanted(model) else nullcontext():
+        listing = Listing(functools.partial(state.reads.listed, state))
+        with tracer, listing, Comparisons(state), Wholes(tracer) if wanted(model) else nullcontext():
             output = call(model, example)
         state.joined = None  # which keeps tensors
         state.where = "the model's output"

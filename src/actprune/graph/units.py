@@ -102,7 +102,7 @@ def build(state: TraceState, model: nn.Module) -> Graph:
         cost,
         n,
         shapes,
-        Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, state.means, classes.of),
+        Extents(state.produced_ids, state.numbers, state.lengths, state.skipped, state.means, state.reads.told, classes.of),
         _unknown(state, classes, consumed | produced),
         _apart(state, classes),
         state.copies,

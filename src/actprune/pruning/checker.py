@@ -9,27 +9,27 @@ from math import isclose
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import LIFTED, numbers
 from actprune.core.stack import Frame
+from actprune.core.values import NUMBER, Listing, deciding, opaque, with_values
 from actprune.graph import Graph
 from actprune.graph.extents import Place
 from actprune.graph.remains import VIEWS
+from actprune.graph.told import next_read
 from actprune.graph.weak import ByTensor
+from actprune.pruning.telling import Telling, Tells
 
 _PICKS = {"select", "view", "alias", "detach", "squeeze", "unsqueeze"}
 _SUMS = {"sum", "linalg_vector_norm"}
 _OF_A_NORM = VIEWS | {"sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "add", "mul", "div", "clone"}
 """What stands between the sum of a norm and the number that makes it one of a mean: ``normalize(x, dim=1) * C**0.5``."""
 _COUNTABLE = 2**40
-_LISTING = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
 class ShapeError(Exception):
@@ -44,27 +44,15 @@ class BranchError(Exception):
     """Other operators ran than in the trace: the code asked a width that is cut."""
 
 
-class _Lists(TorchFunctionMode):
-    """Tells a checker of values that leave tensors without an operator."""
-
-    def __init__(self, checker: Checker) -> None:
-        super().__init__()
-        self._checker = checker
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        if func in _LISTING:
-            self._checker.lists(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 class Checker(TorchDispatchMode):
     """Counts operators, how far a model got, and compares what they are given and produce with what the trace predicts.
 
     A reshape that infers an extent can take a wrong one without failing, and so can a scale that is computed from an extent.
-    Calls that run other operators than the traced one did are let through from there on where data may decide, PyTorch itself
-    chooses by an extent that is 1 now, or a module has changed its class: else a width decided. Numbers are let through where
-    a call has read one off a tensor, and those that make a mean of a sum: a mean of what stays. Dimensions that stay keep
-    their extents, unless data decide: a number that is read, how many values a mask picks.
+    Where the code reads values it is told those of the trace, of what stays, and so are masks that pick: what is done otherwise
+    than in the trace is done for a width, not for data. Tensors that sizes alone have made are read as they are. What cannot
+    be told is measured: data may decide what runs from there on, and numbers of that call that do not change as a width does.
+    Else calls that run other operators than the traced one did are let through from there on where PyTorch itself chooses by
+    an extent that is 1 now, or a module has changed its class; and numbers that make a mean of a sum: a mean of what stays.
 
     Args:
         graph: the channel graph.
@@ -72,16 +60,24 @@ class Checker(TorchDispatchMode):
         stack: the running calls.
         others: paths of modules that have changed their class.
         compares: whether anything is compared.
+        tells: what code is told that reads values.
     """
 
     def __init__(
-        self, graph: Graph, gone: NDArray[np.bool_], stack: list[Frame], others: Set[str], compares: bool = True
+        self,
+        graph: Graph,
+        gone: NDArray[np.bool_],
+        stack: list[Frame],
+        others: Set[str],
+        compares: bool = True,
+        tells: Tells = Tells.STAYS,
     ) -> None:
         super().__init__()
         self.n = self.right = 0
         self._compares = compares
         self._graph = graph
         self._stays = np.append(~gone, True)
+        self._telling = Telling(graph.extents, self._stays, tells)
         self._stack = stack
         self._others = others
         self._decides = any(self._stays[group.classes].sum() == 1 < group.size for group in graph.groups)
@@ -94,39 +90,60 @@ class Checker(TorchDispatchMode):
         self._decided: ByTensor[bool] = ByTensor()
         self._normed: ByTensor[int] = ByTensor()
         self._widths: ByTensor[str] = ByTensor()
+        self._extents: set[tuple[int, int]] | None = None
+        self._followed = False  # a number changed as a width does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         composite = is_composite(func)
+        read = [] if composite else deciding(func, args)
+        values, exact = self._values(read)
         try:
-            out = decomposed(self, func, args, kwargs or {})
+            out = decomposed(self, func, with_values(func, args, read, values) if read else args, kwargs or {})
         except Exception:
             self._asked(args)
             raise
         if composite:
             return out
         if self._compares:
-            if torch.Tag.dynamic_output_shape in func.tags and _by_data(args):  # how many a mask picks, too
-                self.measures()
-                self._decided[out if isinstance(out, Tensor) else out[0]] = True
+            if opaque(func) and (results := _tensors(out)):
+                values, known = self._values(results, results=True)
+                exact &= known
+                taken = dict(zip(map(id, results), values, strict=True))
+                out = tree_map_only(Tensor, lambda x: taken[id(x)], out)
+            if not exact:
+                for tensor in _tensors(out):
+                    self._decided[tensor] = True
             self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
+            self._telling.dataless.follow(func, args, kwargs, out)
         self.n += 1  # an operator that gave a wrong shape was not got past
         return out
 
-    def lists(self, tensor: Tensor) -> None:
-        """The code is about to take a tensor's values, all of them."""
+    def lists(self, tensor: Tensor) -> Tensor:
+        """What a list or array is made of in place of a tensor."""
         if (told := self._widths.get(tensor)) is not None:
             raise NumberError(told)
-        self.measures()
+        return self._values([tensor], listed=True)[0][0]
 
-    def measures(self) -> None:
-        """The running call has read values of a tensor: data may decide from here on."""
-        self._measuring.add(self._stack[-1].place[:2])
-        self._decides = True
+    def again(self, error: Exception | None) -> Tells | None:
+        """What is told in another run, where one has failed for what was told, perhaps."""
+        surely = isinstance(error, (ShapeError, NumberError, BranchError))
+        return None if error is None or self._followed else self._telling.then(surely)
+
+    def _values(self, read: list[Tensor], listed: bool = False, results: bool = False) -> tuple[list[Tensor], bool]:
+        """What is told in place of what is read; and whether no data can make a difference now, else they may from here on."""
+        if not read or not self._compares:
+            return read, True
+        as_it_is = any(self._widths.each(read))
+        values, exact = self._telling.values(next_read(self._stack[-1]), read, as_it_is, listed, results)
+        if not exact:
+            self._measuring.add(self._stack[-1].place[:2])
+            self._decides = True
+        return values, exact
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch operators, and what lists and arrays are made of."""
-        with _Lists(self), self:
+        with Listing(self.lists), self:
             yield
 
     def _check(self, ran: str, args: Any, given: tuple[float | complex, ...], out: Any) -> None:
@@ -139,8 +156,7 @@ class Checker(TorchDispatchMode):
         if name != ran and call_ not in self._astray:
             self._strays(place, name, ran)
             self._astray.add(call_)
-        if not self._is_width(ran, args, out) and ran == "_local_scalar_dense":
-            self.measures()
+        self._follow_widths(ran, args, out)
         if ran in _SUMS and out.numel():
             self._summed[out] = args[0].numel() // out.numel()
         elif ran in VIEWS and (summed := self._summed.get(args[0])) is not None:
@@ -157,7 +173,9 @@ class Checker(TorchDispatchMode):
             before = extents.numbers.get(place, ())
             if extents.counts_skipped(place):
                 given, before = self._window(args, extents.skipped(place))
-            changed = repr(given) != repr(before) and call_ not in self._measuring
+            changed = repr(given) != repr(before)
+            as_a_width = changed and self._as_a_width(given, before)
+            changed = changed and (as_a_width or call_ not in self._measuring)
             if name == "native_group_norm" and changed and expected[0][1] is not None:
                 changed = given != (self._whole_groups(expected[0][1], int(before[0].real)), *before[1:])
             summed = self._summed.get(args[0]) if place in extents.means else None
@@ -165,6 +183,7 @@ class Checker(TorchDispatchMode):
                 raise NumberError(f"{name} makes no mean of {summed}: it is given {_listed(given)} as before")
             if changed and not self._counts(args, given, before):
                 told = f"{name} is given {_listed(given)} instead of {_listed(before)}, a number that follows a width"
+                self._followed = as_a_width
                 if not (ran in LIFTED and out.numel() == 1 and not out.is_floating_point()):
                     raise NumberError(told)
                 self._widths[out] = told
@@ -181,18 +200,32 @@ class Checker(TorchDispatchMode):
             if n is not None
         )
 
-    def _is_width(self, ran: str, args: Any, out: Any) -> bool:
-        """Whether an integer tensor that holds a width is read as a number again, which then is compared where it is used."""
+    def _as_a_width(self, given: tuple[float | complex, ...], before: tuple[float | complex, ...]) -> bool:
+        """Whether a number has changed as a width, its square or root did, or an inverse; an integer from width to width."""
+        if self._extents is None:
+            columns = {id(column): column for column in self._graph.columns.values()}.values()
+            kept = {(self._extent(column), len(column)) for column in columns}
+            self._extents = {(now, once) for now, once in kept if 0 < now < once}
+        for now, once in zip(given, before, strict=False):
+            if isinstance(now, int) and isinstance(once, int):
+                if (now, once) in self._extents:
+                    return True
+            elif not isinstance(now, complex) and not isinstance(once, complex) and now != once and now * once > 0:
+                powers = (1, -1, 2, -2, 0.5, -0.5)
+                if any(isclose(now / once, (kept / full) ** power) for kept, full in self._extents for power in powers):
+                    return True
+        return False
+
+    def _follow_widths(self, ran: str, args: Any, out: Any) -> None:
+        """An integer tensor that holds a width may be read as a number again, which then is compared where it is used."""
         told = next((told for told in self._widths.each(_tensors(args)) if told), None) if len(self._widths) else None
         if told is not None and ran in _PICKS:
             self._widths[out] = told
-        elif told is not None and ran != "_local_scalar_dense":
+        elif told is not None and ran != NUMBER:
             raise NumberError(told)
-        return told is not None
 
     def _strays(self, place: Place, name: str, ran: str) -> None:
-        known = (*place[:2], 0) in self._graph.extents and place[0] not in self._others
-        if known and not self._decides:
+        if place[0] not in self._others and not self._decides:
             raise BranchError(f"{ran} runs where {name or 'nothing'} ran before: a width decides")
         self._decides = True
 
@@ -280,12 +313,6 @@ class Checker(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-
-
-def _by_data(args: Sequence[Any]) -> bool:
-    """Whether values say how many are picked: of an index only those of a mask do."""
-    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
-    return indices is None or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def _is_count(n: int, given: Sequence[float | complex], before: Sequence[float | complex], powers: Sequence[int]) -> bool:

@@ -18,6 +18,7 @@ from actprune.pruning.apart import keep_apart
 from actprune.pruning.checker import Checker
 from actprune.pruning.plans import draft
 from actprune.pruning.shares import Shares
+from actprune.pruning.telling import Tells
 from actprune.surgery import rehearsed
 
 
@@ -69,10 +70,13 @@ class Trials:
             chosen = {name: shares[name][:n] for name, n in taken.items()}
             plan, gone = draft(self.model, graph, chosen), graph.removed(chosen)
             for second, run in enumerate(self.runs):
-                with held(), undisturbed(self.model), module_stack(self.model) as stack, rehearsed(self.model, plan):
-                    counter = Checker(graph, gone, stack, self._others(kinds), compares=not run.training)
-                    error = run.error(self.model, counter.watching())
-                    error = counter.missing() if error is None else error
+                tells: Tells | None = Tells.STAYS
+                while tells is not None:
+                    with held(), undisturbed(self.model), rehearsed(self.model, plan), module_stack(self.model) as stack:
+                        counter = Checker(graph, gone, stack, self._others(kinds), not run.training, tells)
+                        error = run.error(self.model, counter.watching())
+                        error = counter.missing() if error is None else error
+                    tells = counter.again(error)
                 if error is not None:
                     path = original(stack[-1].path, graph.copies)
                     text = str(error).strip().partition("\n")[0]
