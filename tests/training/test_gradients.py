@@ -193,16 +193,43 @@ def test_a_step_may_take_the_batch_alone_and_return_a_dict(pruning, trainer):
     assert n_params(module) <= 0.4 * before
 
 
-def test_labels_that_are_not_there_are_asked_for(pruning, trainer):
-    class Unlabelled(OneNetwork):
-        def validation_step(self, batch, batch_idx):
-            self.model(batch[0])
+class Unlabelled(OneNetwork):
+    def validation_step(self, batch, batch_idx):
+        self.model(batch[0])
 
-    unlabelled = DataLoader(TensorDataset(dataset(32, 1).tensors[0]), batch_size=16)
+
+class InParts(OneNetwork):
+    def validation_step(self, batch, batch_idx):
+        self.model[3:](self.model[:3](batch[0]))
+
+
+class Flipped(OneNetwork):
+    """Two rows per sample."""
+
+    def validation_step(self, batch, batch_idx):
+        self.model(torch.cat([batch[0], batch[0].flip(3)]))
+
+
+IMAGES_ALONE = DataLoader(TensorDataset(dataset(32, 1).tensors[0]), batch_size=16)
+WITHOUT = {
+    "one network": (Unlabelled, IMAGES_ALONE, {}, 16),
+    "parts": (InParts, IMAGES_ALONE, {}, 16),
+    "a named one": (Unlabelled, IMAGES_ALONE, {"modules": ["model"]}, 16),
+    "two rows per sample": (Flipped, loader(32, 1), {}, 32),
+}
+
+
+@pytest.mark.parametrize("sanity", [1, 0])
+@pytest.mark.parametrize("case", WITHOUT)
+def test_labels_that_are_not_there_are_asked_for_before_training(case, sanity, pruning, trainer):
+    kind, validation, options, n = WITHOUT[case]
+    callback = pruning(criterion=criteria.LabelInformation(classes=CLASSES), **options)
+    run = trainer(callback, num_sanity_val_steps=sanity)
     with pytest.raises(
-        ObservationError, match=r"a validation batch of type list holds no vector of 16 integers; let it be \(inp"
+        ObservationError, match=rf"a validation batch of type list holds no vector of {n} integers; let it be \(inp"
     ):
-        trainer(pruning(criterion=criteria.LabelInformation(classes=CLASSES))).fit(Unlabelled(), loader(), unlabelled)
+        run.fit(kind(), loader(), validation)
+    assert run.global_step == 0
 
 
 LABELS, OTHER, IMAGES = torch.tensor([1, 0, 2]), torch.tensor([9, 9, 9]), torch.zeros(3, 2)

@@ -27,6 +27,16 @@ def class_labels(batch: Any, n: int) -> Tensor | None:
     return next((x for x in _candidates(batch) if is_class_vector(x, n)), None)
 
 
+def unlabelled(batch: Any, n: int) -> str:
+    """Why a criterion of classes cannot be told those of ``n`` samples of a batch; empty where it can."""
+    if class_labels(batch, n) is not None:
+        return ""
+    return (
+        f"the criterion needs labels, and a validation batch of type {type(batch).__name__} holds no vector of {n} "
+        f"integers; let it be (inputs, labels), or a mapping with one of {', '.join(LABEL_KEYS)}"
+    )
+
+
 def is_class_vector(x: Any, n: int) -> bool:
     """Whether it is a tensor of ``n`` integers."""
     return isinstance(x, Tensor) and x.shape == (n,) and not (x.is_floating_point() or x.is_complex())

@@ -30,6 +30,7 @@ from actprune.core.calling import call, undisturbed
 from actprune.core.copied import Copies, lies_in
 from actprune.core.errors import ConfigError, TraceError
 from actprune.core.hooks import Live, put_back, uncompiled
+from actprune.core.labels import unlabelled
 from actprune.training.copies import pairs, submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped
 
@@ -47,6 +48,8 @@ class Network:
     """Its dotted name in the LightningModule; empty for the LightningModule itself."""
     example_inputs: Any
     """A tuple of arguments, a dict of keyword arguments, or a callable that runs the module."""
+    unlabelled: str = ""
+    """Why a criterion of classes cannot be told them, where the batch that the example is of lacks them."""
 
     @property
     def replays(self) -> bool:
@@ -84,11 +87,14 @@ class Watcher:
     """First call of every module with parameters that was not made inside another such module; of every wanted module."""
     inside: dict[str, tuple[Any, int]] = field(default_factory=dict)
     """Name of a wanted module of which some part was called -> the batch, and its loader."""
+    _unlabelled: dict[int, str] = field(default_factory=dict)  # by the module's identity
+    _batch: Any = None
     _depth: int = 0
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def start(self, batch: Any, dataloader_idx: int = 0) -> None:
         """Attach the hooks for one step."""
+        self._batch = batch
         self._stack.enter_context(uncompiled())
         if self.wanted:
             for path in self.wanted:
@@ -105,7 +111,7 @@ class Watcher:
     def stop(self) -> None:
         """Remove the hooks; harmless when there are none."""
         self._stack.close()
-        self._depth = 0
+        self._depth, self._batch = 0, None
 
     def networks(self, batch: Any, dataloader_idx: int = 0) -> list[Network] | None:
         """What is to be pruned, from the calls seen so far, the last of them for ``batch`` of that loader.
@@ -119,7 +125,7 @@ class Watcher:
         if self.wanted:
             return None if self.missing else [self._named(path) for path in self.wanted]
         if self.own_forward is not None:
-            return [Network(self.task, "", _as_example(self.task, self.own_forward))]
+            return [self._network(self.task, "", self.own_forward)]
         if not self.called:
             raise TraceError(
                 f"validation_step of {type(self.task).__name__} called no module that has parameters; "
@@ -128,8 +134,8 @@ class Watcher:
         trained = self._trained()
         if len(trained) == 1:
             ((path, module),) = trained.items()
-            return [Network(module, path, _as_example(module, self.called[module]))]
-        return [Network(self.task, "", _replay(self.task, self.task, batch, dataloader_idx))]
+            return [self._network(module, path, self.called[module])]
+        return [self._replayed(self.task, "", batch, dataloader_idx)]
 
     @property
     def missing(self) -> list[str]:
@@ -149,8 +155,14 @@ class Watcher:
     def _named(self, path: str) -> Network:
         module = self.task.get_submodule(path)
         if module in self.called:
-            return Network(module, path, _as_example(module, self.called[module]))
-        return Network(module, path, _replay(self.task, module, *self.inside[path]))
+            return self._network(module, path, self.called[module])
+        return self._replayed(module, path, *self.inside[path])
+
+    def _network(self, module: nn.Module, path: str, call: Call) -> Network:
+        return Network(module, path, _as_example(module, call), self._unlabelled[id(module)])
+
+    def _replayed(self, module: nn.Module, path: str, batch: Any, loader: int) -> Network:
+        return Network(module, path, _replay(self.task, module, batch, loader), unlabelled(batch, n_samples(batch)))
 
     def _watch(self, path: str, batch: tuple[Any, int]) -> None:
         module = self.task.get_submodule(path)
@@ -158,7 +170,7 @@ class Watcher:
         def seen(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inside.setdefault(path, batch)
             if part is module:
-                self.called.setdefault(module, (args, kwargs))
+                self._note(module, (args, kwargs))
 
         for part in module.modules():
             if is_network_part(part):
@@ -166,11 +178,20 @@ class Watcher:
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.own_forward = self.own_forward or (args, kwargs)
+        self._label(self.task, (args, kwargs))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 0:
-            self.called.setdefault(module, (args, kwargs))
+            self._note(module, (args, kwargs))
         self._depth += 1
+
+    def _note(self, module: nn.Module, call: Call) -> None:
+        self.called.setdefault(module, call)
+        self._label(module, call)
+
+    def _label(self, module: nn.Module, call: Call) -> None:
+        if id(module) not in self._unlabelled:
+            self._unlabelled[id(module)] = unlabelled(self._batch, n_samples(call))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1

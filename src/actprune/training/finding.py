@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from actprune.core.errors import BudgetError, ConfigError
+from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.pruning import Pruner
 from actprune.pruning.ignoring import for_each
 from actprune.training.copies import check_apart, check_copies, copies_within
@@ -117,7 +117,10 @@ class Finder:
         """
         seed, made = int(os.environ.get("PL_GLOBAL_SEED", 0)), {}
         selections = for_each(settings.pop("selection"), [network.module for network in self.networks.values()])
+        needs_labels = any(make(1).needs_labels for make in settings["criterion"].statistics().values())
         for network, chosen in zip(self.networks.values(), selections, strict=True):
+            if needs_labels and network.unlabelled:
+                raise ObservationError(network.unlabelled)
             try:
                 settings["copies"] = copies_within(self._task, network.path, self._copies)
                 known = self._hooks.known.get(network.path)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actprune.core.calling import undisturbed
 from actprune.core.errors import ActPruneError, ConfigError, ObservationError
-from actprune.core.labels import LABEL_KEYS, class_labels
+from actprune.core.labels import class_labels, unlabelled
 from actprune.core.views import Criterion
 from actprune.pruning import Observation
 from actprune.training.example import Call, Network
@@ -85,13 +85,9 @@ class Gradients:
         """
         if not self._observation.needs_labels:
             return None
-        found = class_labels(batch, n)
-        if found is None:
-            raise ObservationError(
-                f"the criterion needs labels, and a validation batch of type {type(batch).__name__} holds no vector of {n} "
-                f"integers; let it be (inputs, labels), or a mapping with one of {', '.join(LABEL_KEYS)}"
-            )
-        return found
+        if why := unlabelled(batch, n):
+            raise ObservationError(why)
+        return class_labels(batch, n)
 
     def called(self, call: Call) -> None:
         """Remember how the network was called last."""
