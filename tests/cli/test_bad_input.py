@@ -28,6 +28,8 @@ JOBS = {
     "budget as text": (["budget.params=half"], ConfigError, "pruner.budget.params='half' must be float or null"),
     "budget out of reach": (["budget.params=0.001"], BudgetError, "budget"),
     "epochs as text": (["trainer.max_epochs=few"], ConfigError, "trainer.max_epochs='few' must be int or null"),
+    "no number of epochs": (["trainer.max_epochs=null"], ConfigError, "max_epochs=null, and scheduler and pruner go by the"),
+    "callbacks elsewhere": (["++trainer.callbacks=[]"], ConfigError, "trainer.callbacks: callbacks of a run are those of"),
     "too few epochs": (["trainer.max_epochs=1"], ConfigError, "max_epochs=1"),
     "added key": (["+pruner.criterion.bin=3"], ConfigError, "pruner.criterion.bin: .* did you mean bins"),
     "key of nobody": (["+data.colour=red"], ConfigError, "data.colour: .* has no such argument"),

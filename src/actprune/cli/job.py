@@ -72,6 +72,7 @@ def run_job(config: DictConfig) -> float | None:
         )
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
+    _check_epochs(config)
     groups = ("trainer", "data", "model", "module", "pruner", "optimizer", "scheduler", "callbacks", "logger")
     for key in (*groups, "analyze", "capacity"):
         check(config[key], key)
@@ -173,8 +174,21 @@ def _export(config: DictConfig, parts: Parts) -> None:
         print(f"exported: {', '.join(path.name for path in files.values())}")
 
 
+def _check_epochs(config: DictConfig) -> None:
+    """Schedules count epochs; their own messages would name what they were given, and not where it came from."""
+    counting = [name for name in ("scheduler", "pruner") if config[name] is not None]
+    if counting and config.trainer.get("max_epochs") is None:
+        raise ConfigError(
+            f"trainer.max_epochs=null, and {' and '.join(counting)} go by the number of epochs; set it, beside "
+            "trainer.max_steps or trainer.max_time if need be"
+        )
+
+
 def _check_trainer(node: Any) -> None:
     """Refuse what Lightning notices late, in the first epoch or in the test after the last, or never: too many processes."""
+    for name in ("callbacks", "logger"):
+        if name in node:
+            raise ConfigError(f"trainer.{name}: {name} of a run are those of the group {name}; choose there")
     for name in ("check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_test_batches"):
         value = node.get(name)
         least = "above 0" if name.startswith("limit") else "at least 1"
