@@ -12,7 +12,10 @@ EDGES = torch.tensor([[0, 1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 5, 0, 3]])
 PAIRS = torch.sparse_coo_tensor(EDGES, torch.arange(1.0, 8.0, dtype=torch.float64), (6, 6), check_invariants=True)
 NODES = torch.randn(6, 10, dtype=torch.float64)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
+]
 
 
 def laid_out(layout):
@@ -95,3 +98,26 @@ def test_pruned_by_what_it_computes(layout, criterion):
     )
     assert model.first.out_features + model.second.out_features < 24
     assert model(**example).shape == (6, 4)
+
+
+def of_pairs(n, x):
+    return torch.sparse_coo_tensor(EDGES, torch.ones(7, dtype=x.dtype), (n, n))
+
+
+MADE = {
+    "pairs": lambda x: torch.sparse.mm(of_pairs(len(x), x), x),
+    "rows": lambda x: torch.eye(len(x), dtype=x.dtype).to_sparse_csr() @ x,
+    "identity": lambda x: torch.sparse.mm(torch.eye(len(x), dtype=x.dtype).to_sparse(), x),
+    "dense again": lambda x: of_pairs(len(x), x).coalesce().to_dense() @ x,
+}
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_the_matrix_is_made_of_sizes_in_the_forward(case):
+    def gather(edges, x):
+        return MADE[case](x)
+
+    example = (NODES, NODES)
+    graph, _ = rehearse(Convolutions(gather).double(), example)
+    assert sorted(group.size for group in graph.unlocked) == [8, 16], str(graph)
+    check_cuts(lambda: Convolutions(gather), graph, example)

@@ -71,7 +71,7 @@ class Read(nn.Module):
 class Sequence(nn.Module):
     """Something is read in a module of its own or in the model, before or after a module asks for a width, which may be it."""
 
-    def __init__(self, reads, does, order, own=False):
+    def __init__(self, reads, does, order):
         super().__init__()
         self.embed, self.inner, self.outer = nn.Embedding(20, 24), Inner(does), nn.Linear(24, 5)
         self.read, self.does, self.order = Read(reads), does, order
@@ -136,7 +136,25 @@ def test_sasrec_keeps_the_width_whose_root_it_takes():
     check_cuts(SASRec, graph, t, counts=False)
 
 
+def written_elsewhere(m, x):
+    """A width stands in a tensor that was used to write to another one."""
+    width, rows = torch.arange(1, x.shape[1] + 1)[-1:].clone(), x.sum(-1)
+    rows.mul_(width)
+    return x / width.item() ** 0.5 + 0 * rows[:, None]
+
+
+def used_again(m, x):
+    """Positions may lie where features have lain."""
+    for _ in range(3):
+        features = torch.zeros_like(x)
+        features.copy_(x)
+        del features
+    return x / (1 + torch.arange(x.numel())[-1].item()) ** 0.5
+
+
 WIDTHS = {
+    "a factor": written_elsewhere,
+    "memory that was used": used_again,
     "ones": lambda m, x: x / torch.ones_like(x[0]).sum().item() ** 0.5,
     "positions": lambda m, x: x / (1 + torch.arange(x.shape[1]).max().item()),
     "a list of positions": lambda m, x: x * torch.arange(x.shape[1]).tolist()[-1],
@@ -192,7 +210,24 @@ def numbered(m, x):
     return x + y.index_add(0, (40 * x.sum(-1)).abs().long(), x).sum(0)
 
 
+SEEN = []
+
+
+def as_seen_first(m, x):
+    """The first order of the rows that was seen is that of the trace."""
+    order = x.detach().sum(-1).argsort()
+    SEEN.extend([order] if not SEEN else [])
+    return m.experts[0](x) if torch.equal(order, SEEN[0]) else m.experts[1](x)
+
+
+def beside(m, x):
+    torch.tensor(x.shape[-1])  # which nobody uses
+    return numbered(m, x)
+
+
 DATA = {
+    "order": as_seen_first,
+    "classes beside a width": beside,
     "temperature": lambda m, x: x / x.abs().max().item(),
     "exponent": lambda m, x: x.abs() ** (1 + x.square().sum(-1).mean().sqrt().item()),
     "threshold": lambda m, x: x * (x > sorted(x.sum(0).tolist())[-2] / 10),
@@ -214,14 +249,21 @@ DATA = {
 @pytest.mark.parametrize("name", DATA)
 def test_what_data_decide_keeps_no_width(name):
     torch.manual_seed(0)
+    SEEN.clear()
     x = torch.randn(7, 5, dtype=torch.float64)
     graph, _ = rehearse(Features(DATA[name]).double(), x)
     assert graph.group("inner").locked is None, str(graph)
+    assert not graph.extents._told  # the values are only for the rehearsal
     check_cuts(lambda: Features(DATA[name]), graph, x, counts=False)
 
 
 # where what the trace has read does not fit, data may decide what runs
-ASKED = [(name, asks) for name in DATA for asks in (scaled, branch) if (name, asks) != ("classes", branch)]
+ASKED = [
+    (name, asks)
+    for name in DATA
+    for asks in (scaled, branch)
+    if (name, asks) not in (("classes", branch), ("classes beside a width", branch))
+]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

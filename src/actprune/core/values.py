@@ -16,16 +16,17 @@ _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_im
 _MASKED = {"masked_select", "masked_scatter", "masked_scatter_"}
 NUMBER = "_local_scalar_dense"
 """The operator that reads a number."""
+_ASKING = {NUMBER, "equal", "allclose"}
 
 
 def deciding(func: Any, args: Sequence[Any]) -> list[Tensor]:
     """Arguments whose values are read, or say how many are picked or have to be given: of an index only masks do."""
-    name = func.overloadpacket.__name__
+    name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
     if name in _INDEXING:
         return [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
     if name in _MASKED:
         return [args[1]]
-    if name == NUMBER or torch.Tag.dynamic_output_shape in func.tags:
+    if name in _ASKING or torch.Tag.dynamic_output_shape in func.tags:
         return [x for x in tree_leaves(args) if isinstance(x, Tensor)]
     return []
 
@@ -33,7 +34,7 @@ def deciding(func: Any, args: Sequence[Any]) -> list[Tensor]:
 def with_values(func: Any, args: Sequence[Any], before: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Any, ...]:
     """The same arguments with other values in place of what decides; what is indexed or written stays what it is."""
     taken = {id(x): value for x, value in zip(before, values, strict=True)}
-    first = 1 if func.overloadpacket.__name__ in _INDEXING | _MASKED else 0
+    first = 1 if func.namespace == "aten" and func.overloadpacket.__name__ in _INDEXING | _MASKED else 0
     return (*args[:first], *tree_map_only(Tensor, lambda x: taken.get(id(x), x), tuple(args[first:])))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from actprune.core.calling import Example
-from actprune.core.copied import Copies
+from actprune.core.copied import NONE, Copies
 from actprune.graph.graph import Apart, Consumer, Follower, Graph, Group, Site
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.tracer import run
@@ -25,14 +25,22 @@ class Trace:
         example_inputs: what it takes, see ``trace``.
         training: follow what it does in training mode as well, and not only where evaluation mode leaves parameters unused.
         copies: parts that take the cuts of others, see ``Pruner``.
+        tells: keep the values that code reads, up to 64 MiB, for a rehearsal to be told.
 
     Raises:
         TraceError: the model fails on the example inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example, training: bool = False, copies: Copies | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        training: bool = False,
+        copies: Copies | None = None,
+        tells: bool = False,
+    ) -> None:
         self._model = model
-        self._state = run(model, example_inputs, training, copies)
+        self._state = run(model, example_inputs, training, copies or NONE, tells)
 
     def graph(self, tied: Collection[str] = ()) -> Graph:
         """The channel graph.

@@ -90,6 +90,10 @@ class Extents(Mapping[Place, tuple[str, tuple[Dims, ...]]]):
             found.append(value)
         return found, leaves
 
+    def forget(self) -> None:
+        """Keep no values any more: the rehearsal that is told them is over."""
+        self._told = {}
+
     def _column(self, ids: Ids) -> NDArray[np.int64] | None:
         """Classes of ids; broadcast dimensions follow others and say nothing."""
         if ids is None:

@@ -65,7 +65,7 @@ class TraceState(Naming, Splits):
     """(module, call, operator) -> ids before a window along what may be cut; None where the numbers follow otherwise."""
     means: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """(module, call, operator) -> how many were summed in what the operator divides by a number that has to follow."""
-    reads: Reads = field(default_factory=Reads)
+    reads: Reads = field(default_factory=lambda: Reads(keeps=False))
     refused: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     """Operators without a rule, with the ids they met."""
     unequal: list[tuple[str, Column, Column | int]] = field(default_factory=list)

@@ -30,14 +30,15 @@ class Told:
 
 @dataclass
 class Reads:
-    """What every call reads, in order; of what is beyond 64 MiB nothing is kept."""
+    """What every call reads, in order, if somebody is to be told; of what is beyond 64 MiB nothing is kept."""
 
+    keeps: bool
     told: dict[Read, Told] = field(default_factory=dict)
     _size: int = 0
 
     def add(self, t: TraceState, tensors: Sequence[Tensor], results: bool = False) -> None:
         """The running call reads these tensors, or their values are results that may be as long as data say."""
-        if t.training or not tensors:
+        if not self.keeps or t.training or not tensors:
             return
         read = next_read(t.frames[-1])
         values = tuple(_shape(x) if results and x.is_floating_point() else x for x in tensors)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actprune.core.calling import Example, call, once_and_twice, undisturbed
-from actprune.core.copied import Copies, is_copied, led_by, named_alike
+from actprune.core.copied import NONE, Copies, is_copied, led_by, named_alike
 from actprune.core.errors import ActPruneError, TraceError
 from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
@@ -32,6 +32,7 @@ from actprune.graph.rules import RULES, bind, pointwise
 from actprune.graph.rules.norm import batch_norm
 from actprune.graph.splits import Hints, settled
 from actprune.graph.state import TraceState
+from actprune.graph.told import Reads
 from actprune.graph.twins import follow_twins
 from actprune.graph.whole import Wholes, wanted
 
@@ -210,7 +211,7 @@ def _positive(a: SimpleNamespace) -> SimpleNamespace:
     return a
 
 
-def run(model: nn.Module, example: Example, training: bool = False, copies: Copies | None = None) -> TraceState:
+def run(model: nn.Module, example: Example, training: bool = False, copies: Copies = NONE, tells: bool = False) -> TraceState:
     """Trace the model on an example; the model is left exactly as it was.
 
     What evaluation mode does not run is followed in training mode; with ``training`` everything is, a second time. Of a copy
@@ -219,14 +220,13 @@ def run(model: nn.Module, example: Example, training: bool = False, copies: Copi
     Raises:
         TraceError: the model fails on the example.
     """
-    copies = copies or {}
     with GARBAGE.turned():
-        state = settled(functools.partial(_run, model, example, training, copies))
+        state = settled(functools.partial(_run, model, example, training, tells, copies))
         led = led_by({path for path, _, _ in state.produced_ids}, copies)
-        return state if led == copies else settled(functools.partial(_run, model, example, training, led))
+        return state if led == copies else settled(functools.partial(_run, model, example, training, tells, led))
 
 
-def _run(model: nn.Module, example: Example, training: bool, copies: Copies, hints: Hints) -> TraceState:
+def _run(model: nn.Module, example: Example, training: bool, tells: bool, copies: Copies, hints: Hints) -> TraceState:
     names: dict[int, str] = {}
     storages = {}
     for name, tensor in _held(model):
@@ -237,7 +237,8 @@ def _run(model: nn.Module, example: Example, training: bool, copies: Copies, hin
     for _, tensor in _held(model):
         if tensor.numel() and tensor.layout == torch.strided:
             storages[(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))] = names[id(tensor)]
-    state = TraceState(names=names, modules=dict(model.named_modules()), storages=storages, hints=hints, copies=copies)
+    modules, reads = dict(model.named_modules()), Reads(keeps=tells)
+    state = TraceState(names=names, modules=modules, storages=storages, hints=hints, copies=copies, reads=reads)
     with undisturbed(model):
         try:
             _follow(model, example, state)

@@ -127,7 +127,7 @@ class Checker(TorchDispatchMode):
     def again(self, error: Exception | None) -> Tells | None:
         """What is told in another run, where one has failed for what was told, perhaps."""
         surely = isinstance(error, (ShapeError, NumberError, BranchError))
-        return None if error is None or self._followed else self._telling.then(surely)
+        return None if error is None or (self._followed and isinstance(error, NumberError)) else self._telling.then(surely)
 
     def _values(self, read: list[Tensor], listed: bool = False, results: bool = False) -> tuple[list[Tensor], bool]:
         """What is told in place of what is read; and whether no data can make a difference now, else they may from here on."""

@@ -56,9 +56,9 @@ class Telling:
             results: whether these are results that may be as long as data say: then it is their extents that count.
         """
         whole = listed and self._tells is Tells.WHOLE
-        told, leaves = self._extents.told(number, np.ones_like(self._stays) if whole else self._stays)
         if as_it_is or all(map(self.dataless, read)):
             return read, True
+        told, leaves = self._extents.told(number, np.ones_like(self._stays) if whole else self._stays)
         fits = len(told) == len(read) and all(x.dtype == t.dtype for x, t in zip(read, told, strict=True))
         alike = fits and all(x.shape == t.shape for x, t in zip(read, told, strict=True))
         self._shorter |= leaves and listed
@@ -91,7 +91,9 @@ class _Dataless:
 
     def __call__(self, tensor: Tensor) -> bool:
         """Whether sizes alone have made a tensor, and nothing else was written there since."""
-        return tensor in self._made and tensor.untyped_storage().data_ptr() not in self._written
+        if tensor not in self._made or tensor.layout != torch.strided:
+            return False
+        return tensor.untyped_storage().data_ptr() not in self._written
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operator has run."""
@@ -102,10 +104,14 @@ class _Dataless:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not random and (asks_shapes or all(map(self, inputs))):
             for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     self._made[tensor] = True
-        elif writes and len(self._made):
-            self._written |= {x.untyped_storage().data_ptr() for x in inputs if x in self._made}
+                    self._written.discard(tensor.untyped_storage().data_ptr())  # of a storage that was there before
+        elif writes:
+            for argument, x in zip(func._schema.arguments, args, strict=False):
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(x, Tensor) and x.layout == torch.strided:
+                    self._written.add(x.untyped_storage().data_ptr())
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def rehearse(model: nn.Module, example: Example, copies: Copies | None = None) -
 
 def _rehearsed(model: nn.Module, runs: Sequence[Run], copies: Copies | None) -> tuple[Graph, Repairs]:
     training = any(run.training for run in runs)
-    tied_graph = functools.cache(Trace(model, runs[0].example, training, copies).graph)
+    tied_graph = functools.cache(Trace(model, runs[0].example, training, copies, tells=True).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
     tried: set[tuple[str, object]] = set()
     known: set[tuple[object, str, Failure]] = set()
@@ -114,6 +114,7 @@ def _rehearsed(model: nn.Module, runs: Sequence[Run], copies: Copies | None) -> 
             repairs = dataclasses.replace(repairs, locked=locked)
         repairs, graph, failure = _repaired(trials, tied_graph, repairs, tried)
     unneeded = repairs.idle | idle(trials, graph, failure)
+    graph.extents.forget()
     return without(graph, unneeded), dataclasses.replace(repairs, idle=unneeded)
 
 

@@ -64,12 +64,12 @@ def reduction(t: TraceState, a: SimpleNamespace, out: Any) -> None:
 
 def _unbiased(t: TraceState, a: SimpleNamespace, gone: set[int]) -> None:
     """An unbiased variance of one value is not a number: of what it is taken over, one alone may not stay."""
-    corrected = getattr(a, "unbiased", None)
-    if corrected is None:
-        corrected = a.correction is None or a.correction > 0
+    unbiased = getattr(a, "unbiased", None)
+    less = getattr(a, "correction", 1) if unbiased is None else int(unbiased)
+    less = 1 if less is None else int(less)
     over = [ids for d in gone if (ids := t.ids(a.input)[d]) is not None]
-    if corrected and len(over) == 1 and 1 < len(over[0]) == math.prod(a.input.shape[d] for d in gone):
-        t.unequal.append((t.frames[-1].path, over[0], 1))
+    if len(over) == 1 and less < len(over[0]) == math.prod(a.input.shape[d] for d in gone):
+        t.unequal += [(t.frames[-1].path, over[0], n) for n in range(1, less + 1)]
 
 
 @rule("argmax", "argmin", "topk", "sort", "cumsum", "cumprod", "logcumsumexp")
