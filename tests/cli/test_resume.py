@@ -13,7 +13,7 @@ from actprune.report.runs import read_runs
 from processes import needs_fork, start_run_py
 
 SMALL = ("debug=fast", "data.batch_size=16", "pruner=magnitude", "logger=csv", "trainer.max_epochs=6", "schedule.start=1")
-KEPT = ("summary.json", "overrides.yaml")
+KEPT = ("summary.json", "overrides.yaml", "hydra.yaml")
 
 
 def state(folder):
@@ -74,7 +74,7 @@ def test_a_finished_run_takes_no_other_settings(command, tmp_path):
     done = command(*SMALL[:-2], "hydra.run.dir=run", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr
     kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.[jy]*") if path.name in KEPT}
-    assert len(kept) == 2
+    assert len(kept) == 3
     for setting in ("trainer.max_epochs=5", "+trainer.max_steps=3", "pruner=random", "debug=overfit"):
         again = command("resume=run", setting)
         assert again.returncode == 1, setting
@@ -96,9 +96,13 @@ def test_finished_jobs_of_a_sweep_keep_their_settings(command, tmp_path):
     done = command("-m", *SMALL[:-2], "trainer.max_epochs=2", "seed=1,2", "hydra.sweep.dir=many")
     assert done.returncode == 0, done.stderr
     (tmp_path / "many" / "1" / "summary.json").unlink()
-    again = command("resume=many", "trainer.max_epochs=3")
+    written = {path: path.read_bytes() for path in (tmp_path / "many" / "0" / ".hydra").iterdir()}
+    again = command("resume=many", "trainer.max_epochs=3", "scheduler=none")
     assert again.returncode == 0, again.stderr
-    assert "1 finished job kept as before; trainer.max_epochs=3 is for the others" in again.stdout.splitlines()
+    told = "1 finished job kept as before; trainer.max_epochs=3, scheduler=none is for the others"
+    assert told in again.stdout.splitlines()
+    assert len(written) == 3
+    assert all(path.read_bytes() == content for path, content in written.items())
     assert json.loads((tmp_path / "many" / "1" / "summary.json").read_text())["epochs"] == 3
     runs, _ = read_runs(tmp_path / "many")
     assert [[o for o in run.overrides if "max_epochs" in o] for run in runs] == [
@@ -150,3 +154,16 @@ def test_a_sweep_does_not_run_once_per_process(command):
     done = command("-m", *SMALL, "trainer=ddp", "seed=1,2")
     assert done.returncode == 1
     assert "every one of the 2 processes of strategy=ddp would run the whole sweep" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["seed=${nope}", "name=[", "seed=1,2", "~seed", "seed.x=1", "seed=true", "name=''"])
+def test_what_cannot_be_looked_up_is_none_of_the_settings_of_a_finished_run(setting, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[seed=1]")
+    (tmp_path / "config.yaml").write_text("seed: 1\nname: null\nwidth: 0.5\nempty: ''\n")
+    assert setting in command_line([f"resume={tmp_path}", setting])  # Hydra says what is wrong with it
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is finished and did not run with"):
+        command_line([f"resume={tmp_path}", setting])
+    for same in ("seed=1", "++seed=1", "name=null", "width=5e-1", "empty=''", "empty="):
+        assert same in command_line([f"resume={tmp_path}", same])

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from actprune.cli.names import sweep_name
 from actprune.cli.output import CONFIG, SUMMARY
@@ -25,6 +28,7 @@ from actprune.training import newest_checkpoint
 _OWN = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=", "resume=", "ckpt_path=")
 _NO_SETTINGS = ("-", "hydra.", "hydra/", "paths.", "ckpt_path=", "optimize=")
 """Arguments that say where and how a job runs, or what is asked of it."""
+_NOWHERE = object()
 _SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -54,8 +58,9 @@ def command_line(arguments: list[str]) -> list[str]:
             f"resume={folder} is no output folder: it has neither .hydra/overrides.yaml of a job nor multirun.yaml of a sweep; "
             "runs write theirs under runs/"
         )
-    late = ", ".join(setting for setting in settings if not _ran_with(folder, setting))
-    if late and (folder / SUMMARY).is_file():
+    is_done = (folder / SUMMARY).is_file()
+    late = ", ".join(setting for setting in settings if is_done and not _ran_with(folder, setting))
+    if late:
         last = folder / "checkpoints" / "last.ckpt"
         there = (
             f"; there, ckpt_path={last} beside the settings of this run goes on from its last epoch" if last.is_file() else ""
@@ -69,8 +74,7 @@ def finished_as_they_are(arguments: list[str]) -> Iterator[None]:
     """What ``.hydra`` says of finished jobs stays what they ran with; Hydra writes down for every job what it is asked now."""
     folder = _folder(arguments)
     done = [] if folder is None else [folder / SUMMARY, *folder.glob(f"*/{SUMMARY}")]
-    files = [path.parent / ".hydra" / "overrides.yaml" for path in done if path.is_file()]
-    said = {file: file.read_bytes() for file in files if file.is_file()}
+    said = {file: file.read_bytes() for path in done if path.is_file() for file in (path.parent / ".hydra").glob("*.yaml")}
     try:
         yield
     finally:
@@ -132,13 +136,17 @@ def _folder(arguments: list[str]) -> Path | None:
 def _ran_with(folder: Path, setting: str) -> bool:
     """Whether a job ran with a setting, given for it or not."""
     ran, hydra = folder / CONFIG, folder / ".hydra" / "hydra.yaml"
-    key, _, value = setting.lstrip("+").partition("=")
-    choices = OmegaConf.load(hydra).hydra.runtime.choices if hydra.is_file() else {}
-    if key in choices:
-        return str(choices[key]) == value
-    held = OmegaConf.select(OmegaConf.load(ran), key, default="") if ran.is_file() else ""
-    given = OmegaConf.from_dotlist([f"value={value}"]).value
-    return held == given and held != ""
+    try:
+        override = OverridesParser.create().parse_override(setting)
+        key, value = override.key_or_group, override.value()
+        choices = OmegaConf.load(hydra).hydra.runtime.choices if hydra.is_file() else {}
+        if key in choices:
+            return str(choices[key]) == str(value)
+        held = OmegaConf.select(OmegaConf.load(ran), key, default=_NOWHERE) if ran.is_file() else _NOWHERE
+    except (HydraException, OmegaConfBaseException):
+        return False
+    held = OmegaConf.to_container(held) if OmegaConf.is_config(held) else held
+    return not override.is_delete() and held == value and isinstance(held, bool) == isinstance(value, bool)
 
 
 def _sweep(folder: Path) -> list[str]:
