@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, seed_everything
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    StackDataset,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+)
+from torchvision.datasets import FakeData
+from torchvision.transforms import Compose
 
 from actprune.schedule import Schedule
 from actprune.training.loaders import spared
@@ -58,6 +71,41 @@ class Own(Sampler):
         return iter(self.rng.permutation(self.n).tolist())
 
 
+class Drawing:
+    """A loader of one's own, a function that collates, a transform: what draws when it is used."""
+
+    def __init__(self):
+        self.rng, self.generators = np.random.default_rng(8), [torch.Generator().manual_seed(9)]
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        images, targets = dataset(48, 1).tensors
+        for _ in range(3):
+            rows = torch.randperm(48, generator=self.generators[0])[:16]
+            yield images[rows], targets[rows]
+
+    def __call__(self, drawn):
+        if not isinstance(drawn, list):
+            return torch.full((3, 8, 8), float(self.rng.normal()))
+        images, targets = default_collate(drawn)
+        return images + float(self.rng.normal()), targets
+
+
+class Batches(Sampler):
+    """A batch sampler around another one."""
+
+    def __init__(self, n):
+        self.base = WeightedRandomSampler([1.0] * n, n, generator=torch.Generator().manual_seed(10))
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(torch.tensor(list(self.base)).split(16))
+
+
 def own_generator(data):
     return DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(6))
 
@@ -74,6 +122,12 @@ LOADERS = {
     "batch sampler": in_batches,
     "own sampler": lambda data: DataLoader(data, 16, sampler=Own(len(data))),
     "persistent workers": lambda data: DataLoader(data, 16, num_workers=1, persistent_workers=True, shuffle=True),
+    "own loader": lambda data: Drawing(),
+    "collated": lambda data: DataLoader(dataset(48, 1), 16, collate_fn=Drawing()),
+    "concatenated": lambda data: DataLoader(ConcatDataset([Noisy(24, 1), data]), 16),
+    "stacked": lambda data: DataLoader(StackDataset(data), 16, collate_fn=lambda x: default_collate([each for (each,) in x])),
+    "own batch sampler": lambda data: DataLoader(data, batch_sampler=Batches(len(data))),
+    "transformed": lambda data: DataLoader(FakeData(48, (3, 8, 8), 4, transform=Compose([Drawing()])), 16),
     "subset": lambda data: DataLoader(Subset(data, range(40)), 16),
 }
 
@@ -81,7 +135,7 @@ LOADERS = {
 def fitted(case, callbacks, trainer):
     seed_everything(7, verbose=False)
     weights, validation = Weights(), LOADERS[case](Noisy(48, 1))
-    training = DataLoader(dataset(64), 16, shuffle=True, generator=validation.generator)
+    training = DataLoader(dataset(64), 16, shuffle=True, generator=getattr(validation, "generator", None))
     module = OneNetwork()
     trainer(weights, *callbacks, max_epochs=4, num_sanity_val_steps=0).fit(module, training, validation)
     return weights.seen

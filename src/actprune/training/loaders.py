@@ -10,25 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from actprune.core.contents import Contents, inside
 
-_PARTS = ("dataset", "sampler", "batch_sampler")
+_FEW = 1024
+"""Lists that hold more are data."""
 
 
 @contextmanager
 def spared(loaders: Sequence[Any]) -> Iterator[list[Any]]:
     """Loaders to draw from in place of these.
 
-    Afterwards the generators of the loaders and their samplers, and what samplers and data sets of the user's own classes hold,
-    are as they were; workers that persist were not started.
+    Afterwards generators of random numbers are as they were, and so is what objects of the user's own classes hold, wherever in
+    the loaders: data sets and those that these wrap, samplers, transforms, functions that collate. Workers that persist were
+    not started.
     """
-    parts = [part for loader in loaders if isinstance(loader, DataLoader) for part in _parts(loader)]
-    found = list(inside(parts))
-    # objects of libraries are not looked into, but for what deals out samples
-    held = [each for part in (*parts, *found) if hasattr(part, "__dict__") for each in vars(part).values()]
-    contents, states = Contents(found), [setter for each in {id(x): x for x in held}.values() for setter in _state(each)]
+    found = list(inside(_held(loaders)))
+    fields = [value for each in found if hasattr(each, "__dict__") for value in vars(each).values()]
+    items = [value for each in (*found, *fields) for value in _items(each)]
+    contents, states = (
+        Contents(found),
+        [setter for each in _once([*_held(loaders), *fields, *items]) for setter in _state(each)],
+    )
     try:
         yield list(map(_twin, loaders))
     finally:
@@ -37,12 +41,28 @@ def spared(loaders: Sequence[Any]) -> Iterator[list[Any]]:
             setter()
 
 
-def _parts(loader: DataLoader) -> list[Any]:
-    parts: list[Any] = [loader]
-    for part in parts:  # which grows: a subset has a data set, a batch sampler has a sampler
-        found = (getattr(part, "__dict__", {}).get(name) for name in _PARTS)
-        parts += [each for each in found if each is not None and not any(each is other for other in parts)]
-    return parts
+def _held(loaders: Sequence[Any]) -> list[Any]:
+    """The loaders, and what those of PyTorch's classes hold, which ``inside`` does not look into."""
+    values = [*loaders]
+    for value in values:  # which grows
+        parts = [part for field in vars(value).values() for part in (field, *_items(field))] if _deals_out(value) else []
+        known = set(map(id, values))
+        values += [part for part in _once(parts) if id(part) not in known]
+    return values
+
+
+def _deals_out(value: Any) -> bool:
+    return isinstance(value, (DataLoader, Dataset, Sampler)) or "transforms" in getattr(value, "__dict__", ())  # ``Compose``
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)) and len(value) < _FEW:
+        return list(value)
+    return list(value.values()) if isinstance(value, dict) and len(value) < _FEW else []
+
+
+def _once(values: Sequence[Any]) -> list[Any]:
+    return list({id(value): value for value in values}.values())
 
 
 def _state(value: Any) -> Iterator[Callable[[], object]]:
