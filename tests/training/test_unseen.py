@@ -26,18 +26,19 @@ UNSEEN = {
 
 
 class Watched(LightningModule):
-    """Logs whether anything was cut, which is a loss unless ``forgiving``."""
+    """Logs, in the epochs that ``logs`` names, whether anything was cut, which is a loss unless ``forgiving``."""
 
-    def __init__(self, forgiving=False):
+    def __init__(self, forgiving=False, logs=range(100)):
         super().__init__()
-        self.net, self.forgiving = network(), forgiving
+        self.net, self.forgiving, self.logs = network(), forgiving, logs
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
         self.net(batch[0])
-        self.log("quality", float(self.forgiving or n_params(self) == WHOLE))
+        if self.current_epoch in self.logs:
+            self.log("quality", float(self.forgiving or n_params(self) == WHOLE))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 0.01)
@@ -105,6 +106,76 @@ def test_what_was_seen_is_in_checkpoints(guarded, trainer, tmp_path):
         trainer(callback).fit(module, loader(), loader(32, 1), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         assert n_params(module) <= 0.5 * WHOLE
         assert not callback.guard.lost
+
+
+THREE = Schedule("linear", start=2, interval=2, steps=3)
+
+
+def test_only_what_this_validation_logged_counts(guarded, trainer):
+    """Lightning keeps the value of an earlier validation, which saw another network."""
+    module, callback = Watched(logs=range(0, 12, 3)), guarded(THREE)
+    trainer(callback, max_epochs=12).fit(module, loader(), loader(32, 1))
+    assert [row["epoch"] for row in callback.history if "quality" in row] == [0, 3, 6, 9]
+    assert [(event["epoch"], event.get("went_back", False)) for event in callback.events] == [
+        (3, False),
+        (5, True),
+        (7, False),
+        (10, True),  # judged when the metric of epoch 9 is there; epoch 8 has none
+    ]
+    assert [lost["value"] for lost in callback.guard.lost] == [0.0, 0.0]
+    assert n_params(module) == WHOLE
+
+
+def test_a_value_from_before_the_cut_is_none_of_the_cut_network(guarded, trainer):
+    module, callback = Watched(forgiving=True, logs=range(4)), guarded()
+    trainer(callback, max_epochs=8).fit(module, loader(), loader(32, 1))
+    assert [lost["value"] for lost in callback.guard.lost] == [None]
+    assert n_params(module) == WHOLE
+
+
+def test_an_equal_value_that_is_logged_again_counts(guarded, trainer):
+    module, callback = Watched(forgiving=True), guarded(THREE)
+    trainer(callback, max_epochs=12).fit(module, loader(), loader(32, 1))
+    assert [row["quality"] for row in callback.history] == [1.0] * 12
+    assert not callback.guard.lost
+    assert n_params(module) <= 0.5 * WHOLE
+
+
+def test_a_due_step_waits_for_the_verdict_on_the_last_one(guarded, trainer):
+    """With the network that a verdict may go back to."""
+    module, callback = Watched(logs=(0, 1, 2, 9)), guarded(THREE)
+    trainer(callback, max_epochs=12).fit(module, loader(), loader(32, 1))
+    assert [(event["epoch"], event.get("went_back", False)) for event in callback.events] == [(3, False), (10, True)]
+    assert callback.guard.lost[0]["value"] == 0.0
+    assert n_params(module) == WHOLE
+
+
+def test_a_resumed_run_counts_the_same_values(guarded, trainer, tmp_path):
+    start = Watched(logs=range(0, 12, 3))
+    whole, full = copy.deepcopy(start), guarded(THREE)
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer(full, saved, enable_checkpointing=True, max_epochs=12).fit(whole, loader(), loader(32, 1))
+    for epoch in (3, 6, 8, 9):
+        module, callback = copy.deepcopy(start), guarded(THREE)
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        trainer(callback, max_epochs=12).fit(module, loader(), loader(32, 1), ckpt_path=path)
+        assert callback.history == full.history
+        assert callback.guard.lost == full.guard.lost
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_what_the_lost_network_measured_is_no_reason_to_stop():
+    """NaN after the cut, then a step is due before the metric is logged again."""
+    guard = Guard("x", 0.0, "max")
+    guard.see(0.9, ())
+    guard.begin(0.5, 3, cuts=True)
+    guard.snapshot = object()
+    guard.see(float("nan"), ())
+    guard.judge(3)
+    assert guard.goes_back
+    guard.snapshot = None
+    guard.begin(0.25, 5, cuts=True)
+    assert guard.reference == 0.9
 
 
 def test_a_verdict_waits_for_a_value():

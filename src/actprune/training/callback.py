@@ -1,8 +1,7 @@
 """The callback: observe in validation, decide when it ends, cut before the next training epoch.
 
 Deciding and cutting are apart so that every checkpoint agrees with its metric: one that is written after a validation
-epoch holds the network that was validated, and the plan that is still to be executed. No maths here: ``Pruner`` does
-the work, ``Guard`` says whether it may stay.
+epoch holds the network that was validated, and the plan that is still to be executed. No maths here: see ``Pruner``, ``Guard``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from actprune.training.events import broke_after_cut, close, log_gauges, measure
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
 from actprune.training.guard import Guard, drop_limit, guard_for
-from actprune.training.logging import define_axes, log_row
+from actprune.training.logging import define_axes, log_row, logged_since
 from actprune.training.observer import Observer
 from actprune.training.resume import CheckpointHooks
 from actprune.training.snapshot import Snapshot
@@ -67,6 +66,7 @@ class PruningCallback(Callback):
     """
 
     _hooks: CheckpointHooks  # from setup on
+    _before: dict[str, Any]  # what was logged before the validation that runs
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class PruningCallback(Callback):
         self.pruners: dict[str, Pruner] = {}
         """Dotted name of every pruned network -> its pruner, once validation has been seen; empty before."""
         self.history: list[dict[str, Any]] = []
-        """One row per validation epoch: epoch, step (pruning steps so far), params, macs and the monitored metric; without the
-        metric, one more where the network was changed after the last validation."""
+        """A row per validation: epoch, step (pruning steps so far), params, macs, and the monitored metric if it was logged;
+        one more, without the metric, where the network was changed after the last validation."""
         self.events: list[dict[str, Any]] = []
         """One entry per executed step, and per step taken back: epoch, step, params, macs, widths, seconds."""
         self.stopped: dict[str, str] = {}
@@ -161,6 +161,7 @@ class PruningCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to observe if a step is due after this epoch."""
+        self._before = dict(trainer.callback_metrics)
         if self._finder is not None:
             self._observer = watch(trainer, self._finder, self.pruners, self._due(trainer), self.loss)
 
@@ -214,7 +215,7 @@ class PruningCallback(Callback):
         self._record(trainer)
         observer, self._observer = self._observer, None
         due = self._due(trainer)
-        if observer is None or due is None:
+        if observer is None or due is None or (self.guard is not None and self.guard.waits):
             return
         began, epoch = time.perf_counter(), trainer.current_epoch
         if self.guard is not None and self.guard.goes_back:
@@ -308,12 +309,12 @@ class PruningCallback(Callback):
     def _record(self, trainer: Trainer) -> None:
         """Add a row to the history and to every logger, and let the guard see the metric."""
         row: dict[str, Any] = {"epoch": trainer.current_epoch, **sizes(self.pruners.values())}
-        monitor = self.monitor or monitored(trainer)
-        row |= measured(trainer, self.monitor, monitor, first=not self.history)
+        monitor, logged = self.monitor or monitored(trainer), logged_since(trainer, self._before)
+        row |= measured(trainer.lightning_module, logged, self.monitor, monitor, first=not self.history)
         self.history.append(row)
         log_row(trainer, row)
         if self.guard is not None:
-            self.guard.see(trainer.strategy.broadcast(row.get(str(monitor))), trainer.callback_metrics)
+            self.guard.see(trainer.strategy.broadcast(row.get(str(monitor))), logged)
             if ends_epoch(trainer):
                 self.guard.judge(trainer.current_epoch)
 

@@ -79,21 +79,23 @@ def say(task: LightningModule, line: str) -> None:
     task.print(textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False))
 
 
-def measured(trainer: Trainer, own: str | None, monitor: str | None, first: bool) -> dict[str, float]:
+def measured(
+    task: LightningModule, logged: Mapping[str, Any], own: str | None, monitor: str | None, first: bool
+) -> dict[str, float]:
     """The monitored metric by its name, if validation logged it.
 
     Args:
-        trainer: holds what was logged.
+        task: says so on the console.
+        logged: what this validation logged.
         own: the name that the user gave, if any: the console says once, after the first validation, that nothing has it.
         monitor: the name that is followed.
         first: whether this is the first validation.
     """
-    logged = trainer.callback_metrics
     if monitor is not None and monitor in logged:
         return {monitor: float(logged[monitor])}
     if own is not None and first:
         known = ", ".join(sorted(map(str, logged))) or "nothing"
-        say(trainer.lightning_module, f"monitor={own!r} was not logged by validation and is left out; it logged {known}")
+        say(task, f"monitor={own!r} was not logged by validation and is left out; it logged {known}")
     return {}
 
 

@@ -3,7 +3,8 @@
 Reference: the best value of the monitored metric in the validations right before the steps so far, so that small losses do not
 add up. A step is judged once, by the validation that ends its recovery: when the next step is due; after the last one, as
 many epochs later as lay between the last two; after an only one, half-way to the end; or when training ends before that.
-NaN is a loss, and so is a step that training ends after without a validation that logged the metric.
+While no validation has logged the metric since the step, the verdict waits, and the next step with it. NaN is a loss, and so
+is a step that training ends after without a validation that logged the metric.
 
 A step that lost too much: network, optimizers and averaged copies go back to what they were right before it, and the next
 step of the schedule goes half-way between the largest reduction that kept the metric and the smallest that lost it; where
@@ -121,10 +122,16 @@ class Guard:
         value = self.value if self.seen else None
         self.lost.append({"epoch": epoch, "share": self.trial, "value": value, "reference": self.reference})
         self.failed, self.trial = self.trial, None
+        self.value = self.reference  # what was measured of the network that lost says nothing of the one before
 
     def _keep(self) -> None:
         assert self.trial is not None
         self.good, self.trial, self.snapshot = self.trial, None, None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step was taken whose verdict is still to come: until then nobody knows what the next one may cost."""
+        return self.trial is not None and self.snapshot is not None
 
     @property
     def goes_back(self) -> bool:

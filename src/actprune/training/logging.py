@@ -114,3 +114,11 @@ def log_row(trainer: Trainer, row: Mapping[str, Any], step: int | None = None) -
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": row["epoch"]}, step=step)
         logger.save()
+
+
+def logged_since(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was logged since ``trainer.callback_metrics`` was ``before``; Lightning keeps old values there for ever.
+
+    By identity: a metric that is logged again is another tensor, also if its value is the same.
+    """
+    return {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}
