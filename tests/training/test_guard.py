@@ -258,6 +258,48 @@ def test_killed_before_the_verdict_at_the_end(guarded, trainer, tmp_path):
     assert callback.stopped["reason"] == "metric"
 
 
+def test_a_second_fit_knows_what_the_first_learnt(guarded, trainer):
+    """What was lost, the reference, and a step without verdict where the first broke off; another trainer starts anew."""
+    module, callback = Judged(), guarded()
+    module.needed = WHOLE
+    fitted = run(module, callback, trainer, max_steps=30)
+    learnt = callback.guard
+    assert learnt.failed is not None
+    rows, lost = len(callback.history), list(learnt.lost)
+    fitted.fit_loop.epoch_loop.max_steps = -1
+    callback.max_metric_drop = 0.002
+    fitted.fit(module, loader(), loader(32, 1))
+    assert len(callback.history) > rows
+    assert callback.guard.lost[: len(lost)] == lost
+    assert max(new["share"] for new in callback.guard.lost[len(lost) :]) < learnt.failed
+    assert callback.guard.reference == 1.0
+    assert callback.guard.max_drop == 0.002
+    assert n_params(module) == WHOLE
+    assert callback.stopped["reason"] == "metric"
+    run(Judged(), callback, trainer, max_epochs=10)
+    assert callback.guard.lost == []
+
+
+def test_a_second_fit_judges_the_step_in_whose_recovery_the_first_broke_off(guarded, trainer):
+    class Break(Callback):
+        broken = False
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 5 and not self.broken:
+                self.broken = True
+                raise RuntimeError("broken")
+
+    module, callback = Judged(), guarded(schedule=Schedule("one_shot", start=4))
+    module.needed = WHOLE
+    fitted = trainer(callback, Break(), max_epochs=10)
+    with pytest.raises(RuntimeError, match="broken"):
+        fitted.fit(module, loader(), loader(32, 1))
+    assert n_params(module) < WHOLE
+    fitted.fit(module, loader(), loader(32, 1))
+    assert n_params(module) == WHOLE
+    assert [event.get("went_back", False) for event in callback.events] == [False, True]
+
+
 def test_early_stopping_ends_the_recovery(guarded, trainer):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):

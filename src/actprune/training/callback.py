@@ -134,9 +134,9 @@ class PruningCallback(Callback):
         check_loss(pl_module, self.criterion, self.loss)
         self._timetable = Timetable.of(self.schedule, trainer)
         self._finder, self.pruners = Finder(pl_module, self._hooks, self.modules, self.copies), {}
-        self.guard = guard_for(trainer, self.monitor or monitored(trainer), self.max_metric_drop, self.mode)
         if trainer.current_epoch == 0:
-            self._plans, self._decided, self.history, self.events, self.stopped = {}, -1, [], [], {}
+            self._plans, self._decided, self.history, self.events, self.stopped, self.guard = {}, -1, [], [], {}, None
+        self.guard = guard_for(trainer, self.monitor or monitored(trainer), self.max_metric_drop, self.mode, self.guard)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the networks right now if no sanity check is going to show them.

@@ -201,8 +201,17 @@ def drop_limit(stop: str, max_metric_drop: float | None, mode: str | None) -> fl
     return 0.0 if stop == "no_loss" and max_metric_drop is None else max_metric_drop
 
 
-def guard_for(trainer: Trainer, monitor: str | None, max_drop: float | None, mode: str | None) -> Guard | None:
+def guard_for(
+    trainer: Trainer, monitor: str | None, max_drop: float | None, mode: str | None, earlier: Guard | None = None
+) -> Guard | None:
     """The guard of a run; None where nothing is to be kept.
+
+    Args:
+        trainer: whose callbacks may tell the direction.
+        monitor: name of the metric.
+        max_drop: how much may be lost; None: whatever.
+        mode: the direction, if the user says it.
+        earlier: of the same run before it was fitted on; what that learnt of the same metric stays known.
 
     Raises:
         ConfigError: no metric is monitored, its direction is unknown, or the final weights are made after the last verdict.
@@ -216,4 +225,8 @@ def guard_for(trainer: Trainer, monitor: str | None, max_drop: float | None, mod
             "StochasticWeightAveraging makes the final weights when training ends, after the last verdict of max_metric_drop; "
             "use EMAWeightAveraging, whose average is what validation sees, or drop one of the two"
         )
-    return Guard(monitor, max_drop, direction(monitor, mode, trainer))
+    guard = Guard(monitor, max_drop, direction(monitor, mode, trainer))
+    if earlier is not None and (earlier.monitor, earlier.mode) == (guard.monitor, guard.mode):
+        for name in (*_STATE, "snapshot"):
+            setattr(guard, name, getattr(earlier, name))
+    return guard
