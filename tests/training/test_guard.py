@@ -242,6 +242,38 @@ def test_a_verdict_at_the_end_of_training_leaves_the_good_network_everywhere(gua
     assert found["quality"] == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_way_back_in_mid_training_leaves_no_last_checkpoint_of_the_network_that_lost(resumed, guarded, trainer, tmp_path):
+    """With ``save_last`` Lightning writes one beside the best ones only, and the good network was the best before the step."""
+    start, path = Judged(), tmp_path / "c" / "last.ckpt"
+    start.needed = WHOLE
+    module, callback = copy.deepcopy(start), guarded(schedule=Schedule("one_shot", start=3))
+
+    def checkpoints():
+        every = ModelCheckpoint(tmp_path / "e", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        return every, ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="quality", mode="max", save_last=True)
+
+    run(module, callback, trainer, *checkpoints(), max_epochs=8, enable_checkpointing=True)
+    assert [(event["epoch"], event.get("went_back", False)) for event in callback.events] == [(4, False), (6, True)]
+    if resumed:
+        path.write_bytes((tmp_path / "e" / "epoch=5.ckpt").read_bytes())  # as it was when the run was killed
+        module, callback = copy.deepcopy(start), guarded(schedule=Schedule("one_shot", start=3))
+        fitted = trainer(callback, *checkpoints(), max_epochs=8, enable_checkpointing=True)
+        fitted.fit(module, loader(), loader(32, 1), ckpt_path=tmp_path / "e" / "epoch=6.ckpt")
+    assert same(torch.load(path, weights_only=True)["state_dict"], module.state_dict())
+    assert n_params(module) == WHOLE
+
+
+def test_a_last_checkpoint_that_was_written_after_the_way_back_is_left_alone(guarded, trainer, tmp_path):
+    module, callback = Judged(), guarded(schedule=Schedule("one_shot", start=3))
+    module.needed = WHOLE
+    seldom = ModelCheckpoint(tmp_path, "last", enable_version_counter=False, every_n_epochs=7, save_on_train_epoch_end=True)
+    run(module, callback, trainer, seldom, max_epochs=8, enable_checkpointing=True)
+    assert callback.events[-1]["epoch"] == 6
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7 * 6
+
+
 def test_killed_before_the_verdict_at_the_end(guarded, trainer, tmp_path):
     """The checkpoint of the last epoch holds the small network; resuming it still ends with the good one."""
     start = Judged()

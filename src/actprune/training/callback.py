@@ -20,7 +20,7 @@ from actprune.core.signals import held
 from actprune.core.views import Criterion
 from actprune.pruning import Pruner, Selection
 from actprune.schedule import Schedule
-from actprune.training.deciding import WAITS, Plans, carry_out, check_kinds, decide, folded, go_back, regroup, watch
+from actprune.training.deciding import WAITS, Plans, carry_out, check_kinds, decide, folded, go_back, keep_last, regroup, watch
 from actprune.training.events import broke_after_cut, close, log_gauges, measured, say, sizes, step_event, step_line, tell
 from actprune.training.finding import Finder, names
 from actprune.training.gradients import Loss, check_loss
@@ -29,7 +29,7 @@ from actprune.training.logging import define_axes, log_row, logged_since
 from actprune.training.observer import Observer
 from actprune.training.resume import CheckpointHooks
 from actprune.training.snapshot import Snapshot
-from actprune.training.strategy import check_strategy, monitored, save_last_again
+from actprune.training.strategy import check_strategy, monitored
 from actprune.training.timing import Timetable, check_validation, ends_epoch
 
 SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
@@ -252,7 +252,7 @@ class PruningCallback(Callback):
             log_gauges(trainer, pl_module, None if validated else sizes(self.pruners.values()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge a step whose recovery ends with training."""
+        """Judge a step whose recovery ends with training; leave no last checkpoint of a network that lost."""
         self._last_verdict(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -321,7 +321,7 @@ class PruningCallback(Callback):
     def _step(self, trainer: Trainer) -> None:
         before, plans = sizes(self.pruners.values()), {path: Plan.from_dict(plan) for path, plan in self._plans.items()}
         if self.guard is not None:
-            self.guard.snapshot = Snapshot.take(trainer, self._hooks)
+            self.guard.snapshot, self.guard.back_at = Snapshot.take(trainer, self._hooks), None
         self._seconds["cutting"] = carry_out(trainer, self._hooks, self.pruners, self._plans)
         self.events.append(step_event(trainer.current_epoch, self.pruners, plans, before, self._seconds))
         tell(trainer, self.events[-1], step_line(self.events[-1], self.pruners.values()))
@@ -331,7 +331,7 @@ class PruningCallback(Callback):
             self.guard.judge(trainer.current_epoch, last=True)
             if self.guard.goes_back:
                 self._go_back(trainer)
-                save_last_again(trainer)
+            keep_last(trainer, self.guard)
 
     def _go_back(self, trainer: Trainer) -> None:
         assert self.guard is not None

@@ -29,7 +29,7 @@ from actprune.training.observer import Observer
 from actprune.training.references import followed, optimizers_of
 from actprune.training.replay import harmless, validate
 from actprune.training.resume import CheckpointHooks
-from actprune.training.strategy import restart_best, rewrap
+from actprune.training.strategy import restart_best, rewrap, save_last_again
 
 Plans = dict[str, dict[str, Any]]
 """Path of a network -> plan as plain containers and tensors."""
@@ -167,6 +167,13 @@ def go_back(trainer: Trainer, hooks: CheckpointHooks, guard: Guard) -> float:
     began = time.perf_counter()
     with torch.inference_mode(False), followed(hooks.task):
         guard.snapshot.restore(trainer, hooks)
-    guard.snapshot = None
+    guard.snapshot, guard.back_at = None, trainer.global_step
     rewrap(trainer)
     return time.perf_counter() - began
+
+
+def keep_last(trainer: Trainer, guard: Guard) -> None:
+    """When training ends: let the last checkpoint hold the network that is left, if none was written since the way back."""
+    since, guard.back_at = guard.back_at, None
+    if since is not None:
+        save_last_again(trainer, since)

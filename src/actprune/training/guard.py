@@ -63,6 +63,8 @@ class Guard:
         """The network before that step."""
         self.seen = False
         """Whether ``value`` is of the network after that step."""
+        self.back_at: int | None = None
+        """Optimizer steps before the last way back, if no step was taken since and the last checkpoint may not know of it."""
         self.lost: list[dict[str, Any]] = []
         """Steps that were taken back: epoch of the verdict, share, value (None: nobody saw one), reference."""
 
@@ -156,7 +158,7 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # an earlier version had no ``back_at``
         self.snapshot = None if state["snapshot"] is None else Snapshot.from_dict(state["snapshot"])
 
     def _worse(self, value: float, reference: float) -> float:
@@ -164,7 +166,7 @@ class Guard:
         return math.inf if math.isnan(worse) else worse
 
 
-_STATE = ("value", "seen", "reference", "good", "failed", "trial", "deadline", "lost")
+_STATE = ("value", "seen", "reference", "good", "failed", "trial", "deadline", "back_at", "lost")
 
 
 def direction(monitor: str, mode: str | None, trainer: Trainer) -> str:

@@ -91,10 +91,10 @@ def return_to_best(trainer: Trainer, values: Mapping[str, Any]) -> None:
         scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = best, bad, cooldown
 
 
-def save_last_again(trainer: Trainer) -> None:
-    """Write the last checkpoint anew: the network changed after the epoch that wrote it."""
+def save_last_again(trainer: Trainer, since: int) -> None:
+    """Write last checkpoints anew that were written before the network changed, which was after optimizer step ``since``."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelCheckpoint):
+        if not isinstance(callback, ModelCheckpoint) or callback._last_global_step_saved > since:
             continue
         latest = callback.monitor is None and callback.save_top_k == 1  # its one file is that of the last epoch
         path = callback.last_model_path if callback.save_last else callback.best_model_path if latest else ""
