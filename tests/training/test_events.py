@@ -82,5 +82,16 @@ def test_why_it_stopped(pruning, trainer, capsys):
     assert "before the last step; the budget params=0.4 was not reached" in early.stopped["message"]
 
 
+@pytest.mark.parametrize("options", [{"val_check_interval": 100, "check_val_every_n_epoch": None}, {"max_steps": 3}])
+def test_a_run_without_validation_says_so(options, pruning, trainer, capsys):
+    callback = pruning(schedule=SCHEDULE)
+    trainer(callback, **options).fit(OneNetwork(), loader(), loader(32, 1))
+    assert callback.history == []
+    assert callback.stopped["reason"] == "epochs"
+    assert " and nothing was validated (val_check_interval=" in callback.stopped["message"]
+    assert ", so no step was decided; the budget params=0.4 was not reached" in callback.stopped["message"]
+    assert "nothing was validated" in " ".join(capsys.readouterr().out.split())
+
+
 def test_advice_names_what_was_cut():
     assert "step 2, which cut conv1. If the message" in broke_after_cut({"step": 2, "widths": {"conv1": [4, 3]}})

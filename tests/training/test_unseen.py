@@ -81,6 +81,7 @@ def test_a_cut_that_no_validation_saw_is_taken_back(case, forgiving, guarded, tr
     assert [event.get("went_back", False) for event in callback.events] == [False, True]
     assert n_params(module) == callback.pruner.params == WHOLE
     assert callback.guard.lost[-1]["value"] is None
+    assert callback.guard.lost[-1]["epoch"] == callback.history[-1]["epoch"]
     out = capsys.readouterr().out
     assert "no validation saw quality after the step, max_metric_drop=0: back to 2,364 parameters" in out.splitlines()
     assert callback.stopped["reason"] == "metric"

@@ -27,9 +27,10 @@ from actprune.cli.schema import Task
 from actprune.cli.trained import fed
 from actprune.core.errors import ConfigError, ExportError
 from actprune.training import AtomicCheckpoints, PruningCallback, RandomState, SeReNe
-from actprune.training.events import epochs_trained, unseen
+from actprune.training.events import unseen
 from actprune.training.exporting import check_formats, export
 from actprune.training.storage import goes_on
+from actprune.training.timing import epochs_trained
 
 
 @dataclass

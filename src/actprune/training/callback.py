@@ -30,7 +30,7 @@ from actprune.training.observer import Observer
 from actprune.training.resume import CheckpointHooks
 from actprune.training.snapshot import Snapshot
 from actprune.training.strategy import check_strategy, monitored
-from actprune.training.timing import Timetable, check_validation, ends_epoch
+from actprune.training.timing import Timetable, check_validation, ends_epoch, epochs_trained
 
 SETTINGS = ("criterion", "budget", "selection", "compensation", "positions")  # what every pruner is made with
 _STATE = ("_plans", "_decided", "_seconds", "history", "events")
@@ -328,7 +328,7 @@ class PruningCallback(Callback):
 
     def _last_verdict(self, trainer: Trainer) -> None:
         if self.guard is not None and self.pruners:
-            self.guard.judge(trainer.current_epoch, last=True)
+            self.guard.judge(epochs_trained(trainer) - 1, last=True)
             if self.guard.goes_back:
                 self._go_back(trainer)
             keep_last(trainer, self.guard)

@@ -17,6 +17,7 @@ from actprune.core.text import short
 from actprune.pruning import Pruner
 from actprune.training.guard import Guard
 from actprune.training.logging import log_row
+from actprune.training.timing import epochs_trained
 
 
 def sizes(pruners: Iterable[Pruner]) -> dict[str, int]:
@@ -116,11 +117,6 @@ def log_gauges(trainer: Trainer, task: LightningModule, size: Mapping[str, int] 
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=max(trainer.global_step - 1, 0))
 
 
-def epochs_trained(trainer: Trainer) -> int:
-    """How many epochs were trained, the last one perhaps in part; unlike ``current_epoch`` also right after a resume."""
-    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
-
-
 def unseen(history: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the network was cut, or put back, after the last validation: what that measured is of another network."""
     return bool(events) and (not history or events[-1]["epoch"] > history[-1]["epoch"])
@@ -139,17 +135,17 @@ def close(
     if unseen(history, events):
         history.append({"epoch": epochs_trained(trainer) - 1, **sizes(pruners)})
         log_row(trainer, history[-1], step=trainer.global_step)  # beside what was logged last, which is of another network
-    stopped = why(trainer, budget, pruners, guard)
+    stopped = why(trainer, budget, pruners, guard, bool(history))
     if stopped["reason"] != "budget":
         say(trainer.lightning_module, stopped["message"])
     return stopped
 
 
-def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guard | None) -> dict[str, str]:
+def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guard | None, validated: bool) -> dict[str, str]:
     """Why pruning stopped: ``reason`` is budget, metric, threshold or epochs; ``message`` says it in a sentence."""
     pruners = list(pruners)
     thresholds = [pruner.criterion.threshold for pruner in pruners if pruner.criterion.threshold is not None]
-    if thresholds and (guard is None or not guard.lost):
+    if thresholds and validated and (guard is None or not guard.lost):
         left = sum(getattr(p, budget.unit) for p in pruners) / sum(getattr(p, f"{budget.unit}_before") for p in pruners)
         scored = f"at every step the units left that scored at most {max(thresholds):.4g}"
         limit = f"{left:.1%} of the {budget.unit} remain, the limit was {budget.share:.1%}"
@@ -160,6 +156,10 @@ def why(trainer: Trainer, budget: Budget, pruners: Iterable[Pruner], guard: Guar
     if guard is not None and guard.lost:
         return {"reason": "metric", "message": f"{guard.verdict()} at {guard.lost[-1]['share']:.1%} of the reduction; {missed}"}
     ended = f"training ended at epoch {trainer.current_epoch} of {trainer.max_epochs}, before the last step"
+    if not validated:
+        options = ("val_check_interval", "check_val_every_n_epoch", "max_steps")
+        given = ", ".join(f"{name}={getattr(trainer, name)}" for name in options)
+        ended = f"{ended.rpartition(',')[0]} and nothing was validated ({given}), so no step was decided"
     return {"reason": "epochs", "message": f"{ended}; {missed}"}
 
 

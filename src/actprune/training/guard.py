@@ -66,7 +66,7 @@ class Guard:
         self.back_at: int | None = None
         """Optimizer steps before the last way back, if no step was taken since and the last checkpoint may not know of it."""
         self.lost: list[dict[str, Any]] = []
-        """Steps that were taken back: epoch of the verdict, share, value (None: nobody saw one), reference."""
+        """Steps that were taken back: epoch after which they lost, share, value (None: nobody saw one), reference."""
 
     def share(self, due: float) -> float | None:
         """How far the step goes that the schedule wants to go to ``due``; None: no further step is worth it."""
@@ -111,7 +111,7 @@ class Guard:
         """Judge the step that waits by the last value, if its time has come; ``goes_back`` says whether it lost.
 
         Args:
-            epoch: the epoch that was validated.
+            epoch: the last one that was trained.
             last: training ends, so the time has come.
         """
         if self.trial is None or self.snapshot is None or not (last or (self.seen and epoch >= self.deadline)):

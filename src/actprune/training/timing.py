@@ -94,3 +94,8 @@ def ends_epoch(trainer: Trainer) -> bool:
     if every is None or math.isinf(every) or math.isinf(batches) or trainer.check_val_every_n_epoch is None:
         return True
     return trainer.fit_loop.epoch_loop.batch_idx + 1 + every > batches
+
+
+def epochs_trained(trainer: Trainer) -> int:
+    """How many epochs were trained, the last one perhaps in part; unlike ``current_epoch`` also right after a resume."""
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
