@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -246,13 +246,40 @@ def test_a_step_is_taken_back_from_the_average_too(pruning, trainer):
     assert callback.pruner.params == n_params(module.net)
 
 
-def test_averages_of_the_whole_module_follow_beside_those_inside(pruning, trainer):
-    module, outer = Ensemble(), EMAWeightAveraging(decay=0.9)
-    trainer(callback := pruning(), outer).fit(module, loader(), loader(32, 1))
+OUTER = {"ema": lambda: EMAWeightAveraging(decay=0.9), "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5)}
+
+
+@pytest.mark.parametrize("kind", [Averaged, Compared, Ensemble, Momentum, Served, SlowToo])
+@pytest.mark.parametrize("outer", OUTER)
+def test_averages_of_the_whole_module_follow_beside_those_inside(kind, outer, pruning, trainer):
+    module = kind()
+    trainer(callback := pruning(copies=kind.copies), OUTER[outer]()).fit(module, loader(), loader(32, 1))
     assert callback.stopped["reason"] == "budget"
     shapes = [p.shape for p in module.net.parameters()]
-    assert shapes == [p.shape for p in module.ema.module.parameters()]
+    assert shapes == [p.shape for p in module.average().parameters()]
     assert n_params(module.net) == callback.history[-1]["params"]
+
+
+def test_they_do_so_in_resumed_runs_and_where_a_step_is_taken_back(pruning, trainer, tmp_path):
+    class Large(Compared):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("size", float(n_params(self.net)))
+
+    def callback():
+        return pruning(**settings(Large, modules=["net"], monitor="size", mode="max", max_metric_drop=1000.0))
+
+    module, first = Large(), callback()
+    start, saved = copy.deepcopy(module), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    options = {"max_epochs": 8, "enable_checkpointing": True}
+    trainer(first, OUTER["ema"](), saved, **options).fit(module, loader(), loader(32, 1))
+    assert any(event.get("went_back") for event in first.events)
+    assert n_params(module.net) < first.pruner.params_before
+    for epoch in (1, 3, 5):
+        resumed, again, path = copy.deepcopy(start), callback(), tmp_path / f"epoch={epoch}.ckpt"
+        trainer(again, OUTER["ema"](), max_epochs=8).fit(resumed, loader(), loader(32, 1), ckpt_path=path)
+        assert all(torch.equal(value, module.state_dict()[name]) for name, value in resumed.state_dict().items())
+        assert again.history == first.history
 
 
 class TwoServed(SlowToo):

@@ -100,15 +100,17 @@ def copies_of(task: LightningModule, path: str, named: Mapping[str, str]) -> lis
     Raises:
         ConfigError: it cannot be told what an ``AveragedModel`` averages.
     """
-    found = [Copy(_unwrapped(holder).get_submodule(path)) for holder in holders(task)]
-    for follows, leads in _seen_from(path, pairs(task, named)).items():
-        if lies_in(follows, path):  # cut by the plan of the network
-            continue
-        module = task.get_submodule(follows)
-        if lies_in(path, leads):
-            found.append(Copy(module.get_submodule(path[len(leads) :].lstrip("."))))
-        elif lies_in(leads, path):
-            found.append(Copy(module, leads[len(path) :].lstrip(".")))
+    outside = {copy: of for copy, of in _seen_from(path, pairs(task, named)).items() if not lies_in(copy, path)}
+    found = []
+    for root in (task, *map(_unwrapped, holders(task))):  # an average of the whole holds averages of its own
+        if root is not task:
+            found.append(Copy(root.get_submodule(path)))
+        for follows, leads in outside.items():
+            module = root.get_submodule(follows)
+            if lies_in(path, leads):
+                found.append(Copy(module.get_submodule(path[len(leads) :].lstrip("."))))
+            elif lies_in(leads, path):
+                found.append(Copy(module, leads[len(path) :].lstrip(".")))
     return found
 
 
