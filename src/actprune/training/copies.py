@@ -100,17 +100,17 @@ def copies_of(task: LightningModule, path: str, named: Mapping[str, str]) -> lis
     Raises:
         ConfigError: it cannot be told what an ``AveragedModel`` averages.
     """
-    outside = {copy: of for copy, of in _seen_from(path, pairs(task, named)).items() if not lies_in(copy, path)}
-    found = []
+    outside = {copy: of for copy, of in _seen_from(task, path, pairs(task, named)).items() if not lies_in(copy, path)}
+    network, found = task.get_submodule(path), []
     for root in (task, *map(_unwrapped, holders(task))):  # an average of the whole holds averages of its own
         if root is not task:
             found.append(Copy(root.get_submodule(path)))
         for follows, leads in outside.items():
-            module = root.get_submodule(follows)
-            if lies_in(path, leads):
-                found.append(Copy(module.get_submodule(path[len(leads) :].lstrip("."))))
-            elif lies_in(leads, path):
-                found.append(Copy(module, leads[len(path) :].lstrip(".")))
+            module, source = root.get_submodule(follows), task.get_submodule(leads)
+            if (held := _name_in(source, network)) is not None:
+                found.append(Copy(module.get_submodule(held)))
+            elif (part := _name_in(network, source)) is not None:
+                found.append(Copy(module, part))
     return found
 
 
@@ -120,7 +120,7 @@ def copies_within(task: LightningModule, path: str, named: Mapping[str, str]) ->
     Raises:
         ConfigError: it cannot be told what an ``AveragedModel`` averages.
     """
-    found = _seen_from(path, pairs(task, named)).items()
+    found = _seen_from(task, path, pairs(task, named)).items()
     both = [pair for pair in found if all(lies_in(one, path) for one in pair)]
     return {copy[len(path) :].lstrip("."): source[len(path) :].lstrip(".") for copy, source in both}
 
@@ -143,7 +143,7 @@ def check_apart(task: LightningModule, paths: Collection[str], named: Mapping[st
     copies = pairs(task, named)
     for source in dict.fromkeys(copies.values()):
         alike = [source, *(copy for copy, of in copies.items() if of == source)]
-        met = {path: [one for one in alike if lies_in(one, path) or lies_in(path, one)] for path in paths}
+        met = {path: [one for one in alike if holds(task, path, one) or holds(task, one, path)] for path in paths}
         (first, ones), *others = [item for item in met.items() if item[1]] or [("", [])]
         for path, theirs in others:
             if theirs != ones:
@@ -153,9 +153,24 @@ def check_apart(task: LightningModule, paths: Collection[str], named: Mapping[st
                 )
 
 
-def _seen_from(path: str, copies: Copies) -> Copies:
-    """The same copies; where the network at ``path`` is or holds a copy but not its original, the others follow that copy."""
-    return led_by({path, *(one for pair in copies.items() for one in pair if lies_in(one, path))}, copies)
+def holds(task: LightningModule, path: str, name: str) -> bool:
+    """Whether the module ``name`` is the one at ``path`` or lies in it, under that name or another."""
+    return _name_in(task.get_submodule(path), task.get_submodule(name)) is not None
+
+
+def _name_in(holder: nn.Module, module: nn.Module) -> str | None:
+    return next((name for name, part in holder.named_modules() if part is module), None)
+
+
+def _seen_from(task: LightningModule, path: str, copies: Copies) -> Copies:
+    """The same copies, by their names in the network at ``path`` where they have one, which need not be their first.
+
+    Where the network is or holds a copy but not its original, the others follow that copy.
+    """
+    within = {id(part): f"{path}.{name}".strip(".") for name, part in task.get_submodule(path).named_modules()}
+    known = {name: within.get(id(task.get_submodule(name)), name) for pair in copies.items() for name in pair}
+    copies = {known[copy]: known[source] for copy, source in copies.items()}
+    return led_by({path, *(name for name in known.values() if lies_in(name, path))}, copies)
 
 
 def check_copies(task: LightningModule, named: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from lightning import LightningModule
@@ -31,7 +32,7 @@ from actprune.core.copied import Copies, lies_in
 from actprune.core.errors import ConfigError, TraceError
 from actprune.core.hooks import Live, put_back, uncompiled
 from actprune.core.labels import unlabelled
-from actprune.training.copies import pairs, submodule
+from actprune.training.copies import holds, pairs, submodule
 from actprune.training.replay import Replay, copied, is_network_part, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -206,7 +207,8 @@ def check_wanted(task: LightningModule, wanted: Sequence[str]) -> None:
     for path in wanted:
         if not is_network_part(submodule(task, path, "modules")):
             raise ConfigError(f"modules names {path!r}, which has no parameters; name a network")
-        outer = [other for other in wanted if other != path and path.startswith(f"{other}.")]
+    for path in wanted:
+        outer = [other for other in wanted if other != path and holds(task, other, path)]
         if outer or list(wanted).count(path) > 1:
             raise ConfigError(f"modules names {path!r} and {(outer or [path])[0]!r}, which holds it; name one of the two")
 
@@ -214,20 +216,33 @@ def check_wanted(task: LightningModule, wanted: Sequence[str]) -> None:
 def check_alone(task: LightningModule, network: Network) -> None:
     """Refuse a network that shares parameters with what lies outside it: these would not follow a cut.
 
+    Further names for the network, or for its parts beside it (``self.head`` next to a ``Sequential`` with it), are no others.
+
     Raises:
         ConfigError: names one of them.
     """
+    if not network.path:
+        return
     parameters = {id(p): name for name, p in network.module.named_parameters()}
-    for name, module in task.named_modules():
-        if name == network.path or name.startswith(f"{network.path}.") or not network.path:
+    parts = {id(part) for part in network.module.modules()}
+    around = {id(task.get_submodule(path)) for path in ("", *accumulate(network.path.split("."), "{}.{}".format))}
+    waiting: list[tuple[str, nn.Module]] = [("", task)]
+    seen = {id(network.module)}
+    while waiting:  # named_modules() knows a shared module by its first name alone
+        path, module = waiting.pop(0)
+        if id(module) in seen:
             continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            holder = f"{network.path}.{parameters.get(id(parameter))}"
-            if id(parameter) in parameters and not holder.startswith(f"{name}."):
+        seen.add(id(module))
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in parameters:
                 raise ConfigError(
-                    f"{holder} is also {name}.{leaf}, outside {network.path}, which would not follow a cut; "
-                    "prune a module that holds both (modules=[...]), or call forward in validation_step"
+                    f"{network.path}.{parameters[id(parameter)]} is also {f'{path}.{leaf}'.lstrip('.')}, outside "
+                    f"{network.path}, which would not follow a cut; prune a module that holds both (modules=[...]), or call "
+                    "forward in validation_step"
                 )
+        for name, child in module._modules.items():
+            if child is not None and not (id(module) in around and id(child) in parts):
+                waiting.append((f"{path}.{name}".lstrip("."), child))
 
 
 def from_example_input_array(task: LightningModule) -> Network | None:
