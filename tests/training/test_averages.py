@@ -153,6 +153,31 @@ class SlowServed(SlowToo):
 KINDS = [Averaged, Compared, Ensemble, Momentum, Bootstrap, Served, ServedInside, ServedBelow, SlowToo, SlowServed]
 
 
+class Given(Averaged):
+    """An average of a network that is no part of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.reference = AveragedModel(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)))
+
+
+class OfItself(Averaged):
+    """Averages the whole LightningModule, inside of it."""
+
+    def __init__(self):
+        super().__init__()
+        del self.ema
+        self.ema = AveragedModel(self)
+
+
+class Twins(Averaged):
+    """Two networks may be what is averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = network()
+
+
 class Counts(Callback):
     """Counts the parameters that are trained, by itself, whenever they are reported."""
 
@@ -282,6 +307,15 @@ def test_they_do_so_in_resumed_runs_and_where_a_step_is_taken_back(pruning, trai
         assert again.history == first.history
 
 
+@pytest.mark.parametrize("modules", [None, ["net"]])
+def test_an_average_of_nothing_in_the_module_is_no_copy(modules, pruning, trainer):
+    module = Given()
+    trainer(callback := pruning(modules=modules)).fit(module, loader(), loader(32, 1))
+    assert callback.stopped["reason"] == "budget"
+    assert [p.shape for p in module.average().parameters()] == [p.shape for p in module.net.parameters()]
+    assert module.reference.module[0].out_features == 6
+
+
 class TwoServed(SlowToo):
     """Validates both of two averages."""
 
@@ -292,6 +326,8 @@ class TwoServed(SlowToo):
 REFUSED = {
     "both": (Compared, {"modules": ["net", "ema"]}, r"'net' and 'ema', but net and ema.module are copies of one another"),
     "two averages": (TwoServed, {"modules": ["ema", "slow"]}, r"ema.module and slow.module are copies of one another"),
+    "of itself": (OfItself, {}, "ema averages all of OfItself, which holds it"),
+    "which of two": (Twins, {}, r"2 modules of Twins may be .* \(net, other\); say which, e.g. copies=\{'ema': 'net'\}"),
     "each other": (Momentum, {"copies": {"net": "ema", "ema": "net"}}, "copy of itself"),
 }
 

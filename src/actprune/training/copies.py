@@ -213,11 +213,13 @@ def _within(task: LightningModule, named: Mapping[str, str]) -> Iterator[tuple[s
     known = {*named, *named.values()}
     for name, module in task.named_modules():
         if isinstance(module, AveragedModel) and not {name, f"{name}.module"} & known:
-            yield f"{name}.module", _averaged(task, name, module.module, named)
+            averaged = _averaged(task, name, module.module, named)
+            if averaged is not None:
+                yield f"{name}.module", averaged
 
 
-def _averaged(task: LightningModule, name: str, copy: nn.Module, named: Mapping[str, str]) -> str:
-    """Dotted name of what an ``AveragedModel`` inside the LightningModule averages."""
+def _averaged(task: LightningModule, name: str, copy: nn.Module, named: Mapping[str, str]) -> str | None:
+    """Dotted name of what an ``AveragedModel`` inside the LightningModule averages; None: nothing in it."""
     names = [n for n, _ in copy.named_parameters()]
     others = [*named, *(path for path, module in task.named_modules() if isinstance(module, AveragedModel))]
     alike = [
@@ -227,12 +229,17 @@ def _averaged(task: LightningModule, name: str, copy: nn.Module, named: Mapping[
         and not any(lies_in(path, other) for other in others)
         and [n for n, _ in module.named_parameters()] == names
     ]
-    if len(alike) != 1:
+    if len(alike) > 1:
         raise ConfigError(
             f"{name} is an AveragedModel, and {len(alike)} modules of {type(task).__name__} may be what it averages "
-            f"({', '.join(alike) or 'none'}); say which: copies={{{name!r}: ...}}"
+            f"({', '.join(alike)}); say which, e.g. copies={{{name!r}: {alike[0]!r}}}"
         )
-    return alike[0]
+    if not alike and type(copy) is type(task):
+        raise ConfigError(
+            f"{name} averages all of {type(task).__name__}, which holds it, and could not follow a cut; let it average the "
+            "network in it, or use the callback EMAWeightAveraging"
+        )
+    return alike[0] if alike else None
 
 
 def _unwrapped(value: Any) -> Any:
