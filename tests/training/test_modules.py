@@ -410,10 +410,13 @@ class Served(Adam):
         self.log("val_loss", F.cross_entropy(self.average(batch[0]), batch[1]))
 
 
-def test_the_trained_network_follows_an_average_that_validation_runs(pruning, trainer):
-    with pytest.raises(ConfigError, match=r"never ran 'net'.*modules=\['average'\], copies=\{'net': 'average'\}"):
-        fit(Served(), pruning(modules=["net"], copies={"average": "net"}), trainer)
-    module, run = Served(), trainer(callback := pruning(modules=["average"], copies={"net": "average"}))
+@pytest.mark.parametrize("modules", [["average"], None])
+@pytest.mark.parametrize("copies", [{"average": "net"}, {"net": "average"}])
+def test_the_trained_network_follows_an_average_that_validation_runs(copies, modules, pruning, trainer):
+    options = {"copies": copies}
+    with pytest.raises(ConfigError, match=r"never ran 'net'.*if it runs average instead, name that: modules=\['average'\];"):
+        fit(Served(), pruning(modules=["net"], **options), trainer)
+    module, run = Served(), trainer(callback := pruning(modules=modules, **options))
     run.fit(module, loader(), loader(32, 1))
     assert callback.stopped["reason"] == "budget"
     assert [p.shape for p in module.net.parameters()] == [p.shape for p in module.average.parameters()]
@@ -439,6 +442,29 @@ class Averaged(OneNetwork):
         if self.validated and not self.trainer.sanity_checking:
             with torch.no_grad():
                 self.log("ema_loss", F.cross_entropy(self.ema.module(batch[0]), batch[1]))
+
+
+class OtherRuns(Averaged):
+    """Validates one of the two only."""
+
+    def __init__(self, runs):
+        super().__init__(validated=False)
+        self.runs = runs
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.get_submodule(self.runs)(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("named", "runs"), [("model", "ema"), ("ema", "model"), ("ema.module", "model"), ("model.4", "ema.module.4")]
+)
+def test_what_runs_in_place_of_a_named_network_is_named(named, runs, pruning, trainer):
+    outer = runs.partition(".")[0]
+    with pytest.raises(ConfigError, match=rf"never ran '{named}'.*if it runs {runs} instead, name that: modules=\['{runs}'\];"):
+        fit(OtherRuns(outer), pruning(modules=[named]), trainer)
+    if outer == runs:
+        fit(OtherRuns(outer), callback := pruning(modules=[runs]), trainer)
+        assert callback.stopped["reason"] == "budget"
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -477,6 +503,11 @@ REFUSED = {
     "empty": (Autoencoder, {"modules": ["encoder.1"]}, "'encoder.1', which has no parameters"),
     "shared": (Tied, {"modules": ["encoder"]}, r"encoder.0.weight is also decoder.2.weight, outside encoder"),
     "copy of nothing": (Momentum, {"copies": {"key": "quer"}}, "copies names 'quer'"),
+    "all is a copy": (
+        Momentum,
+        {"copies": {"key": ""}},
+        "copies={'key': ''}: '' is all of Momentum, which holds copy and original; name networks in it",
+    ),
     "no copy": (Autoencoder, {"copies": {"decoder": "encoder"}}, "decoder does not have the parameters of encoder"),
 }
 

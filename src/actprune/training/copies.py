@@ -77,7 +77,7 @@ def inside(named: Mapping[str, Value], part: str) -> dict[str, Value]:
     """Entries whose dotted name lies in ``part``, under the rest of their name."""
     if not part:
         return dict(named)
-    return {name[len(part) + 1 :]: value for name, value in named.items() if name == part or name.startswith(f"{part}.")}
+    return {name[len(part) + 1 :]: value for name, value in named.items() if lies_in(name, part)}
 
 
 def holders(task: LightningModule) -> list[nn.Module]:
@@ -173,6 +173,25 @@ def _seen_from(task: LightningModule, path: str, copies: Copies) -> Copies:
     return led_by({path, *(name for name in known.values() if lies_in(name, path))}, copies)
 
 
+def stand_ins(task: LightningModule, path: str, named: Mapping[str, str]) -> list[str]:
+    """Dotted names of what may run in place of the network at ``path``: copies of it, or what it is a copy of.
+
+    Raises:
+        ConfigError: it cannot be told what an ``AveragedModel`` averages.
+    """
+    copies = pairs(task, named)
+    for source in dict.fromkeys(copies.values()):
+        alike = [source, *(copy for copy, of in copies.items() if of == source)]
+        for mine in (one for one in alike if lies_in(path, one) or one == f"{path}.module"):
+            return [_outermost(task, one + path[len(mine) :]) for one in alike if one != mine]
+    return []
+
+
+def _outermost(task: LightningModule, path: str) -> str:
+    outer = path.removesuffix(".module")
+    return outer if isinstance(task.get_submodule(outer), AveragedModel) else path
+
+
 def check_copies(task: LightningModule, named: Mapping[str, str]) -> None:
     """Refuse names that do not exist, or modules that are no copies.
 
@@ -182,6 +201,11 @@ def check_copies(task: LightningModule, named: Mapping[str, str]) -> None:
     for name, original in named.items():
         for wanted in (name, original):
             submodule(task, wanted, "copies")
+            if not wanted:
+                raise ConfigError(
+                    f"copies={{{name!r}: {original!r}}}: '' is all of {type(task).__name__}, which holds copy and original; "
+                    "name networks in it"
+                )
         ours, theirs = (dict(_unwrapped(task.get_submodule(path)).named_parameters()) for path in (name, original))
         if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
             raise ConfigError(

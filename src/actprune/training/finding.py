@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.pruning import Pruner
 from actprune.pruning.ignoring import for_each
-from actprune.training.copies import check_apart, check_copies, copies_within
+from actprune.training.copies import check_apart, check_copies, copies_within, stand_ins
 from actprune.training.events import say
 from actprune.training.example import Network, Watcher, check_alone, check_wanted, from_example_input_array
 from actprune.training.probe import validation_networks
@@ -100,11 +100,12 @@ class Finder:
         """
         if self._watcher is not None:
             missing = self._watcher.missing
-            averages = [(copy, original) for copy, original in self._copies.items() if original in missing]
+            others = {path: stand_ins(self._task, path, self._copies) for path in missing}
             way_out = "take it out of modules, or run it in validation_step"
-            if averages:
-                (copy, original), *_ = averages
-                way_out = f"if it runs its copy, prune that: modules=[{copy!r}], copies={{{original!r}: {copy!r}}}"
+            if others and all(others.values()):
+                instead = list(dict.fromkeys(others[path][0] if path in missing else path for path in self._modules))
+                runs = ", ".join(" or ".join(names) for names in others.values())
+                way_out = f"if it runs {runs} instead, name that: modules={instead}; the other takes the same cuts"
             raise ConfigError(
                 f"validation never ran {', '.join(map(repr, missing))}, so nothing can be observed there; {way_out}"
             )
