@@ -274,6 +274,21 @@ def test_a_last_checkpoint_that_was_written_after_the_way_back_is_left_alone(gua
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7 * 6
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_elsewhere_leaves_the_checkpoints_of_its_origin_alone(guarded, trainer, tmp_path):
+    start, schedule = Judged(), Schedule("one_shot", start=4)
+    start.needed = WHOLE
+    saved = ModelCheckpoint(tmp_path / "origin", "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    every = ModelCheckpoint(tmp_path / "all", "{epoch}", save_top_k=-1, monitor="quality", save_on_train_epoch_end=True)
+    run(copy.deepcopy(start), guarded(schedule=schedule), trainer, saved, every, max_epochs=6, enable_checkpointing=True)
+    before = (tmp_path / "origin" / "last.ckpt").read_bytes()
+    module, other = copy.deepcopy(start), ModelCheckpoint(tmp_path / "other", "last", save_on_train_epoch_end=True)
+    fitted = trainer(guarded(schedule=schedule), other, max_epochs=6, enable_checkpointing=True)
+    fitted.fit(module, loader(), loader(32, 1), ckpt_path=tmp_path / "all" / "epoch=5.ckpt")
+    assert n_params(module) == WHOLE
+    assert (tmp_path / "origin" / "last.ckpt").read_bytes() == before
+
+
 def test_killed_before_the_verdict_at_the_end(guarded, trainer, tmp_path):
     """The checkpoint of the last epoch holds the small network; resuming it still ends with the good one."""
     start = Judged()

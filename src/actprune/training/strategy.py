@@ -98,7 +98,7 @@ def save_last_again(trainer: Trainer, since: int) -> None:
             continue
         latest = callback.monitor is None and callback.save_top_k == 1  # its one file is that of the last epoch
         path = callback.last_model_path if callback.save_last else callback.best_model_path if latest else ""
-        if path:
+        if path and path.startswith(str(callback.dirpath)):  # a run that is resumed elsewhere knows the file of its origin
             trainer.save_checkpoint(path, callback.save_weights_only)
 
 
