@@ -81,6 +81,21 @@ class Wrapped(InTwo):
         self.predictor[1](self.predictor[0](batch[0]))
 
 
+class Penalised(InTwo):
+    """Modules without parameters of their own run layers of the network, or read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(self.backbone[0], nn.ReLU())
+        self.again = nn.Sequential(self.head)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.01 * self.stem(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", super().training_step(batch, batch_idx))
+
+
 class Inside(nn.Module):
     """A network with an average in it."""
 
@@ -106,7 +121,7 @@ class ByFirstName(InTwo):
         self.model.average.update_parameters(self.body)
 
 
-FOLLOWING = {"in two": InTwo, "of parts": OfParts, "wrapped": Wrapped, "by first name": ByFirstName}
+FOLLOWING = {"in two": InTwo, "of parts": OfParts, "wrapped": Wrapped, "penalised": Penalised, "by first name": ByFirstName}
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)

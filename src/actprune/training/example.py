@@ -15,7 +15,7 @@ not the module but a method of it, the replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -216,7 +216,8 @@ def check_wanted(task: LightningModule, wanted: Sequence[str]) -> None:
 def check_alone(task: LightningModule, network: Network) -> None:
     """Refuse a network that shares parameters with what lies outside it: these would not follow a cut.
 
-    Further names for the network, or for its parts beside it (``self.head`` next to a ``Sequential`` with it), are no others.
+    Further names for the network, or for its parts beside it (``self.head`` next to a ``Sequential`` with it), are no others;
+    nor is a module beside it that holds nothing else.
 
     Raises:
         ConfigError: names one of them.
@@ -241,8 +242,14 @@ def check_alone(task: LightningModule, network: Network) -> None:
                     "forward in validation_step"
                 )
         for name, child in module._modules.items():
-            if child is not None and not (id(module) in around and id(child) in parts):
-                waiting.append((f"{path}.{name}".lstrip("."), child))
+            if child is None or (id(module) in around and _holds_only(child, parts)):
+                continue
+            waiting.append((f"{path}.{name}".lstrip("."), child))
+
+
+def _holds_only(module: nn.Module, parts: Set[int]) -> bool:
+    """Whether nothing but these parts has parameters in it: it may name, compile or penalise them, and reads no width."""
+    return not any(True for one in module.modules() if id(one) not in parts for _ in one.named_parameters(recurse=False))
 
 
 def from_example_input_array(task: LightningModule) -> Network | None:
