@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from actprune.core.record import SurgeryRecord
 
 Copies: TypeAlias = Mapping[str, str]
 """Dotted name of a copy -> dotted name of what it is a copy of."""
-NONE: Copies = MappingProxyType({})
+NONE: Copies = {}
 Value = TypeVar("Value")
 
 
