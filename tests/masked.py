@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from actprune.core.calling import call
 from actprune.pruning.apart import keep_apart
 from actprune.pruning.plans import draft
+from actprune.pruning.verify import rehearse
 from actprune.surgery import cut
 from reductions import over_kept
 
@@ -286,6 +287,15 @@ def random_units(graph, seed, most=None):
         units[group.name] = torch.randperm(group.size, generator=generator)[:n].tolist()
     leaving = keep_apart(graph, units, {name: len(drawn) for name, drawn in units.items()})
     return {name: sorted(units[name][:n]) for name, n in leaving.items()}
+
+
+def check_built(build, x, sizes):
+    """A network has groups of these sizes once it was rehearsed, and its cuts are exact; returns its graph."""
+    torch.manual_seed(0)
+    graph, _ = rehearse(build().double(), x)
+    assert sorted(group.size for group in graph.unlocked) == sizes, str(graph)
+    check_cuts(build, graph, x)
+    return graph
 
 
 def check_cuts(build, graph, x, seeds=3, counts=True):

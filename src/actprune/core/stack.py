@@ -43,13 +43,13 @@ class Frame:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def held(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+def held_by(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     """Paths of what a module holds, in lists, dicts and sequences too."""
     found = []
     for name in modules[path]._modules:
         child = f"{path}.{name}" if path else name
         if child in modules:  # else it has another path, or is None
-            found += [child, *(held(modules, child) if type(modules[child]) in _CONTAINERS else ())]
+            found += [child, *(held_by(modules, child) if type(modules[child]) in _CONTAINERS else ())]
     return found
 
 

@@ -36,11 +36,11 @@ class Trace:
         model: nn.Module,
         example_inputs: Example,
         training: bool = False,
-        copies: Copies | None = None,
+        copies: Copies = NONE,
         tells: bool = False,
     ) -> None:
         self._model = model
-        self._state = run(model, example_inputs, training, copies or NONE, tells)
+        self._state = run(model, example_inputs, training, copies, tells)
 
     def graph(self, tied: Collection[str] = ()) -> Graph:
         """The channel graph.

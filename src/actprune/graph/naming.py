@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from actprune.core import settings
-from actprune.core.stack import Frame, held
+from actprune.core.stack import Frame, held_by
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class Naming:
 
     def beside(self) -> Iterable[str]:
         """Paths of modules that do not run, whose code may: what the innermost one holds, then what runs past its call."""
-        return dict.fromkeys((*held(self.modules, self.stack[-1]), *self.unseen))
+        return dict.fromkeys((*held_by(self.modules, self.stack[-1]), *self.unseen))
 
     def children(self) -> list[str]:
         """Paths of what the innermost module holds itself."""

@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from actprune.core.calling import Example, once_and_twice, undisturbed
-from actprune.core.copied import Copies
+from actprune.core.copied import NONE, Copies
 from actprune.core.errors import TraceError
-from actprune.core.stack import held
+from actprune.core.stack import held_by
 from actprune.graph import Follower, Graph, Group, Trace
 from actprune.pruning.idle import candidates, idle, roles, without
 from actprune.pruning.shares import Shares
@@ -63,7 +63,7 @@ class Repairs:
         return cls(following, frozenset(state["tied"]), dict(state["locked"]), idle, state.get("training", False))
 
 
-def traced(model: nn.Module, example: Example, repairs: Repairs, copies: Copies | None = None) -> Graph:
+def traced(model: nn.Module, example: Example, repairs: Repairs, copies: Copies = NONE) -> Graph:
     """The channel graph, with what a rehearsal found out."""
     return _repaired_graph(Trace(model, example, repairs.training, copies).graph(repairs.tied), repairs)
 
@@ -72,7 +72,7 @@ def _repaired_graph(tied: Graph, repairs: Repairs) -> Graph:
     return with_locks(without(with_followers(tied, repairs.following), repairs.idle), repairs.locked)
 
 
-def rehearse(model: nn.Module, example: Example, copies: Copies | None = None) -> tuple[Graph, Repairs]:
+def rehearse(model: nn.Module, example: Example, copies: Copies = NONE) -> tuple[Graph, Repairs]:
     """Return a channel graph whose every unlocked group survives a cut, and what had to be done for that.
 
     A model that runs in training mode has to do so once it is cut. Where it does not, training mode is traced too.
@@ -90,7 +90,7 @@ def rehearse(model: nn.Module, example: Example, copies: Copies | None = None) -
     return graph, repairs
 
 
-def _rehearsed(model: nn.Module, runs: Sequence[Run], copies: Copies | None) -> tuple[Graph, Repairs]:
+def _rehearsed(model: nn.Module, runs: Sequence[Run], copies: Copies) -> tuple[Graph, Repairs]:
     training = any(run.training for run in runs)
     tied_graph = functools.cache(Trace(model, runs[0].example, training, copies, tells=True).graph)
     trials = Trials(model, runs, Shares(tied_graph(frozenset())))
@@ -176,7 +176,7 @@ def _proposal(
     """What to try next for a failure in a module, for all modules of the same class and place in their block at once."""
     parts = failure.path.split(".") if failure.path else []
     enclosing = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-    enclosing[1:1] = held(dict(model.named_modules()), failure.path)
+    enclosing[1:1] = held_by(dict(model.named_modules()), failure.path)
     enclosing += failure.unseen
     role = roles(model)
     options = _options(graph)

@@ -140,9 +140,7 @@ def check_apart(task: LightningModule, paths: Collection[str], named: Mapping[st
     Raises:
         ConfigError: names them.
     """
-    copies = pairs(task, named)
-    for source in dict.fromkeys(copies.values()):
-        alike = [source, *(copy for copy, of in copies.items() if of == source)]
+    for alike in _alike(pairs(task, named)):
         met = {path: [one for one in alike if holds(task, path, one) or holds(task, one, path)] for path in paths}
         (first, ones), *others = [item for item in met.items() if item[1]] or [("", [])]
         for path, theirs in others:
@@ -179,12 +177,16 @@ def stand_ins(task: LightningModule, path: str, named: Mapping[str, str]) -> lis
     Raises:
         ConfigError: it cannot be told what an ``AveragedModel`` averages.
     """
-    copies = pairs(task, named)
-    for source in dict.fromkeys(copies.values()):
-        alike = [source, *(copy for copy, of in copies.items() if of == source)]
+    for alike in _alike(pairs(task, named)):
         for mine in (one for one in alike if lies_in(path, one) or one == f"{path}.module"):
             return [_outermost(task, one + path[len(mine) :]) for one in alike if one != mine]
     return []
+
+
+def _alike(copies: Copies) -> Iterator[list[str]]:
+    """Every original, followed by its copies."""
+    for source in dict.fromkeys(copies.values()):
+        yield [source, *(copy for copy, of in copies.items() if of == source)]
 
 
 def _outermost(task: LightningModule, path: str) -> str:

@@ -85,9 +85,10 @@ class Gradients:
         """
         if not self._observation.needs_labels:
             return None
-        if why := unlabelled(batch, n):
-            raise ObservationError(why)
-        return class_labels(batch, n)
+        found = class_labels(batch, n)
+        if found is None:
+            raise ObservationError(unlabelled(batch, n))
+        return found
 
     def called(self, call: Call) -> None:
         """Remember how the network was called last."""

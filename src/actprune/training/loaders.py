@@ -26,13 +26,12 @@ def spared(loaders: Sequence[Any]) -> Iterator[list[Any]]:
     the loaders: data sets and those that these wrap, samplers, transforms, functions that collate. Workers that persist were
     not started.
     """
-    found = list(inside(_held(loaders)))
+    held = _held(loaders)
+    found = list(inside(held))
     fields = [value for each in found if hasattr(each, "__dict__") for value in vars(each).values()]
     items = [value for each in (*found, *fields) for value in _items(each)]
-    contents, states = (
-        Contents(found),
-        [setter for each in _once([*_held(loaders), *fields, *items]) for setter in _state(each)],
-    )
+    contents = Contents(found)
+    states = [setter for each in _once([*held, *fields, *items]) for setter in _state(each)]
     try:
         yield list(map(_twin, loaders))
     finally:

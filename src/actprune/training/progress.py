@@ -8,6 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from actprune.training.logging import logged_since
+
 
 class EpochLines(ProgressBar):
     """One plain line per training epoch with what was measured in it: a log file stays readable."""
@@ -33,10 +35,10 @@ class EpochLines(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print epoch and metrics."""
         if self._enabled and trainer.is_global_zero:
-            metrics = dict(trainer.callback_metrics)
-            new = {name: value for name, value in metrics.items() if value is not self._shown.get(name)}  # else of before
+            new = logged_since(trainer, self._shown)
             named = {name: float(value) for name, value in new.items() if not name.startswith(("prune/", "lr-"))}
-            shown, self._shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(named.items())), metrics
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(named.items()))
+            self._shown = dict(trainer.callback_metrics)
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {shown}", flush=True)
 
 
