@@ -134,7 +134,7 @@ def number(said: str) -> Positions:
 
 
 def announce(observation: Observation, number: int, x: Tensor) -> None:
-    observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(x)))
+    observation.begin_batch(range(number * BATCH, number * BATCH + len(x)))
 
 
 def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str]:
@@ -189,7 +189,7 @@ def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: Positions) ->
     pruner = pruner_of(model, panel, positions, None)
     with torch.no_grad(), pruner.observe(len(x)) as observation:
         for number, batch in enumerate(x.split(BATCH)):
-            observation.begin_batch(torch.arange(number * BATCH, number * BATCH + len(batch)))
+            observation.begin_batch(range(number * BATCH, number * BATCH + len(batch)))
             model(batch)
     pruner.scores(observation)
     return panel.scores

@@ -86,8 +86,8 @@ def observed(model, batches, together, monkeypatch, positions="auto", expected=1
         model.calls = 0
     with mode(), pruner.observe(expected) as observation:
         for x in batches:
-            numbers = torch.arange(first, first + len(x))
-            observation.begin_batch(numbers if ids is None else ids(numbers))
+            numbers = range(first, first + len(x))
+            observation.begin_batch(numbers if ids is None else ids(torch.arange(first, first + len(x))))
             model(x)
             first += len(x)
     return pruner, observation
@@ -405,6 +405,44 @@ def test_modes_may_change_between_batches(monkeypatch):
         found.append(observation)
     assert len(found[0]._fused._together) == 4
     agree(*found)
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_what_was_made_outside_inference_mode_comes_later(is_written, monkeypatch, caplog):
+    """Nothing counted the writes to it before it came: with any, who knows whether they came afterwards."""
+    torch.manual_seed(0)
+    model, batches, found = Net().eval().to(DEVICE), data(4), []
+    usual = torch.randn(6, 5, 8, 8).to(DEVICE)
+    for _ in range(is_written):
+        usual.add_(1)
+    for together in (True, False):
+        turn(monkeypatch, together)
+        model.calls = 0
+        pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5), compensation=None)
+        handle = model.c.register_forward_pre_hook(lambda *_: (usual,) if model.calls == 3 else None)
+        with torch.inference_mode(), pruner.observe(100) as observation:
+            model.calls = 0
+            for number, x in enumerate(batches):
+                observation.begin_batch(range(6 * number, 6 * number + 6))
+                model(x)
+        handle.remove()
+        found.append(observation)
+    assert ("c: what it reads" in caplog.text) == is_written
+    seen = [[by_key["moments"][0].n_samples.item() for by_key in each.scores.values()] for each in found]
+    assert seen == [[24, 18 if is_written else 24, 24, 24], [24] * 4]
+    if not is_written:
+        agree(*found)
+
+
+@pytest.mark.parametrize("numbers", [
+    lambda n: range(-2, len(n) - 2), lambda n: range(0, len(n) << 40, 1 << 40), lambda n: range(2 * len(n), 0, -2),
+    lambda n: range((1 << 62) + 1, (1 << 62) + 1 + len(n)), lambda n: range(len(n)),
+], ids=["repeated", "far apart", "downwards", "large", "again"])  # fmt: skip
+def test_samples_by_any_range(numbers, monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Net().eval().to(DEVICE), data(3)
+    _, listed = observed(model, batches, False, monkeypatch, ids=lambda n: torch.tensor(numbers(n)))
+    agree(observed(model, batches, True, monkeypatch, ids=numbers)[1], listed)
 
 
 class Doubled(torch.Tensor):

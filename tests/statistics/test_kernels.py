@@ -9,6 +9,8 @@ from triton_device import DEVICE, needs_triton
 pytestmark = needs_triton
 
 IDS = torch.tensor([3, 7, 1 << 40, 12345, 99, 0, 21])
+RANGES = [range(21, 28), range((3 << 40) + 5, (3 << 40) + 19, 2), range((1 << 31) - 9, (1 << 31) + 12, 3)]
+"""The last one passes what 32 bits hold."""
 
 
 def activations(dtype):
@@ -18,23 +20,27 @@ def activations(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("halved", [False, True])
-def test_few_positions_are_those_that_are_drawn(dtype, halved):
+@pytest.mark.parametrize("numbers", [None, *RANGES], ids=str)
+def test_few_positions_are_those_that_are_drawn(dtype, halved, numbers):
     from actprune.statistics import kernels
+
+    ids = IDS if numbers is None else torch.tensor(numbers)
 
     large, small, single = activations(dtype)
     k, rows, row = 3, 12, 2
     drawn, after = rows * 7 * k, rows * 7 * k + rows * 6
-    sources = [kernels.Source(1, 4, 50, k, True, 0, 7, 0), kernels.Source(2, 3, 7, k, True, 4, 7, 0)]
-    sources.append(kernels.Source(0, 6, 1, 1, False, 0, 6, drawn))
+    sources = [kernels.Source(1, 4, 50, k, kernels.DRAWN, 0, 7, 0), kernels.Source(2, 3, 7, k, kernels.DRAWN, 4, 7, 0)]
+    sources.append(kernels.Source(0, 6, 1, 1, kernels.ALL, 0, 6, drawn))
     out = torch.full((after + 5,), float("nan"), device=DEVICE)
-    heads = torch.cat([torch.tensor([x.data_ptr() for x in (single, large, small)]), IDS]).to(DEVICE)
-    kernels.few(heads, kernels.table(sources, DEVICE), out, row, len(IDS), 12, halved, dtype)
+    addresses = torch.tensor([x.data_ptr() for x in (single, large, small)])
+    heads = (torch.cat([addresses, ids]) if numbers is None else addresses).to(DEVICE)
+    kernels.read(kernels.launched(sources, dtype, DEVICE), heads, out, row, len(ids), numbers, halved)
 
-    read = every_second(IDS, seed=0) if halved else torch.arange(len(IDS))
-    assert 0 < len(read) < len(IDS) or not halved
+    read = every_second(ids, seed=0) if halved else torch.arange(len(ids))
+    assert 0 < len(read) < len(ids) or not halved
     want = torch.full((rows, 7, k), float("nan"))
     for x, columns in ((large, slice(0, 4)), (small, slice(4, 7))):
-        want[row + read, columns] = at_positions(x.cpu(), sample_positions(IDS, x.shape[2], k, seed=0)).float()[read]
+        want[row + read, columns] = at_positions(x.cpu(), sample_positions(ids, x.shape[2], k, seed=0)).float()[read]
     torch.testing.assert_close(out[:drawn].view(rows, 7, k).cpu(), want, rtol=0, atol=0, equal_nan=True)
     whole = torch.full((rows, 6, 1), float("nan"))
     whole[row : row + len(IDS)] = single.float().cpu()
@@ -48,12 +54,15 @@ def test_means_are_those_of_the_maps(dtype):
 
     maps = [torch.randn(5, 4, 130).to(DEVICE, dtype), torch.randn(5, 40, 7).to(DEVICE, dtype)]
     maps[1][2, 3, 4], maps[0][0, 0, 0] = float("nan"), float("inf")
-    out = torch.zeros(8 * 44, device=DEVICE)
-    sources = [kernels.Source(0, 4, 130, 1, False, 0, 44, 0), kernels.Source(1, 40, 7, 1, False, 4, 44, 0)]
+    out = torch.zeros(8 * 84, device=DEVICE)
+    sources = [kernels.Source(0, 4, 130, 1, kernels.MEAN, 0, 44, 0), kernels.Source(1, 40, 7, 1, kernels.MEAN, 4, 44, 0)]
+    sources.append(kernels.Source(1, 40, 7, 1, kernels.DRAWN, 0, 40, 8 * 44))  # both kinds at one place
     heads = torch.tensor([x.data_ptr() for x in maps], device=DEVICE)
-    kernels.means(heads, kernels.table(sources, DEVICE), out, 3, 5, 40, dtype)
+    kernels.read(kernels.launched(sources, dtype, DEVICE), heads, out, 3, 5, range(5), False)
     want = torch.cat([torch.zeros(3, 44), torch.cat([x.cpu().double().mean(2) for x in maps], 1).float()])
-    torch.testing.assert_close(out.view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(out[: 8 * 44].view(8, 44).cpu(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
+    drawn = at_positions(maps[1].cpu(), sample_positions(torch.arange(5), 7, 1, seed=0)).float()
+    torch.testing.assert_close(out[8 * 44 :].view(8, 40, 1)[3:].cpu(), drawn, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

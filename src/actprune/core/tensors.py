@@ -16,6 +16,13 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def listed(numbers: Tensor | range) -> Tensor:
+    """Numbers as a tensor on the CPU."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    return torch.arange(numbers.start, numbers.stop, numbers.step, device="cpu")
+
+
 def real(x: Tensor) -> Tensor:
     """Rows (U, n), of complex numbers (U, 2 n) their real and imaginary parts."""
     return torch.view_as_real(x.resolve_conj()).flatten(1) if x.is_complex() else x

@@ -95,7 +95,7 @@ def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = Non
         for batch, answers in pairs:
             inputs, targets = _usable(pruner, batch, answers) if observation.differentiates else (batch, answers)
             start, n = observation.n_samples, batch_size(inputs)
-            observation.begin_batch(torch.arange(start, start + n), class_labels((None, targets), n))
+            observation.begin_batch(range(start, start + n), class_labels((None, targets), n))
             try:
                 if observation.watches:
                     call(model, inputs)

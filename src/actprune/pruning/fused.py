@@ -19,11 +19,12 @@ from torch import Tensor
 
 from actprune.core.hooks import Ear
 from actprune.core.switches import GARBAGE
-from actprune.core.tensors import sent
+from actprune.core.tensors import listed, sent
 from actprune.pruning.compiled import kernels
 from actprune.pruning.kept import Chunk, Place
 from actprune.pruning.layout import Layout
 from actprune.pruning.reads import Reads
+from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.tried import Trial, Trials
 from actprune.pruning.updates import Company, Updates
@@ -43,12 +44,13 @@ class Fused:
 
     Args:
         sampling: what is drawn.
+        rows: the samples of the batch.
         updates: knows the number of the batch, and takes what was read.
         alone: reads one place by itself.
     """
 
-    def __init__(self, sampling: Sampling, updates: Updates, alone: Callable[[Reads, Tensor], None]) -> None:
-        self._sampling, self._updates, self._alone = sampling, updates, alone
+    def __init__(self, sampling: Sampling, rows: Rows, updates: Updates, alone: Callable[[Reads, Tensor], None]) -> None:
+        self._sampling, self._samples, self._updates, self._alone = sampling, rows, updates, alone
         self._kernels: Any = None
         self._device = torch.device("cpu")
         self._ears: Mapping[int, Ear] = {}
@@ -58,20 +60,22 @@ class Fused:
         self._layout: Layout | None = None
         self._together: set[int] = set()
         self._others: list[Reads] | None = None
-        self._ids: list[Tensor] = []
+        self._ids: list[Tensor | range] = []
         self._batches: list[int] = []
         self._row = self._most = 0
-        self._now: Tensor | None = None
-        self._is_first, self._is_on, self._gives_up = True, False, False
+        self._now: Tensor | range | None = None
+        self._watchers: dict[str, list[tuple[Ear, Callable[[Tensor], object]]]] = {}
+        self._mode = "alone"
+        self._is_first, self._gives_up = True, False
         updates.others.append(self._drained)
 
     def listen(self, ears: Mapping[int, Ear]) -> None:
         """Say who hears what a place is given: identity of its reads -> ear; for those that hear for nobody else."""
-        self._ears, self._is_on = ears, False
-        for chunk in self._chunks:
-            for place in chunk.places:
-                place.ear = ears[id(place.reads)]
-                place.alone = place.ear.watcher
+        self._ears, self._mode = ears, "alone"
+        for place in (place for chunk in self._chunks for place in chunk.places):
+            place.ear = ears[id(place.reads)]
+            place.alone = place.ear.watcher
+        self._lay_out()
 
     def others(self, reads: Iterable[Reads]) -> list[Reads]:
         """Of these, those that are read by themselves; the same ones are asked about each time."""
@@ -79,14 +83,15 @@ class Fused:
             self._others = [each for each in reads if id(each) not in self._together]
         return self._others
 
-    def begin(self, ids: Tensor | None) -> None:
-        """A batch comes, with these samples, (N,) on the CPU; None where it has rows that do not count."""
+    def begin(self) -> None:
+        """A batch comes; one with rows that do not count is read place by place."""
+        ids = None if self._samples.leaves_out else self._samples.numbers
         if self._layout is not None and ids is not None and self._row + len(ids) > self._layout.rows:
             self._updates.flush()
         if self._layout is not None and ids is not None and len(ids) > self._most:
             ids = None
         self._now = ids
-        self._turn(on=ids is not None)
+        self._turn("alone" if ids is None else "uncounted" if torch.is_inference_mode_enabled() else "counted")
 
     def end(self) -> None:
         """The batch is over."""
@@ -100,7 +105,7 @@ class Fused:
             if all(chunk.is_empty if chunk.is_read else self._read(chunk, ids, self._layout) for chunk in self._chunks):
                 self._waits(ids)
             else:
-                self._apart(ids, self._layout)
+                self._apart(self._layout)
             for chunk in self._chunks:
                 chunk.is_read = False
             if self._gives_up:
@@ -110,7 +115,7 @@ class Fused:
     def stop(self) -> None:
         """What comes now is not part of the batch."""
         self.end()
-        self._turn(on=False)
+        self._turn("alone")
 
     def drop(self) -> None:
         """The batch broke off: hold nothing of it."""
@@ -121,19 +126,25 @@ class Fused:
         for chunk in self._chunks:
             chunk.is_read = False
             chunk.clear()
-        self._turn(on=False)
+        self._turn("alone")
 
-    def _turn(self, on: bool) -> None:
-        if self._is_on == on or self._layout is None:
+    def _lay_out(self) -> None:
+        """Say once who hears what, as a batch changes it twice."""
+        places = [place for chunk in self._chunks for place in chunk.places]
+        self._watchers = {"alone": [(place.ear, place.alone) for place in places]}
+        for mode in ("counted", "uncounted"):
+            kept = {id(place): place.keeper(mode == "uncounted") for place in places}
+            kept |= {id(chunk.places[0]): partial(self._first, chunk.places[0]) for chunk in self._chunks}
+            kept |= {id(chunk.places[-1]): partial(self._last, chunk) for chunk in self._chunks[:-1]}
+            self._watchers[mode] = [(place.ear, kept[id(place)]) for place in places]
+
+    def _turn(self, mode: str) -> None:
+        """Read each place by itself, ``alone``, or keep what it is given, ``counted`` or not, see ``Place.keeper``."""
+        if mode == self._mode or self._layout is None:
             return
-        self._is_on = on
-        for chunk in self._chunks:
-            for place in chunk.places:
-                place.ear.watcher = place.keep if on else place.alone
-        for chunk in self._chunks if on else ():
-            chunk.places[0].ear.watcher = partial(self._first, chunk.places[0])
-        for chunk in self._chunks[:-1] if on else ():
-            chunk.places[-1].ear.watcher = partial(self._last, chunk)
+        self._mode = mode
+        for ear, watcher in self._watchers[mode]:
+            ear.watcher = watcher
 
     # the first batch
 
@@ -158,7 +169,7 @@ class Fused:
         hands = reads.together(x)
         if hands is None:
             return False
-        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands), x)
+        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands, not x.is_inference()), x)
         if self._trials.kept > _memory(self._device) // _KEPT:
             self._close()
         return True
@@ -175,7 +186,7 @@ class Fused:
     def _is_once(self, place: Place) -> bool:
         return all(self._updates.waits_once(hand.parts) for hand in place.hands)
 
-    def _set_up(self, ids: Tensor) -> None:
+    def _set_up(self, ids: Tensor | range) -> None:
         """Lay out what is read from now on, and read this batch, or move what was read of it there."""
         if not self._trials.kept and not self._chunks:
             return
@@ -199,13 +210,14 @@ class Fused:
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
         self._most = min(layout.rows, max(len(ids), _memory(self._device) // _KEPT // max(1, largest)))
         self._layout, self._others = layout, None
+        self._lay_out()
         for place in (place for chunk in self._chunks for place in chunk.places):
             self._together.add(id(place.reads))
             place.reads.expect_nothing()
         if same:
             layout.read(self._chunks[0], [trial.copy.data_ptr() for trial in same], ids, 0, self._sampling.is_halved)
         else:
-            layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves(ids))
+            layout.fill(lambda hand: self._updates.withdraw(hand.parts), len(ids), self._halves())
         self._waits(ids)
 
     # every other batch
@@ -215,7 +227,7 @@ class Fused:
         if x.shape[1:] == place.shape:
             place.keep(x)
         else:
-            self._turn(on=False)
+            self._turn("alone")
             place.alone(x)
 
     def _last(self, chunk: Chunk, x: Tensor) -> None:
@@ -226,7 +238,7 @@ class Fused:
         if not self._read(chunk, self._now, self._layout):
             self._each(chunk)
 
-    def _read(self, chunk: Chunk, ids: Tensor, layout: Layout) -> bool:
+    def _read(self, chunk: Chunk, ids: Tensor | range, layout: Layout) -> bool:
         """Read what a chunk's places kept, if that is as it was in the first batch."""
         addresses = chunk.given(len(ids), self._device)
         if addresses is None:
@@ -236,9 +248,10 @@ class Fused:
         chunk.is_read = True
         return True
 
-    def _apart(self, ids: Tensor, layout: Layout) -> None:
+    def _apart(self, layout: Layout) -> None:
         """Some places were reached otherwise than in the first batch: this batch of all places is handed over by itself."""
-        every, rows = self._sampling.on(self._device, ids), self._halves(ids)
+        ids = self._samples.ids
+        every, rows = self._sampling.on(self._device, ids), self._halves()
         few = every if rows is None else every[rows]
         read = []
         for place in (place for chunk in self._chunks if chunk.is_read for place in chunk.places):
@@ -262,11 +275,11 @@ class Fused:
             for x in () if is_written else seen:
                 self._alone(place.reads, x)
 
-    def _halves(self, ids: Tensor) -> Tensor | None:
+    def _halves(self) -> Tensor | None:
         """On the device, the rows that are read where positions are drawn; None: all."""
-        return sent(self._sampling.halves(ids), self._device) if self._sampling.is_halved else None
+        return sent(self._sampling.halves(self._samples.ids), self._device) if self._sampling.is_halved else None
 
-    def _waits(self, ids: Tensor) -> None:
+    def _waits(self, ids: Tensor | range) -> None:
         self._row += len(ids)
         self._ids.append(ids)
         self._batches.append(self._updates.batch)
@@ -276,7 +289,7 @@ class Fused:
         self.stop()
         if self._layout is None or not self._row:
             return
-        ids, numbers, sizes = torch.cat(self._ids), self._batches, [len(each) for each in self._ids]
+        ids, numbers, sizes = torch.cat(list(map(listed, self._ids))), self._batches, [len(each) for each in self._ids]
         self._ids, self._batches, self._row = [], [], 0
         halved = None
         if self._sampling.is_halved:

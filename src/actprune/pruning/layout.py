@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from actprune.core.tensors import sent
-from actprune.pruning.kept import Chunk, Launch, Place
+from actprune.pruning.kept import Chunk, Place
 from actprune.pruning.reads import Hand
 from actprune.pruning.updates import Company, Part
 
@@ -26,6 +27,8 @@ _SHARE = 128
 """Of the device's memory, they are no more than this part."""
 _ROWS = 1 << 17
 """Samples that wait at most: of each, statistics draw random signs when it is counted, however narrow the network."""
+_SENT = 64
+"""Batches whose addresses are kept at most."""
 _INT32 = 1 << 31
 _BYTES = 4
 
@@ -73,6 +76,7 @@ class Layout:
         self._kernels, self._device = kernels, device
         self._regions: dict[tuple[str, int], _Region] = {}
         self._columns: dict[int, tuple[_Region, int]] = {}
+        self._sent: dict[tuple[Any, ...], Tensor] = {}
         places = [place for chunk in chunks for place in chunk.places]
         for place in places:
             for hand in place.hands:
@@ -110,20 +114,20 @@ class Layout:
             region.companies.append(([part for part, _ in pile], number))
         region.orders = [None, *(sent(order, self._device) for order in orders[1:])]
 
-    def _launches(self, chunk: Chunk) -> Iterator[Launch]:
+    def _launches(self, chunk: Chunk) -> Iterator[Any]:
+        kernels = self._kernels
+        hows = {"few": kernels.DRAWN, "mean": kernels.MEAN, "all": kernels.ALL}
         found = defaultdict(list)
         for at, place in enumerate(chunk.places):
             for hand in place.hands:
                 region, column = self._columns[id(hand)]
-                source = self._kernels.Source(
-                    at, place.shape[0], place.space, region.k, hand.how == "few", column, region.units, region.base
+                found[place.dtype].append(
+                    kernels.Source(at, place.shape[0], place.space, region.k, hows[hand.how], column, region.units, region.base)
                 )
-                found[place.dtype, hand.how == "mean"].append(source)
-        for (dtype, is_mean), sources in found.items():
-            widest = max(source.channels * source.k for source in sources)
-            yield Launch(self._kernels.table(sources, self._device), widest, dtype, is_mean)
+        for dtype, sources in found.items():
+            yield kernels.launched(sources, dtype, self._device)
 
-    def read(self, chunk: Chunk, addresses: list[int], ids: Tensor, row: int, halved: bool) -> None:
+    def read(self, chunk: Chunk, addresses: list[int], ids: Tensor | range, row: int, halved: bool) -> None:
         """Read what a chunk's places were given, and write it to rows from ``row`` on.
 
         Args:
@@ -133,19 +137,25 @@ class Layout:
             row: that of the first sample.
             halved: whether only every second sample is read where positions are drawn.
         """
-        # what a kernel is told of a batch, in one copy for which the host does not wait
-        on_gpu = self._device.type == "cuda"
-        host = torch.empty(len(addresses) + len(ids), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        there = host.numpy()
-        there[: len(addresses)] = addresses
-        there[len(addresses) :] = ids.numpy()
-        heads = host.to(self._device, non_blocking=True) if on_gpu else host
+        heads = self._heads(addresses, ids)
         for launch in chunk.launches:
-            arguments = (heads, launch.sources, self.out, row, len(ids), launch.widest)
-            if launch.is_mean:
-                self._kernels.means(*arguments, launch.dtype)
-            else:
-                self._kernels.few(*arguments, halved, launch.dtype)
+            self._kernels.read(launch, heads, self.out, row, len(ids), ids if isinstance(ids, range) else None, halved)
+
+    def _heads(self, addresses: list[int], ids: Tensor | range) -> Tensor:
+        """What a kernel is told of a batch, on the device; the host does not wait for the copy.
+
+        An allocator gives a batch the memory that one before it had, so addresses that were sent once come again.
+        """
+        if isinstance(ids, Tensor):
+            return sent(torch.cat([torch.tensor(addresses, device="cpu"), ids]), self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
+        key = (stream, *addresses)
+        known = self._sent.get(key)
+        if known is None:
+            if len(self._sent) >= _SENT:
+                self._sent.clear()
+            known = self._sent[key] = sent(torch.tensor(addresses, device="cpu"), self._device)
+        return known
 
     def at(self, place: Place, hand: Hand, row: int, n_samples: int) -> Tensor:
         """What was read of a place for some rows, (n_samples, C, k): a view."""

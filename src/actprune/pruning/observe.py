@@ -61,8 +61,8 @@ class Observation:
         self._sampling, self._updates = Sampling(density), Updates()
         self._make = criterion.statistics()
         self._widths = {group.name: group.size for group in graph.unlocked}
-        self._fused = Fused(self._sampling, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
         self._rows = Rows(model, self._sampling)
+        self._fused = Fused(self._sampling, self._rows, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
         self._next_id = 0
         self._paused = self._needs_labels = self._began = False
         self._needs_readers = criterion.needs_readers
@@ -186,12 +186,12 @@ class Observation:
             layer.space = tuple(x.shape[2:])
             compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
-    def begin_batch(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:
+    def begin_batch(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next.
 
         Args:
             sample_ids: (N,) int64, the same for the same sample whatever the batch or the rank; -1 for a sample that another
-                batch or rank has as well, which is not counted here.
+                batch or rank has as well, which is not counted here. A range of numbers from 0 on costs a GPU least.
             labels: (N,) integers, the samples' classes; only where ``needs_labels``.
 
         Raises:
@@ -210,9 +210,9 @@ class Observation:
             self._updates.batch_ends()
         self._began = True
         self._sampling.next_batch()
-        self._rows.begin(sample_ids.to("cpu", torch.int64), labels)
-        self._next_id += len(self._rows.ids)
-        self._fused.begin(None if self._rows.leaves_out else self._rows.ids)
+        self._rows.begin(sample_ids if isinstance(sample_ids, range) else sample_ids.to("cpu", torch.int64), labels)
+        self._next_id += len(self._rows.numbers)
+        self._fused.begin()
         for reads in self._fused.others(self._reads.values()):
             reads.get_ready(self._rows.ids)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from actprune.core.tensors import listed
 from actprune.graph import is_recurrent
 from actprune.pruning.sampling import Sampling
+
+_START, _STEP = 1 << 62, 1 << 31
+"""Below these, what a range has is told to a kernel in integers of 32 bits."""
 
 
 class Rows:
@@ -22,17 +26,31 @@ class Rows:
         recurrent = {path: layer for path, layer in model.named_modules() if is_recurrent(layer)}
         attention = {path for path, layer in model.named_modules() if type(layer) is nn.MultiheadAttention}
         self._recurrent = set(recurrent)
+        self._counted: Tensor | None = None
+        self._ids: Tensor | None = None
+        self.announced: Tensor | range
+        self.numbers: Tensor | range
         self._steps_first = attention | {path for path, layer in recurrent.items() if not layer.batch_first}
         self.begin(torch.empty(0, dtype=torch.int64, device="cpu"))
 
-    def begin(self, sample_ids: Tensor, labels: Tensor | None = None) -> None:
+    def begin(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next, (N,); those of id -1 are left out."""
-        self.announced = self.ids = sample_ids.clone()  # what waits is counted by them later
-        self.labels, self._counted = labels, None
-        if len(sample_ids) and int(sample_ids.min()) < 0:  # one call, which every batch pays
-            self._counted = (sample_ids >= 0).nonzero().flatten()
-            self.ids = sample_ids[self._counted]
+        if isinstance(sample_ids, range) and not (0 <= sample_ids.start < _START and 0 < sample_ids.step < _STEP):
+            sample_ids = listed(sample_ids)
+        self.labels, self._counted, self._ids = labels, None, None
+        self.announced = self.numbers = sample_ids if isinstance(sample_ids, range) else sample_ids.clone()
+        # one call, which every batch pays; what waits is counted by them later
+        if isinstance(self.announced, Tensor) and len(sample_ids) and int(self.announced.min()) < 0:
+            self._counted = (self.announced >= 0).nonzero().flatten()
+            self.numbers = self.announced[self._counted]
             self.labels = None if labels is None else labels[self._counted]
+
+    @property
+    def ids(self) -> Tensor:
+        """``numbers``, those of the samples that are counted, (n,); made when first asked for, the same tensor each time."""
+        if self._ids is None:
+            self._ids = listed(self.numbers)
+        return self._ids
 
     @property
     def leaves_out(self) -> bool:

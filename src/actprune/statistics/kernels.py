@@ -1,8 +1,8 @@
 """Read the activations of many places of a network with one kernel: on a GPU a launch costs more than what it reads.
 
-``few`` reads what ``at_positions`` does, at the positions that ``sample_positions`` draws; they are drawn on the device, of the
-ids, bit for bit the same (see ``counter``). ``means`` takes the mean of each map. Both widen to float32. ``differ`` compares
-tensors in pairs.
+``read`` takes what ``at_positions`` does, at the positions that ``sample_positions`` draws, or the mean of each map; positions
+are drawn on the device, of the ids, bit for bit the same (see ``counter``). It widens to float32. ``differ`` compares tensors
+in pairs.
 
 To be imported where it is used: needs Triton, which PyTorch brings along for GPUs on Linux, and what Triton needs to compile.
 """
@@ -24,6 +24,7 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 _COMPILED: dict[object, Any] = {}
 _BLOCK, _WORDS = 1024, 8192
 _LINES, _WIDTH = 32, 64
+_LOW = (1 << 31) - 1
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND = tl.constexpr(0x94D049BB133111EB)
@@ -41,73 +42,81 @@ class Source(NamedTuple):
     """Positions of a map."""
     k: int
     """Of these, how many are read; 1 for means."""
-    is_drawn: bool
-    """Whether the k are drawn; else they are all there are."""
+    how: int
+    """``DRAWN``: the k are drawn; ``ALL``: they are all there are; ``MEAN``."""
     column: int
     units: int
     base: int
     """Where (rows, units, k) begins, in elements."""
 
 
+ALL, DRAWN, MEAN = 0, 1, 2
 _FIELDS = tl.constexpr(8)
+_IS_DRAWN, _IS_MEAN = tl.constexpr(DRAWN), tl.constexpr(MEAN)
+
+
+class Launch(NamedTuple):
+    """What one kernel reads."""
+
+    sources: Tensor
+    """(S, 8) int32, fields of ``Source``."""
+    widest: int
+    """The greatest channels times k of what is not a mean."""
+    means: int
+    """The greatest channels of means."""
+    dtype: torch.dtype
+    """Of what is read, one of ``TYPES``."""
 
 
 def try_out(device: torch.device) -> None:
     """Compile and run all kernels once; raises where that does not work."""
     x, out = torch.zeros(1, 1, 1, device=device), torch.ones(2, device=device)
-    heads, sources = torch.tensor([x.data_ptr(), 0], device=device), [Source(0, 1, 1, 1, False, 0, 1, base) for base in (0, 1)]
-    for _ in range(2):  # the second time as compiled
+    heads = torch.tensor([x.data_ptr(), 0], device=device)
+    launch = launched([Source(0, 1, 1, 1, how, 0, 1, base) for base, how in enumerate((ALL, MEAN))], x.dtype, device)
+    for ids in (range(1), range(1), None, None):  # the second time as compiled
         out.fill_(1)
-        few(heads, table(sources[:1], device), out, 0, 1, 1, False, x.dtype)
-        means(heads, table(sources[1:], device), out, 0, 1, 1, x.dtype)
+        read(launch, heads, out, 0, 1, ids, False)
         if out.any() or differ([(x, x.clone()), (x, x + 1)], device).tolist() != [0, 1]:
             raise RuntimeError("kernels of Triton run, and compute something else")
 
 
-def table(sources: list[Source], device: torch.device) -> Tensor:
-    """The sources as kernels take them, (S, 8) int32."""
+def launched(sources: list[Source], dtype: torch.dtype, device: torch.device) -> Launch:
+    """Sources of one type as a kernel takes them."""
+    widest, means = (
+        max((source.channels * source.k for source in sources if (source.how == MEAN) == is_mean), default=0)
+        for is_mean in (False, True)
+    )
     with torch.inference_mode(False):
-        return torch.tensor(sources, dtype=torch.int32, device=device)
+        return Launch(torch.tensor(sources, dtype=torch.int32, device=device), widest, means, dtype)
 
 
-def few(
-    heads: Tensor,  # (L + N,) int64: addresses of contiguous (N, channels, space), one per place, then the samples' ids
-    sources: Tensor,  # (S, 8) ``table``
+def read(
+    launch: Launch,
+    heads: Tensor,  # (L,) or (L + N,) int64
     out: Tensor,  # float32, flat
     row: int,
     n_samples: int,
-    widest: int,
+    ids: range | None,
     halved: bool,
-    dtype: torch.dtype,
 ) -> None:
-    """Read positions of every place; rows of ``out`` from ``row`` on.
+    """Read every place; rows of ``out`` from ``row`` on.
 
     Args:
-        heads: what differs from batch to batch.
-        sources: what does not.
+        launch: what is read.
+        heads: addresses of contiguous (N, channels, space), one per place, on the device; then the samples' ids, if these are
+            not given as a range.
         out: where it is written.
         row: of ``out``, that of the first sample.
         n_samples: N.
-        widest: the greatest channels times k.
+        ids: of the samples, at least 0, no further apart than 2^31.
         halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
-        dtype: of what is read, one of ``TYPES``.
     """
-    grid = (triton.cdiv(n_samples * widest, _BLOCK), len(sources), 1)
-    _launch(_few, grid, (heads, sources, out, row, n_samples, len(heads) - n_samples), (halved, TYPES[dtype], _BLOCK))
-
-
-def means(
-    heads: Tensor,  # as for ``few``
-    sources: Tensor,
-    out: Tensor,
-    row: int,
-    n_samples: int,
-    widest: int,
-    dtype: torch.dtype,
-) -> None:
-    """Write the mean of every map, in the same way; ``widest``: the greatest number of channels."""
-    grid = (triton.cdiv(n_samples * widest, _LINES), len(sources), 1)
-    _launch(_means, grid, (heads, sources, out, row, n_samples), (TYPES[dtype], _LINES, _WIDTH))
+    programs = max(triton.cdiv(n_samples * launch.widest, _BLOCK), triton.cdiv(n_samples * launch.means, _LINES))
+    # in halves: all numbers are of 32 bits whatever they are, or a kernel would be compiled for others as well
+    first, step = (ids.start, ids.step) if ids is not None else (0, 0)
+    arguments = (heads, launch.sources, out, row, n_samples, len(heads) - n_samples, first >> 31, first & _LOW, step)
+    constants = (ids is not None, halved, TYPES[launch.dtype], _BLOCK, _LINES, _WIDTH)
+    _launch(_read, (programs, len(launch.sources), 1), arguments, constants)
 
 
 def differ(
@@ -150,27 +159,46 @@ def _mix(x):
     return z ^ (z >> 31)
 
 
-@triton.jit(do_not_specialize=["row", "n_samples", "n_addresses"])
-def _few(heads, sources, out, row, n_samples, n_addresses, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["row", "n_samples", "n_addresses", "high", "low", "step"])
+def _read(
+    heads, sources, out, row, n_samples, n_addresses, high, low, step,
+    RANGE: tl.constexpr, HALVED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
     source = sources + tl.program_id(1) * _FIELDS
     place, channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2), tl.load(source + 3)
-    is_drawn, column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
+    how, column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
     x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < n_samples * channels * k
-    sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
+    if how == _IS_MEAN:
+        line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+        there = line < n_samples * channels
+        total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
+        for start in range(0, space, WIDTH):
+            within = start + tl.arange(0, WIDTH)
+            both = there[:, None] & (within < space)[None, :]
+            total += tl.load(x + line.to(tl.int64)[:, None] * space + within[None, :], mask=both, other=0).to(tl.float32)
+        mean = tl.sum(total, 1) / space
+        tl.store(out + base + (row + line // channels) * units + column + line % channels, mean, mask=there)
+    else:
+        element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = element < n_samples * channels * k
+        sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
 
-    ids = tl.load(heads + n_addresses + sample, mask=inside, other=0).to(tl.uint64, bitcast=True)
-    key = _mix(ids ^ _SEED)
-    if HALVED:
-        inside = inside & ((is_drawn == 0) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
-    low, high = stratum * space // k, (stratum + 1) * space // k
-    drawn = low + ((_mix(key ^ stratum.to(tl.uint64)) >> 1) % (high - low).to(tl.uint64)).to(tl.int32)
-    rotation = ((_mix(key ^ _ROTATION) >> 1) % space.to(tl.uint64)).to(tl.int32)
-    at = tl.where(is_drawn != 0, (drawn + rotation) % space, stratum)
+        if RANGE:
+            numbers = (high.to(tl.int64) << 31) + low + sample.to(tl.int64) * step
+        else:
+            numbers = tl.load(heads + n_addresses + sample, mask=inside, other=0)
+        ids = numbers.to(tl.uint64, bitcast=True)
+        key = _mix(ids ^ _SEED)
+        if HALVED:
+            inside = inside & ((how != _IS_DRAWN) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
+        lower, upper = stratum * space // k, (stratum + 1) * space // k
+        drawn = lower + ((_mix(key ^ stratum.to(tl.uint64)) >> 1) % (upper - lower).to(tl.uint64)).to(tl.int32)
+        rotation = ((_mix(key ^ _ROTATION) >> 1) % space.to(tl.uint64)).to(tl.int32)
+        at = tl.where(how == _IS_DRAWN, (drawn + rotation) % space, stratum)
 
-    value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
+        value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
+        tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -182,20 +210,3 @@ def _differ(told, found, n_pairs, WORDS: tl.constexpr):
     other = (tl.load(x + word, mask=inside, other=0) != tl.load(y + word, mask=inside, other=0)).to(tl.int32)
     if tl.max(other, 0) > 0:
         tl.store(found + tl.program_id(1), 1)
-
-
-@triton.jit(do_not_specialize=["row", "n_samples"])
-def _means(heads, sources, out, row, n_samples, DTYPE: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    source = sources + tl.program_id(1) * _FIELDS
-    place, channels, space = tl.load(source), tl.load(source + 1), tl.load(source + 2)
-    column, units, base = tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
-    x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    inside = line < n_samples * channels
-    total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
-    for start in range(0, space, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        read = inside[:, None] & (at < space)[None, :]
-        total += tl.load(x + line.to(tl.int64)[:, None] * space + at[None, :], mask=read, other=0).to(tl.float32)
-    value = tl.sum(total, 1) / space
-    tl.store(out + base + (row + line // channels) * units + column + line % channels, value, mask=inside)

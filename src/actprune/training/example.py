@@ -276,6 +276,11 @@ def first_sample(value: Any) -> Any:
 
 def n_samples(value: Any) -> int:
     """First dimension of the first tensor in a nested structure that has dimensions; 0 if there is none."""
+    first = value
+    while type(first) in (tuple, list) and first:
+        first = first[0]
+    if type(first) is Tensor and first.dim():  # as nearly always, and asked with every batch
+        return len(first)
     return next((len(tensor) for tensor in _tensors(value) if tensor.dim()), 0)
 
 

@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from lightning import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from actprune.core.hooks import around
+from actprune.core.tensors import listed
 from actprune.pruning import Observation, Pruner
 from actprune.training.example import Call, Network, n_samples
 from actprune.training.gradients import Gradients, Loss
@@ -120,12 +121,13 @@ class Observer:
         batch_idx, dataloader_idx = self._position
         size = self._batch_size.setdefault((path, dataloader_idx), n)
         first = batch_idx * size * self._ranks + self._rank
-        start, end = (number + (dataloader_idx << 40) for number in (first, first + n * self._ranks))
-        ids = torch.arange(start, end, self._ranks, device="cpu")
+        start = first + (dataloader_idx << 40)
+        ids: Tensor | range = range(start, start + n * self._ranks, self._ranks)
         distinct = self._dealt_out.get(dataloader_idx)
         if distinct is None:
             distinct = self._dealt_out[dataloader_idx] = self._distinct(dataloader_idx)
         if first + n * self._ranks > distinct and n == n_samples(self._batch):  # the last of them are repeated
+            ids = listed(ids)
             ids[max(0, -(-(int(distinct) - first) // self._ranks)) :] = -1
         self.observations[path].begin_batch(ids, self._gradients[path].labels(self._batch, n))
         self._seen.add(path)
