@@ -445,6 +445,18 @@ def test_samples_by_any_range(numbers, monkeypatch):
     agree(observed(model, batches, True, monkeypatch, ids=numbers)[1], listed)
 
 
+def test_addresses_are_sent_once(monkeypatch):
+    torch.manual_seed(0)
+    there = observed(Net().eval().to(DEVICE), data(), True, monkeypatch)[1]._fused._layout
+    sent = there._heads([7, 9], range(6))
+    assert there._heads([7, 9], range(6, 12)) is sent
+    for other in range(3 * layout._SENT):
+        assert there._heads([7, other], range(6)).tolist() == [7, other]
+    assert len(there._sent) <= layout._SENT
+    assert there._heads([7, 9], range(6)).tolist() == [7, 9]
+    assert there._heads([7, 9], torch.tensor([3, 1])).tolist() == [7, 9, 3, 1]
+
+
 class Doubled(torch.Tensor):
     """Shows twice what lies in its memory."""
 
