@@ -64,14 +64,13 @@ class Fused:
         self._batches: list[int] = []
         self._row = self._most = 0
         self._now: Tensor | range | None = None
-        self._watchers: dict[str, list[tuple[Ear, Callable[[Tensor], object]]]] = {}
-        self._mode = "alone"
-        self._is_first, self._gives_up = True, False
+        self._watchers: dict[bool, list[tuple[Ear, Callable[[Tensor], object]]]] = {}
+        self._is_first, self._is_on, self._gives_up = True, False, False
         updates.others.append(self._drained)
 
     def listen(self, ears: Mapping[int, Ear]) -> None:
         """Say who hears what a place is given: identity of its reads -> ear; for those that hear for nobody else."""
-        self._ears, self._mode = ears, "alone"
+        self._ears, self._is_on = ears, False
         for place in (place for chunk in self._chunks for place in chunk.places):
             place.ear = ears[id(place.reads)]
             place.alone = place.ear.watcher
@@ -91,7 +90,7 @@ class Fused:
         if self._layout is not None and ids is not None and len(ids) > self._most:
             ids = None
         self._now = ids
-        self._turn("alone" if ids is None else "uncounted" if torch.is_inference_mode_enabled() else "counted")
+        self._turn(on=ids is not None)
 
     def end(self) -> None:
         """The batch is over."""
@@ -115,7 +114,7 @@ class Fused:
     def stop(self) -> None:
         """What comes now is not part of the batch."""
         self.end()
-        self._turn("alone")
+        self._turn(on=False)
 
     def drop(self) -> None:
         """The batch broke off: hold nothing of it."""
@@ -126,24 +125,25 @@ class Fused:
         for chunk in self._chunks:
             chunk.is_read = False
             chunk.clear()
-        self._turn("alone")
+        self._turn(on=False)
 
     def _lay_out(self) -> None:
-        """Say once who hears what, as a batch changes it twice."""
+        """Say once who hears what, as each batch turns it twice."""
         places = [place for chunk in self._chunks for place in chunk.places]
-        self._watchers = {"alone": [(place.ear, place.alone) for place in places]}
-        for mode in ("counted", "uncounted"):
-            kept = {id(place): place.keeper(mode == "uncounted") for place in places}
-            kept |= {id(chunk.places[0]): partial(self._first, chunk.places[0]) for chunk in self._chunks}
-            kept |= {id(chunk.places[-1]): partial(self._last, chunk) for chunk in self._chunks[:-1]}
-            self._watchers[mode] = [(place.ear, kept[id(place)]) for place in places]
+        kept: dict[int, Callable[[Tensor], object]] = {id(place): place.keep for place in places}
+        kept |= {id(chunk.places[0]): partial(self._first, chunk.places[0]) for chunk in self._chunks}
+        kept |= {id(chunk.places[-1]): partial(self._last, chunk) for chunk in self._chunks[:-1]}
+        self._watchers = {
+            False: [(place.ear, place.alone) for place in places],
+            True: [(place.ear, kept[id(place)]) for place in places],
+        }
 
-    def _turn(self, mode: str) -> None:
-        """Read each place by itself, ``alone``, or keep what it is given, ``counted`` or not, see ``Place.keeper``."""
-        if mode == self._mode or self._layout is None:
+    def _turn(self, on: bool) -> None:
+        """Have places keep what they are given, or be read by themselves."""
+        if on == self._is_on or self._layout is None:
             return
-        self._mode = mode
-        for ear, watcher in self._watchers[mode]:
+        self._is_on = on
+        for ear, watcher in self._watchers[on]:
             ear.watcher = watcher
 
     # the first batch
@@ -169,7 +169,7 @@ class Fused:
         hands = reads.together(x)
         if hands is None:
             return False
-        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands, not x.is_inference()), x)
+        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands), x)
         if self._trials.kept > _memory(self._device) // _KEPT:
             self._close()
         return True
@@ -227,7 +227,7 @@ class Fused:
         if x.shape[1:] == place.shape:
             place.keep(x)
         else:
-            self._turn("alone")
+            self._turn(on=False)
             place.alone(x)
 
     def _last(self, chunk: Chunk, x: Tensor) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
-from actprune.core.tensors import writes
 from actprune.pruning.reads import Hand, Reads
 
-_KIND, _VERSION = attrgetter("shape", "dtype", "__class__"), attrgetter("_version")
+_KIND = attrgetter("shape", "dtype", "__class__")
 
 
 @dataclass
@@ -31,21 +30,15 @@ class Place:
     """Of what is read, without samples."""
     dtype: torch.dtype
     hands: list[Hand]
-    is_counted: bool
-    """Whether PyTorch counts who writes to what it is given under inference mode, too: that was made outside."""
     seen: list[Tensor] = field(default_factory=list)
     """What it was given in this batch."""
     before: list[int | None] = field(default_factory=list)
-    """How often each had been written to until then, see ``writes``; empty where nothing is counted."""
+    """How often each had been written to until then, see ``writes``."""
 
     def keep(self, x: Tensor) -> None:
         """It was given x."""
         self.seen.append(x)
         self.before.append(None if x.is_inference() else x._version)  # as ``writes``, without a call
-
-    def keeper(self, inference: bool) -> Callable[[Tensor], object]:
-        """What keeps what it is given: without a call in Python where there is nothing to count."""
-        return self.seen.append if inference and not self.is_counted else self.keep
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -54,9 +47,8 @@ class Place:
 
     @property
     def is_written(self) -> bool:
-        """Whether anything that is kept was written to since, as far as PyTorch counts, or ever if nobody counted."""
-        before = self.before or repeat(0)
-        return any(writes(x) not in (None, n) for x, n in zip(self.seen, before, strict=False))
+        """Whether anything that is kept was written to since, as far as PyTorch counts."""
+        return _is_written(self.seen, self.before)
 
     @property
     def space(self) -> int:
@@ -102,19 +94,9 @@ class Chunk:
             list(map(_KIND, kept)) == self._expected[1]
             and all(map(Tensor.is_contiguous, kept))
             and (device.index is None or set(map(Tensor.get_device, kept)) == {device.index})
-            and self._is_unwritten(kept)
+            and not _is_written(kept, chain.from_iterable(self._before))
         )
         return list(map(Tensor.data_ptr, kept)) if as_before else None
-
-    def _is_unwritten(self, kept: list[Tensor]) -> bool:
-        """Whether nobody wrote to what each place was given."""
-        uncounted = list(map(Tensor.is_inference, kept))
-        if all(uncounted):
-            return True
-        if not any(uncounted):
-            return list(map(_VERSION, kept)) == list(chain.from_iterable(self._before))
-        counted = (place for place, free in zip(self.places, uncounted, strict=True) if not free)
-        return not any(place.is_written for place in counted)
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -122,3 +104,7 @@ class Chunk:
             seen.clear()
         for before in self._before:
             before.clear()
+
+
+def _is_written(kept: list[Tensor], before: Iterable[int | None]) -> bool:
+    return any(x._version != n for x, n in zip(kept, before, strict=True) if n is not None)
