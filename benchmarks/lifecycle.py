@@ -199,6 +199,7 @@ def main(given=None):
     if arguments.out is not None:  # Lightning runs this process once more for the second one
         rows = matrix("ddp", arguments.optimizers, arguments.precisions, arguments.out)
         (arguments.out / f"rows{torch.distributed.get_rank()}.json").write_text(json.dumps(rows))
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them
         return 0
     rows = []
     for strategy in arguments.strategies:

@@ -196,3 +196,5 @@ def main(listed, folder):
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]), sys.argv[2])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends with them

@@ -42,6 +42,23 @@ def test_one_message_and_no_traceback(tmp_path):
     assert len(done.stderr.splitlines()) <= 6
 
 
+@pytest.mark.slow
+def test_two_processes_end_as_one_does(tmp_path):
+    line = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "debug=fast",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "trainer.accelerator=cpu",
+    ]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (summary,) = (tmp_path / "runs").glob("*/*/summary.json")
+    assert json.loads(summary.read_text())["budget"] == {"params": 0.35}
+    assert done.stdout.count("before and after") == 1
+
+
 def test_configuration_can_be_seen_without_running(command, tmp_path):
     done = command("--cfg", "job", "--resolve", "seed=5")
     assert done.returncode == 0, done.stderr

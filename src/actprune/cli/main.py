@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -39,8 +40,12 @@ def main(config_dir: str | os.PathLike[str]) -> None:
         check_arguments(sys.argv[1:], Path(config_dir))
     except ActPruneError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    with resuming.finished_as_they_are(given):
-        hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
+    try:
+        with resuming.finished_as_they_are(given):
+            hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
+    finally:
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()  # its threads may abort a process that ends with them, and Lightning leaves them
 
 
 def _job(config: DictConfig) -> Any:
