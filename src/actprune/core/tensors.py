@@ -20,7 +20,8 @@ def listed(numbers: Tensor | range) -> Tensor:
     """Numbers as a tensor on the CPU."""
     if isinstance(numbers, Tensor):
         return numbers
-    return torch.arange(numbers.start, numbers.stop, numbers.step, device="cpu")
+    stop = numbers.start + len(numbers) * numbers.step  # that of an empty one may lie before its start
+    return torch.arange(numbers.start, stop, numbers.step, device="cpu")
 
 
 def real(x: Tensor) -> Tensor:

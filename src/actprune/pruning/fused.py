@@ -50,7 +50,7 @@ class Fused:
     """
 
     def __init__(self, sampling: Sampling, rows: Rows, updates: Updates, alone: Callable[[Reads, Tensor], None]) -> None:
-        self._sampling, self._samples, self._updates, self._alone = sampling, rows, updates, alone
+        self._sampling, self._rows, self._updates, self._alone = sampling, rows, updates, alone
         self._kernels: Any = None
         self._device = torch.device("cpu")
         self._ears: Mapping[int, Ear] = {}
@@ -84,7 +84,7 @@ class Fused:
 
     def begin(self) -> None:
         """A batch comes; one with rows that do not count is read place by place."""
-        ids = None if self._samples.leaves_out else self._samples.numbers
+        ids = None if self._rows.leaves_out else self._rows.numbers
         if self._layout is not None and ids is not None and self._row + len(ids) > self._layout.rows:
             self._updates.flush()
         if self._layout is not None and ids is not None and len(ids) > self._most:
@@ -205,6 +205,7 @@ class Fused:
         if layout.rows < len(ids):
             for trial in same:
                 self._alone(trial.place.reads, trial.copy)
+            self._chunks = []
             return
         # of more samples, more would be kept
         largest = max(sum(math.prod(place.shape) * place.dtype.itemsize for place in chunk.places) for chunk in self._chunks)
@@ -250,7 +251,7 @@ class Fused:
 
     def _apart(self, layout: Layout) -> None:
         """Some places were reached otherwise than in the first batch: this batch of all places is handed over by itself."""
-        ids = self._samples.ids
+        ids = self._rows.ids
         every, rows = self._sampling.on(self._device, ids), self._halves()
         few = every if rows is None else every[rows]
         read = []
@@ -277,7 +278,7 @@ class Fused:
 
     def _halves(self) -> Tensor | None:
         """On the device, the rows that are read where positions are drawn; None: all."""
-        return sent(self._sampling.halves(self._samples.ids), self._device) if self._sampling.is_halved else None
+        return sent(self._sampling.halves(self._rows.ids), self._device) if self._sampling.is_halved else None
 
     def _waits(self, ids: Tensor | range) -> None:
         self._row += len(ids)

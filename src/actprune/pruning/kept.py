@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from actprune.core.hooks import Ear
 from actprune.pruning.reads import Hand, Reads
+
+if TYPE_CHECKING:
+    from actprune.statistics.kernels import Launch
 
 _KIND = attrgetter("shape", "dtype", "__class__")
 
@@ -66,8 +69,8 @@ class Chunk:
     def __init__(self, places: list[Place]) -> None:
         self.places = places
         self._seen, self._before = [place.seen for place in places], [place.before for place in places]
-        self.launches: list[Any] = []
-        """What kernels read, see ``statistics.kernels``."""
+        self.launches: list[Launch] = []
+        """What kernels read."""
         self.is_read = False
         """Whether that was done for the present batch."""
         self._expected: tuple[int, list[tuple[torch.Size, torch.dtype, type[Tensor]]]] = (0, [])

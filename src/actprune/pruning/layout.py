@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actprune.core.tensors import sent
+from actprune.core.tensors import listed, sent
 from actprune.pruning.kept import Chunk, Place
 from actprune.pruning.reads import Hand
 from actprune.pruning.updates import Company, Part
@@ -137,16 +137,17 @@ class Layout:
             row: that of the first sample.
             halved: whether only every second sample is read where positions are drawn.
         """
-        heads = self._heads(addresses, ids)
+        told = ids if isinstance(ids, range) and self._kernels.takes(ids) else None
+        heads = self._heads(addresses, listed(ids) if told is None else None)
         for launch in chunk.launches:
-            self._kernels.read(launch, heads, self.out, row, len(ids), ids if isinstance(ids, range) else None, halved)
+            self._kernels.read(launch, heads, self.out, row, len(ids), told, halved)
 
-    def _heads(self, addresses: list[int], ids: Tensor | range) -> Tensor:
+    def _heads(self, addresses: list[int], ids: Tensor | None) -> Tensor:
         """What a kernel is told of a batch, on the device; the host does not wait for the copy.
 
         An allocator gives a batch the memory that one before it had, so addresses that were sent once come again.
         """
-        if isinstance(ids, Tensor):
+        if ids is not None:
             return sent(torch.cat([torch.tensor(addresses, device="cpu"), ids]), self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
         key = (stream, *addresses)

@@ -9,9 +9,6 @@ from actprune.core.tensors import listed
 from actprune.graph import is_recurrent
 from actprune.pruning.sampling import Sampling
 
-_START, _STEP = 1 << 62, 1 << 31
-"""Below these, what a range has is told to a kernel in integers of 32 bits."""
-
 
 class Rows:
     """The samples of one batch after another.
@@ -35,7 +32,7 @@ class Rows:
 
     def begin(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next, (N,); those of id -1 are left out."""
-        if isinstance(sample_ids, range) and not (0 <= sample_ids.start < _START and 0 < sample_ids.step < _STEP):
+        if isinstance(sample_ids, range) and sample_ids and min(sample_ids[0], sample_ids[-1]) < 0:
             sample_ids = listed(sample_ids)
         self.labels, self._counted, self._ids = labels, None, None
         self.announced = self.numbers = sample_ids if isinstance(sample_ids, range) else sample_ids.clone()

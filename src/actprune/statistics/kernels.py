@@ -24,7 +24,8 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 _COMPILED: dict[object, Any] = {}
 _BLOCK, _WORDS = 1024, 8192
 _LINES, _WIDTH = 32, 64
-_LOW = (1 << 31) - 1
+_HALF = 31
+"""Bits of an id that a kernel is told at once: what fits in 32 bits is of one type whatever it is, so it is compiled once."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND = tl.constexpr(0x94D049BB133111EB)
@@ -52,7 +53,7 @@ class Source(NamedTuple):
 
 ALL, DRAWN, MEAN = 0, 1, 2
 _FIELDS = tl.constexpr(8)
-_IS_DRAWN, _IS_MEAN = tl.constexpr(DRAWN), tl.constexpr(MEAN)
+_IS_DRAWN, _IS_MEAN, _BITS = tl.constexpr(DRAWN), tl.constexpr(MEAN), tl.constexpr(_HALF)
 
 
 class Launch(NamedTuple):
@@ -62,7 +63,7 @@ class Launch(NamedTuple):
     """(S, 8) int32, fields of ``Source``."""
     widest: int
     """The greatest channels times k of what is not a mean."""
-    means: int
+    widest_mean: int
     """The greatest channels of means."""
     dtype: torch.dtype
     """Of what is read, one of ``TYPES``."""
@@ -82,12 +83,17 @@ def try_out(device: torch.device) -> None:
 
 def launched(sources: list[Source], dtype: torch.dtype, device: torch.device) -> Launch:
     """Sources of one type as a kernel takes them."""
-    widest, means = (
+    widest, widest_mean = (
         max((source.channels * source.k for source in sources if (source.how == MEAN) == is_mean), default=0)
         for is_mean in (False, True)
     )
     with torch.inference_mode(False):
-        return Launch(torch.tensor(sources, dtype=torch.int32, device=device), widest, means, dtype)
+        return Launch(torch.tensor(sources, dtype=torch.int32, device=device), widest, widest_mean, dtype)
+
+
+def takes(ids: range) -> bool:
+    """Whether ``read`` can be told these."""
+    return 0 <= ids.start < 1 << 2 * _HALF and 0 < ids.step < 1 << _HALF
 
 
 def read(
@@ -108,13 +114,13 @@ def read(
         out: where it is written.
         row: of ``out``, that of the first sample.
         n_samples: N.
-        ids: of the samples, at least 0, no further apart than 2^31.
+        ids: of the samples, such that ``takes``.
         halved: where positions are drawn, only the samples of ``every_second`` are read, and other rows are not written.
     """
-    programs = max(triton.cdiv(n_samples * launch.widest, _BLOCK), triton.cdiv(n_samples * launch.means, _LINES))
-    # in halves: all numbers are of 32 bits whatever they are, or a kernel would be compiled for others as well
+    programs = max(triton.cdiv(n_samples * launch.widest, _BLOCK), triton.cdiv(n_samples * launch.widest_mean, _LINES))
     first, step = (ids.start, ids.step) if ids is not None else (0, 0)
-    arguments = (heads, launch.sources, out, row, n_samples, len(heads) - n_samples, first >> 31, first & _LOW, step)
+    high, low = divmod(first, 1 << _HALF)
+    arguments = (heads, launch.sources, out, row, n_samples, len(heads) - n_samples, high, low, step)
     constants = (ids is not None, halved, TYPES[launch.dtype], _BLOCK, _LINES, _WIDTH)
     _launch(_read, (programs, len(launch.sources), 1), arguments, constants)
 
@@ -169,36 +175,40 @@ def _read(
     place, channels, space, k = tl.load(source), tl.load(source + 1), tl.load(source + 2), tl.load(source + 3)
     how, column, units, base = tl.load(source + 4), tl.load(source + 5), tl.load(source + 6), tl.load(source + 7)
     x = tl.load(heads + place).to(tl.pointer_type(DTYPE))
+    # other places, or the other kind, may need more programs than this one
     if how == _IS_MEAN:
-        line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-        there = line < n_samples * channels
-        total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
-        for start in range(0, space, WIDTH):
-            within = start + tl.arange(0, WIDTH)
-            both = there[:, None] & (within < space)[None, :]
-            total += tl.load(x + line.to(tl.int64)[:, None] * space + within[None, :], mask=both, other=0).to(tl.float32)
-        mean = tl.sum(total, 1) / space
-        tl.store(out + base + (row + line // channels) * units + column + line % channels, mean, mask=there)
-    else:
+        if tl.program_id(0) < tl.cdiv(n_samples * channels, LINES):
+            _means(x, out + base, row, n_samples, channels, space, column, units, LINES, WIDTH)
+    elif tl.program_id(0) < tl.cdiv(n_samples * channels * k, BLOCK):
         element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = element < n_samples * channels * k
         sample, channel, stratum = element // (channels * k), (element // k) % channels, element % k
-
         if RANGE:
-            numbers = (high.to(tl.int64) << 31) + low + sample.to(tl.int64) * step
+            ids = (high.to(tl.int64) << _BITS) + low + sample.to(tl.int64) * step
         else:
-            numbers = tl.load(heads + n_addresses + sample, mask=inside, other=0)
-        ids = numbers.to(tl.uint64, bitcast=True)
-        key = _mix(ids ^ _SEED)
+            ids = tl.load(heads + n_addresses + sample, mask=inside, other=0)
+        key = _mix(ids.to(tl.uint64, bitcast=True) ^ _SEED)
         if HALVED:
             inside = inside & ((how != _IS_DRAWN) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
         lower, upper = stratum * space // k, (stratum + 1) * space // k
         drawn = lower + ((_mix(key ^ stratum.to(tl.uint64)) >> 1) % (upper - lower).to(tl.uint64)).to(tl.int32)
         rotation = ((_mix(key ^ _ROTATION) >> 1) % space.to(tl.uint64)).to(tl.int32)
         at = tl.where(how == _IS_DRAWN, (drawn + rotation) % space, stratum)
-
         value = tl.load(x + (sample.to(tl.int64) * channels + channel) * space + at, mask=inside, other=0).to(tl.float32)
         tl.store(out + base + ((row + sample) * units + column + channel) * k + stratum, value, mask=inside)
+
+
+@triton.jit
+def _means(x, out, row, n_samples, channels, space, column, units, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    inside = line < n_samples * channels
+    total = tl.zeros((LINES, WIDTH), dtype=tl.float32)
+    for start in range(0, space, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        read = inside[:, None] & (at < space)[None, :]
+        total += tl.load(x + line.to(tl.int64)[:, None] * space + at[None, :], mask=read, other=0).to(tl.float32)
+    value = tl.sum(total, 1) / space
+    tl.store(out + (row + line // channels) * units + column + line % channels, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
