@@ -83,7 +83,9 @@ def test_state_entropy_counts_on_against_off():
     ("options", "message"),
     [
         ({"bias_correction": "jackknife"}, "bias_correction='jackknife' is not known; choose one of none, miller"),
-        ({"bins": 0}, "bins=0 must lie in"),
+        ({"bins": 0}, "bins=0 must be an integer in"),
+        ({"bins": 64.5}, "bins=64.5 must be an integer in"),
+        ({"bins": True}, "bins=True must be an integer in"),
         ({"range": "all"}, "range='all' is not known"),
         ({"pool": "max"}, "pool='max' is not known"),
     ],

@@ -113,7 +113,9 @@ def test_the_relative_error_of_replicates_is_what_messages_say(replicates):
         ({"function_class": "deep"}, "function_class='deep' is not known; choose one of linear, threshold, layer"),
         ({"estimate": "exact"}, "estimate='exact' is not known; choose one of monte_carlo, closed_form"),
         ({"function_class": "threshold", "estimate": "closed_form"}, "'threshold' has no closed form; set estimate"),
-        ({"replicates": 0}, r"replicates=0 must be 1 or more; the relative error is 0.76 / sqrt\(replicates\)"),
+        ({"replicates": 0}, r"replicates=0 must be an integer of 1 or more; the relative error is 0.76 / sqrt\(replicates\)"),
+        ({"replicates": 2.5}, r"replicates=2.5 must be an integer of 1 or more"),
+        ({"seed": 1.5}, r"seed=1.5 must be an integer"),
         ({"pool": "max"}, "pool='max' is not known"),
     ],
 )

@@ -97,8 +97,8 @@ def test_pooled_maps_must_not_be_sampled():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bins": 1}, r"bins=1 must lie in \[2, 65536\]"),
-        ({"bins": 70_000}, r"bins=70000 must lie in"),
+        ({"bins": 1}, r"bins=1 must be an integer in \[2, 65536\]"),
+        ({"bins": 70_000}, r"bins=70000 must be an integer in"),
         ({"range": "model"}, "range='model' is not known; choose one of layer, unit"),
         ({"pool": "max"}, "pool='max' is not known; choose one of positions, gap"),
     ],

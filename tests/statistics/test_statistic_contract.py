@@ -460,8 +460,8 @@ def test_labels_outside_the_classes_raise_once_it_counts(wrong):
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (ClassHistogram, {"classes": 0}, "classes=0 must be at least 1; use the number of classes"),
-        (ClassHistogram, {"bins": 1, "classes": 2}, r"bins=1 must lie in \[2, 65536\]"),
+        (ClassHistogram, {"classes": 0}, "classes=0 must be an integer of at least 1; use the number of classes"),
+        (ClassHistogram, {"bins": 1, "classes": 2}, r"bins=1 must be an integer in \[2, 65536\]"),
         (ClassHistogram, {"range": "all"}, "range='all' is not known; choose one of layer, unit"),
         (ClassHistogram, {"pool": "max"}, "pool='max' is not known"),
         *((MapRank, {"shape": it}, "must be .height, width., two whole") for it in (3, [8], [8, 0], [-4, -4], [2.0, 8], "48")),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from actprune.core.errors import ConfigError
+from actprune.core.errors import ConfigError, is_whole
 from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.criteria.combine import score_sites
 from actprune.criteria.entropy import CORRECTIONS, entropy, miller_madow
@@ -51,8 +51,8 @@ class LabelInformation(Criterion):
         """Check the options before any work is done."""
         if self.bias_correction not in CORRECTIONS:
             raise ConfigError(f"bias_correction={self.bias_correction!r} is not known; choose one of {', '.join(CORRECTIONS)}")
-        if self.classes < 2:
-            raise ConfigError(f"classes={self.classes} must be at least 2; use the number of classes of the data")
+        if not (is_whole(self.classes) and self.classes >= 2):
+            raise ConfigError(f"classes={self.classes} must be an integer of at least 2; use the number of classes of the data")
         self._histogram(1)
 
     def _histogram(self, n_units: int) -> ClassHistogram:

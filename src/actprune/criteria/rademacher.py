@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError
+from actprune.core.errors import ConfigError, is_whole
 from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.criteria.combine import score_sites
 from actprune.criteria.walks import threshold_complexity
@@ -69,8 +69,12 @@ class Rademacher(Criterion):
                 raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(k for k in known if k)}")
         if self.function_class == "threshold" and self.estimate == "closed_form":
             raise ConfigError("function_class='threshold' has no closed form; set estimate='monte_carlo'")
-        if self.replicates < 1:
-            raise ConfigError(f"replicates={self.replicates} must be 1 or more; the relative error is 0.76 / sqrt(replicates)")
+        if not (is_whole(self.replicates) and self.replicates >= 1):
+            raise ConfigError(
+                f"replicates={self.replicates} must be an integer of 1 or more; the relative error is 0.76 / sqrt(replicates)"
+            )
+        if not is_whole(self.seed):
+            raise ConfigError(f"seed={self.seed!r} must be an integer")
         self._statistic(1)
 
     @property

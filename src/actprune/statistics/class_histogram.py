@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.errors import ConfigError, ObservationError, is_whole
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.dyadic import equal_bins, power_of_two, rebin, window
 from actprune.statistics.histogram import FINENESS, RANGES
@@ -51,10 +51,10 @@ class ClassHistogram(Accumulator):
         zero_bin: bool = True,
     ) -> None:
         super().__init__(n_units)
-        if classes < 1:
-            raise ConfigError(f"classes={classes} must be at least 1; use the number of classes of the data")
-        if not 2 <= bins <= 65536:
-            raise ConfigError(f"bins={bins} must lie in [2, 65536]; 8 to 64 are usual")
+        if not (is_whole(classes) and classes >= 1):
+            raise ConfigError(f"classes={classes} must be an integer of at least 1; use the number of classes of the data")
+        if not (is_whole(bins) and 2 <= bins <= 65536):
+            raise ConfigError(f"bins={bins} must be an integer in [2, 65536]; 8 to 64 are usual")
         if range not in RANGES:
             raise ConfigError(f"range={range!r} is not known; choose one of {', '.join(RANGES)}")
         check_pool(pool)

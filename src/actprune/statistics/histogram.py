@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError
+from actprune.core.errors import ConfigError, is_whole
 from actprune.core.tensors import sent
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.dyadic import bin_index, columns, equal_bins, rebin, window
@@ -62,8 +62,8 @@ class Histogram(Accumulator):
         self, n_units: int, bins: int = 64, range: str = "layer", pool: str = "positions", zero_bin: bool = True
     ) -> None:
         super().__init__(n_units)
-        if not 2 <= bins <= 65536:
-            raise ConfigError(f"bins={bins} must lie in [2, 65536]; 16 to 256 are usual")
+        if not (is_whole(bins) and 2 <= bins <= 65536):
+            raise ConfigError(f"bins={bins} must be an integer in [2, 65536]; 16 to 256 are usual")
         if range not in RANGES:
             raise ConfigError(f"range={range!r} is not known; choose one of {', '.join(RANGES)}")
         check_pool(pool)
