@@ -118,7 +118,8 @@ class _Shrinking:
     def _restart(self) -> None:
         """Nothing is pending."""
         self._inverse_blocks, self._square_blocks = self._blocks(self._inverse), self._blocks(self._squares)
-        self._v, self._half = (self._inverse.new_zeros(len(self._inverse), _PENDING * self._k) for _ in range(2))
+        n = len(self._inverse)
+        self._v, self._half = (self._inverse.new_zeros(n, min(n, _PENDING * self._k)) for _ in range(2))
         self._n_pending = 0
 
     def _blocks(self, x: Tensor) -> Tensor:
