@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from actprune import Budget, Pruner, criteria
+from actprune import Budget, Pruner, analyze, criteria
 from actprune.core.errors import ConfigError
-from actprune.pruning import Panel
+from actprune.pruning import Panel, Removals
 from actprune.pruning.batches import observe_pairs
 from actprune.statistics import Moments
 from zoo import build
@@ -77,3 +77,23 @@ def test_a_group_that_one_of_them_cannot_score():
 def test_a_panel_of_none_raises():
     with pytest.raises(ConfigError, match="a panel of 0 criteria"):
         Panel({})
+
+
+def test_units_are_taken_in_the_order_of_scores_that_differ_by_little():
+    class Ranked(criteria.Random):
+        def score(self, view):
+            return super().score(view).argsort().double()
+
+    class Close(Ranked):
+        def score(self, view):
+            return 1 + 2.0**-40 * super().score(view)
+
+    model, example = build("ConvBn")
+    torch.manual_seed(0)
+    pairs = [(torch.randn(5, *example.shape[1:]), torch.randint(0, 4, (5,)))]
+    removals = Removals(shares=(0.25, 0.5), n_units=1, draws=1)
+    found = analyze(model, example, pairs, pairs, criteria={"ranked": Ranked(), "close": Close()}, removals=removals)
+    for group in found.groups:
+        losses = {name: [r.loss for r in group.removals if r.criterion == name] for name in found.criteria}
+        assert losses["close"] == losses["ranked"]
+        assert len(losses["close"]) == 4

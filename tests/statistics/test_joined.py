@@ -122,5 +122,5 @@ def test_a_nan_is_reported_by_its_own_part(make):
         whole.update(torch.cat(sites, 1), ids)
     parts[0].compute()
     parts[1].compute()
-    with pytest.raises(ObservationError, match=r"1 of 5 units had NaN or Inf activations, first in batch 2;"):
+    with pytest.raises(ObservationError, match=r"1 of 5 units had NaN or Inf activations, .* first in batch 2;"):
         parts[2].compute()

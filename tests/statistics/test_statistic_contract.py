@@ -343,7 +343,7 @@ def test_nan_and_inf_are_counted_and_raise(case, value):
     for batch in (x, broken, x, broken):
         feed(statistic, batch, IDS)
     assert statistic.nonfinite.tolist() == [0, 2, 0, 2, 0]
-    with pytest.raises(ObservationError, match=r"2 of 5 units had NaN or Inf activations, first in batch 5;"):
+    with pytest.raises(ObservationError, match=r"2 of 5 units had NaN or Inf activations, .* first in batch 5;"):
         statistic.compute()
     merged = merge_shards([[run(case, x)], [statistic]])[0]
     with pytest.raises(ObservationError, match=r"2 of 5 units .* first in another rank"):

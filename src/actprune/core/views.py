@@ -36,7 +36,7 @@ class Statistic(Metric):
     n_samples: Tensor
     """() samples seen."""
     nonfinite: Tensor
-    """(U,) batches in which a NaN or Inf was seen, per unit."""
+    """(U,) batches in which a NaN or Inf was seen, or sums of finite float32 numbers overflowed, per unit."""
 
     def update(
         self,

@@ -1,6 +1,8 @@
 """What a unit's activation says about the class of the sample.
 
-Formula: I(u) = H(bin) + H(class) - H(bin, class) in nats, from the counts of (class, bin) pairs over all samples.
+Formula: I(u) = sum_cb p_cb ln(p_cb / (p_c p_b)) = H(bin) + H(class) - H(bin, class) in nats, from the counts of (class, bin)
+pairs over all samples; exactly 0 where the two are independent, as of a unit that always says the same. Samples of one class
+tell no units apart: there is no score then.
 Miller-Madow adds (filled bins + filled classes - filled pairs - 1) / (2 n), which cancels the first-order bias upwards of the
 plug-in estimate, and is cut off at 0. The bias is worth cancelling where pairs are many and samples few: it is about
 (bins - 1)(classes - 1) / (2 n), 0.15 nats for 16 bins, 10 classes and 450 images.
@@ -17,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from actprune.core.errors import ConfigError, is_whole
 from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.criteria.combine import score_sites
-from actprune.criteria.entropy import CORRECTIONS, entropy, miller_madow
+from actprune.criteria.entropy import CORRECTIONS, miller_madow
 from actprune.statistics import ClassHistogram
 
 
@@ -33,6 +36,8 @@ class LabelInformation(Criterion):
     Raises:
         ConfigError: an option is outside what it may be.
     """
+
+    unscored = "all observed samples are of one class; observe samples of several classes, or choose another criterion"
 
     classes: int = 10
     """How many classes there are; a label outside [0, classes) is an error."""
@@ -62,9 +67,11 @@ class LabelInformation(Criterion):
         """One histogram per class and site."""
         return {"labelled_histogram": self._histogram}
 
-    def score(self, view: GroupView) -> Tensor:
-        """Mutual information in nats."""
-        return score_sites(view, "labelled_histogram", self._score)
+    def score(self, view: GroupView) -> Tensor | None:
+        """Mutual information in nats; None where all samples are of one class."""
+        information = score_sites(view, "labelled_histogram", self._score)
+        several = (site.compute().sum((0, 2)).count_nonzero() > 1 for site in view.statistics["labelled_histogram"])
+        return information if information.any() or any(several) else None
 
     def _score(self, histogram: Statistic) -> Tensor:
         counts = histogram.compute()  # (U, classes, bins)
@@ -79,5 +86,7 @@ def mutual_information(
     counts: Tensor,  # (..., C, B) counts
 ) -> Tensor:
     """Plug-in mutual information of the last two dimensions, in nats."""
-    together = entropy(counts.flatten(-2))
-    return entropy(counts.sum(-2)) + entropy(counts.sum(-1)) - together
+    total = counts.sum((-2, -1), keepdim=True)
+    apart = counts.sum(-2, keepdim=True) * counts.sum(-1, keepdim=True)
+    # the quotient of independent counts is exactly 1, where a difference of entropies would be rounding noise
+    return (torch.xlogy(counts, counts * total / apart.clamp(min=1)) / total).sum((-2, -1))

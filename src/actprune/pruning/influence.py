@@ -311,7 +311,8 @@ def _rows(
         drawn = name == RANDOM
         rankings = []
         for draw in range(removals.draws if drawn else 1):
-            values = {g.name: torch.zeros(g.size) if drawn else torch.tensor(scores[g.name][name]) for g in scored}
+            known = {g.name: [0.0] * g.size if drawn else scores[g.name][name] for g in scored}
+            values = {group: torch.tensor(score, dtype=torch.float64) for group, score in known.items()}
             rankings.append({g.name: _order(values[g.name], removals.seed + 1 + draw, g) for g in scored})
         for end in ("random",) if drawn else ("lowest", "highest"):
             for share in removals.shares:

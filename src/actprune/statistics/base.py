@@ -1,4 +1,4 @@
-"""What every statistic of this room shares: input checks, precision, the watch for NaN and Inf, an honest ``compute``.
+"""What every statistic of this room shares: checks of input, precision, the watch for NaN and Inf, an honest ``compute``.
 
 Subclasses write ``accumulate`` (one batch into the sums) and ``evaluate`` (sums to values). Nothing here reads a
 number back from the device during ``update``: a NaN is counted there and reported by ``compute``.
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 POOLS = ("positions", "gap")
+LARGEST = 2.0**64
+"""Finite float32 numbers from here on, 1.8e19, have squares, and may have sums over a map, that are infinite."""
 
 
 class Accumulator(Statistic):
@@ -45,7 +47,7 @@ class Accumulator(Statistic):
     _is_bare: bool = False
     """Whether the states are those of others as well, see ``another``."""
     first_nonfinite: Tensor
-    """(U,) number of the first batch, from 0, in which this process saw a NaN or Inf; inf for none."""
+    """(U,) number of the first batch, from 0, in which this process saw what ``nonfinite`` counts; inf for none."""
 
     def __init__(self, n_units: int) -> None:
         if n_units < 1:
@@ -125,14 +127,14 @@ class Accumulator(Statistic):
             self._report(~torch.isfinite(witness), x.float(), sizes or [len(x)], batches or [self.update_count - 1])
 
     def _report(self, bad: Tensor, x: Tensor, sizes: Sequence[int], batches: Sequence[int]) -> None:
-        """Note which units (U,) had a NaN or Inf, and in which batch the first one was."""
+        """Note which units (U,) had a NaN or Inf, or sums that are, and in which batch the first one was."""
         self.nonfinite.add_(bad)
         if len(sizes) == 1:
             when = torch.full_like(self.first_nonfinite, float(batches[0])).masked_fill_(~bad, torch.inf)
         else:  # all at once: a device would take longer for each batch than for its numbers
             counts = torch.tensor(sizes, device="cpu")
             numbers = torch.tensor(batches, dtype=torch.float32, device="cpu").repeat_interleave(counts)
-            fine, rows = torch.isfinite(x).all(2), sent(numbers, x.device)
+            fine, rows = (x.abs().amax(2) < LARGEST) | ~bad, sent(numbers, x.device)
             when = rows.unsqueeze(1).expand_as(fine).masked_fill(fine, torch.inf).amin(0).to(self.first_nonfinite.dtype)
         torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
 
@@ -162,13 +164,13 @@ class Accumulator(Statistic):
         """The statistic's values in float64, first dimension U.
 
         Raises:
-            ObservationError: no sample was seen, or a NaN or Inf was.
+            ObservationError: no sample was seen, or a NaN or Inf was, or sums or squares of float32 numbers overflowed.
         """
         self.check()
         return self.evaluate()
 
     def check(self) -> None:
-        """Raise unless there are samples and all activations were finite."""
+        """Raise unless there are samples, and all activations and their sums were finite."""
         if self.n_samples == 0:
             raise ObservationError(
                 f"{type(self).__name__} saw 0 samples, needs at least 1; observe validation batches before scoring"
@@ -178,8 +180,9 @@ class Accumulator(Statistic):
             first = self.first_nonfinite.min()
             where = "another rank" if first.isinf() else f"batch {int(first)}"
             raise ObservationError(
-                f"{bad} of {self.n_units} units had NaN or Inf activations, first in {where}; "
-                "lower the learning rate or the precision's range, and check the input data"
+                f"{bad} of {self.n_units} units had NaN or Inf activations, or such above {LARGEST:.1e} whose squares or sums "
+                f"over a map exceed float32 (3.4e38), first in {where}; lower the learning rate, use a precision of wider "
+                "range, and check the input data and their scale"
             )
 
     @abstractmethod
@@ -191,7 +194,7 @@ class Accumulator(Statistic):
         """Add one batch to the sums, in place.
 
         Returns:
-            Tensor (U,), finite where and only where the unit's activations in this batch are.
+            Tensor (U,), finite where and only where the unit's activations in this batch, and sums of them in float32, are.
         """
 
     @abstractmethod
