@@ -45,7 +45,6 @@ JOBS = {
     "budget of nothing": (["+budget.flops=0.5"], ConfigError, "nothing counts flops; it takes params, macs, units"),
     "budget of what": (["budget=0.5"], ConfigError, "budget=0.5 must say of what: budget.params=0.5 or budget.macs=0.5 or"),
     "number for a list": (["model.widths=32"], ConfigError, r"model.widths=32 must be a list, e.g. model.widths=\[32\]"),
-    "no map": (["pruner=hrank", "pruner.criterion.shape=3"], ConfigError, "pruner.criterion.shape=3 must be a list"),
     "learning rate": (["optimizer.lr=-1"], ConfigError, "optimizer: ValueError: Invalid learning rate: -1; check"),
     "rate as text": (["optimizer.lr=fast"], ConfigError, "optimizer.lr='fast' must be float"),
     "nothing may leave": (["pruner.selection.max_ratio=0"], BudgetError, "than what max_ratio=0 leaves; raise max_ratio"),

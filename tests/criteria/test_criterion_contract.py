@@ -206,7 +206,6 @@ CASES = [
     Case(Variance(), lambda x, w: x.var((0, 2))),
     Case(ZeroRate(), lambda x, w: (x != 0).mean((0, 2))),
     Case(HRank(), map_rank),
-    Case(HRank(shape=(SIDE, SIDE)), map_rank),
     Case(Magnitude(), lambda x, w: np.linalg.norm(w, axis=1)),
     Case(Magnitude(p=1), lambda x, w: np.abs(w).sum(1)),
     Case(FPGM(), lambda x, w: scipy.spatial.distance.cdist(w, w).sum(1)),
@@ -223,6 +222,8 @@ def observe(criterion, *sites):
     statistics = {}
     for key, build in criterion.statistics().items():
         statistics[key] = [build(x.shape[1]) for x in sites]
+        if statistics[key][0].takes_maps:
+            sites = [x.unflatten(2, (1, SIDE, SIDE)) for x in sites]
         for statistic, x in zip(statistics[key], sites, strict=True):
             for part, ids in zip(x.split([5, 1, 2]), torch.arange(N).split([5, 1, 2]), strict=True):
                 statistic.update(part, ids, LABELS[ids]) if statistic.needs_labels else statistic.update(part, ids)

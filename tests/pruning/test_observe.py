@@ -18,7 +18,7 @@ from zoo import Attention, build
 class Recorder:
     """A statistic that keeps what it is given."""
 
-    needs_labels, differentiates, means_do = False, None, False
+    needs_labels, differentiates, means_do, takes_maps = False, None, False, False
 
     whole_maps = True
 

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from actprune.core.errors import ConfigError, ObservationError
-from actprune.statistics import LinearRademacher, MapRank
+from actprune.statistics import LinearRademacher
 
 
 class AllSigns(LinearRademacher):
@@ -77,15 +77,3 @@ def test_pooled_maps_must_not_be_sampled():
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LinearRademacher(3, **options)
-
-
-def test_rank_of_known_maps_and_refusal_of_unknown_shapes():
-    half = torch.diag(torch.tensor([1.0, 2, 3, 0, 0, 0]))
-    maps = torch.stack([torch.zeros(6, 6), torch.ones(6, 6), torch.eye(6), half])
-    statistic = MapRank(4)
-    statistic.update(maps.flatten(1).unsqueeze(0), torch.tensor([0]))
-    assert statistic.compute().tolist() == [0, 1, 6, 3]
-    with pytest.raises(ConfigError, match=r"maps of 12 positions are not 3 x 3; give the map's \(height, width\)"):
-        MapRank(1).update(torch.ones(1, 1, 12), torch.tensor([0]))
-    with pytest.raises(ConfigError, match="maps of 12 positions are not 2 x 5"):
-        MapRank(1, shape=(2, 5)).update(torch.ones(1, 1, 12), torch.tensor([0]))

@@ -24,6 +24,9 @@ class Statistic(Metric):
 
     whole_maps: bool = False
     """True: needs every position of a map, in row-major order; a sample of positions will not do."""
+    takes_maps: bool = False
+    """True: x is (N, U, M, *extents), whole maps in their own extents (H, W): M of each unit, one per channel that it has there
+    and per row of a sample (a window, a frame). Where a linear layer reads numbers there are no extents."""
     means_do: bool = False
     """True: of every map only the mean counts; it may be given in the map's place, as one position."""
     needs_labels: bool = False

@@ -30,6 +30,8 @@ class Site:
     """The activation's channel dimension, from the end."""
     positions: NDArray[np.int64]
     """(n_units, k) positions of every unit along ``dim``."""
+    flattened: tuple[int, ...] = ()
+    """Extents that were flattened to ``dim``, -1 in the channels' place: (-1, 7, 7) where units are maps; () for none."""
 
 
 @dataclass(frozen=True)

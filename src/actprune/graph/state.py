@@ -83,6 +83,8 @@ class TraceState(Naming, Splits):
     remains: ByTensor[bool] = field(default_factory=ByTensor)  # False: what has left is not zero there (``remains.py``)
     constants: ByTensor[Constant] = field(default_factory=ByTensor)
     sums: ByTensor[Sum] = field(default_factory=ByTensor)
+    flattened: dict[int, tuple[NDArray[np.int64], tuple[int, ...]]] = field(default_factory=dict)
+    """``id(ids)`` -> ids of a dimension that others were flattened to, and their extents, -1 for what may be cut."""
     filled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """``id(ids)`` -> ids of the dimensions of constants, samples among them."""
     _pending: ByTensor[tuple[NDArray[np.int64], str]] = field(default_factory=ByTensor)

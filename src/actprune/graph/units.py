@@ -188,7 +188,9 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
         last = whole or isinstance(module, nn.Linear)
         dim = (-1 if last else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))
-        latest[path] = Site(name, path, None if own else contraction.ordinal, contraction.operand, dim, positions)
+        _, extents = state.flattened.get(id(contraction.reads), (None, ()))
+        ordinal = None if own else contraction.ordinal
+        latest[path] = Site(name, path, ordinal, contraction.operand, dim, positions, extents)
         sites.append(latest[path])
     return sites
 

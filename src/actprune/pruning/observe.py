@@ -176,7 +176,7 @@ class Observation:
                 f"{len(self._rows.announced)} samples, so its rows have no label; choose a criterion without labels"
             )
         as_read = x.shape == read.shape and dim % x.dim() == 1 and ids is self._rows.ids
-        reads.hand_over(x, ids, self._rows.labels, as_read)
+        reads.hand_over(x, ids, self._rows.labels, as_read, several=x.dim() > read.dim() > 1)
 
     def _channels(self, consumer: Consumer, layer: Layer, statistic: Statistic, compensation: Compensation, x: Tensor) -> None:
         if self._paused:

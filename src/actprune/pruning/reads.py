@@ -39,12 +39,15 @@ class Hand:
     """What is handed over in one piece."""
 
     how: str
-    """``few`` positions, ``all`` where there are no more than that, the ``mean`` of each map, or ``whole`` maps of any size."""
+    """``few`` positions, ``all`` where there are no more than that, the ``mean`` of each map, ``whole`` maps of any size, or
+    ``maps``, which keep their extents."""
     channels: Tensor | None
     """(U, width) channels of every unit, where units have several."""
     parts: list[Part]
     later: bool
     """Whether all parts may wait."""
+    flattened: tuple[int, ...] = ()
+    """Of ``maps`` of units with several channels, see ``Site``."""
 
 
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
@@ -142,7 +145,9 @@ class Reads:
             hands = self._hands[space, device] = self._divided(space, device)
         return hands
 
-    def hand_over(self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False) -> None:
+    def hand_over(
+        self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False, several: bool = False
+    ) -> None:
         """Hand one batch to the statistics.
 
         Args:
@@ -150,14 +155,18 @@ class Reads:
             ids: (N,) of the samples.
             labels: (N,) their classes, where ``needs_labels``.
             as_read: x lies as the place reads it, so that the next batch may be expected to lie so, too.
+            several: the last of the positions counts rows of a sample.
         """
-        shape = tuple(x.shape)
+        shape, maps = tuple(x.shape), x
         self._tell_layers(x)
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
         hands = self._hands_of(x.shape[2], x.device)
         plain = as_read and x.is_contiguous()
         for hand in hands:
-            given, there = self._made(hand, x, ids)
+            if hand.how == "maps":
+                given, there = _maps(hand, maps, several), self._sampling.on(x.device, ids)
+            else:
+                given, there = self._made(hand, x, ids)
             little = hand.how == "mean" or given.numel() <= _READY or not x.is_cpu
             plain &= hand.later and hand.channels is None and little
             if hand.later:
@@ -179,11 +188,13 @@ class Reads:
             of_units = None if width > 1 or index is None else index.flatten()
             usual = self._sampling.how(width * space)
             for key, statistic in statistics:
-                how = "mean" if statistic.means_do else "whole" if statistic.whole_maps else usual
+                all_of_it = "maps" if statistic.takes_maps else "whole" if statistic.whole_maps else usual
+                how = "mean" if statistic.means_do else all_of_it
                 one = Part(key, self._make[key], statistic, of_units)
                 # a view into what the network goes on with must not wait
-                later = one.waits and not statistic.needs_labels and how != "whole"
-                found.setdefault((how, later, id(channels)), Hand(how, channels, [], later)).parts.append(one)
+                later = one.waits and not statistic.needs_labels and how not in ("whole", "maps")
+                hand = Hand(how, channels, [], later, site.flattened)
+                found.setdefault((how, later, id(channels)), hand).parts.append(one)
         for _, part in self.folded:
             found.setdefault(("mean", part.waits, id(None)), Hand("mean", None, [], part.waits)).parts.append(part)
         return list(found.values())
@@ -206,6 +217,17 @@ class Reads:
         if hand.how == "mean":
             x = x.mean(2, keepdim=True, dtype=torch.float32)
         return x, self._sampling.on(x.device, ids)
+
+
+def _maps(hand: Hand, x: Tensor, several: bool) -> Tensor:
+    """(N, C or U, M, *extents): the maps of channels or units, of x (N, C, *extents), or (N, C, *extents, R) of R rows each."""
+    x = x.movedim(-1, 2) if several else x.unsqueeze(2)
+    if hand.channels is None:
+        return x
+    x = x.index_select(1, hand.channels.flatten()).unflatten(1, hand.channels.shape)
+    if x.dim() == 4 and hand.flattened:  # (N, U, k, R)
+        x = x.movedim(2, 3).unflatten(3, hand.flattened).movedim(3 + hand.flattened.index(-1), 3)
+    return x.flatten(2, 3)
 
 
 def is_identity(at: NDArray[np.int64]) -> bool:  # (n_units, k)

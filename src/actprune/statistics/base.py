@@ -89,7 +89,7 @@ class Accumulator(Statistic):
 
     def update(
         self,
-        x: Tensor,  # (N, U, P)
+        x: Tensor,  # (N, U, P), or (N, U, M, *extents) where ``takes_maps``
         sample_ids: Tensor,  # (N,) int64
         labels: Tensor | None = None,  # (N,) integers
         sizes: Sequence[int] | None = None,
@@ -100,11 +100,13 @@ class Accumulator(Statistic):
         By default one batch, numbered by the updates so far.
 
         Raises:
-            ObservationError: the shapes are not (N, U, P) with this statistic's U, and (N,); or labels are missing.
+            ObservationError: the shapes are not those above with this statistic's U, and (N,); or labels are missing.
         """
-        if x.ndim != 3 or x.shape[1] != self.n_units or sample_ids.shape != x.shape[:1]:
+        fits = x.ndim == 3 or (self.takes_maps and x.ndim > 3)
+        if not fits or x.shape[1] != self.n_units or sample_ids.shape != x.shape[:1]:
+            of_unit = "M, *extents" if self.takes_maps else "P"
             raise ObservationError(
-                f"{type(self).__name__} takes activations (N, {self.n_units}, P) and N sample ids, "
+                f"{type(self).__name__} takes activations (N, {self.n_units}, {of_unit}) and N sample ids, "
                 f"got {tuple(x.shape)} and {tuple(sample_ids.shape)}"
             )
         if self.needs_labels:
@@ -188,7 +190,7 @@ class Accumulator(Statistic):
     @abstractmethod
     def accumulate(
         self,
-        x: Tensor,  # (N, U, P) float32
+        x: Tensor,  # (N, U, P) float32, or (N, U, M, *extents) where ``takes_maps``
         sample_ids: Tensor,  # (N,) int64; where ``needs_labels``, the labels instead
     ) -> Tensor:
         """Add one batch to the sums, in place.

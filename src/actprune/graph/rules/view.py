@@ -165,7 +165,9 @@ def merge(t: TraceState, parts: list[Ids], factors: list[int]) -> Ids:
     shape[axis] = factors[axis]
     ids = parts[axis]
     assert ids is not None
-    return np.broadcast_to(ids.reshape(shape), factors).ravel()
+    merged = np.broadcast_to(ids.reshape(shape), factors).ravel()
+    t.flattened[id(merged)] = merged, (*factors[:axis], -1, *factors[axis + 1 :])
+    return merged
 
 
 def reshape(t: TraceState, x: list[Ids], source: tuple[int, ...], target: tuple[int, ...]) -> list[Ids]:
