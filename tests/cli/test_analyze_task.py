@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
+from actprune.cli.scoring import criteria_named, own_settings
 from actprune.cli.trained import drawn_samples, fed, load_network
 from actprune.core.errors import ConfigError
 from actprune.report.influence import TABLES
@@ -106,6 +107,45 @@ def test_all_criteria_of_the_folder_by_default(config, weights, tmp_path):
     made_from = json.loads((tmp_path / "out" / "pieces" / "made_from.json").read_text())
     files = {path.stem for path in (CONF / "pruner").glob("[!_]*.yaml")}
     assert set(made_from["criteria"]) == files - {"none", "serene"}  # these rank nothing
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """As in a Hydra job that chose a pruner."""
+    return lambda name: monkeypatch.setattr("actprune.cli.scoring.choice", lambda group: name)
+
+
+def test_the_chosen_pruner_is_analyzed_as_it_is_set(config, chosen, weights, tmp_path, capsys):
+    chosen("entropy")
+    wanted = ("analyze.criteria=[entropy,rms]", "pruner.criterion.bins=8", "pruner.criterion.range=unit")
+    run_job(config(*TASK, f"weights={weights}", *wanted))
+    criteria = json.loads((tmp_path / "out" / "pieces" / "made_from.json").read_text())["criteria"]
+    assert "'bins': 8" in criteria["entropy"]
+    assert "'range': 'unit'" in criteria["entropy"]
+    summary = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert summary["settings"] == {"entropy": {"bins": 8, "range": "unit"}}
+    assert "settings that are not the default: entropy(bins=8, range=unit)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["pruner=entropy", "pruner=none", "pruner=serene"])
+def test_without_settings_criteria_are_those_of_their_files(config, chosen, override):
+    chosen(override.partition("=")[2])
+    job = resolved(config(override))
+    assert own_settings(job) == {}
+    assert criteria_named(["entropy"], job, "analyze.criteria")["entropy"].bins == 64
+
+
+def test_settings_of_a_criterion_that_is_not_analyzed_are_refused(config, chosen):
+    chosen("entropy")
+    message = r"pruner.criterion.bins=8 is of pruner=entropy, which is not among analyze.criteria=\[rms, label_information"
+    with pytest.raises(ConfigError, match=message):
+        run_job(config(*TASK, "pruner.criterion.bins=8"))
+
+
+def test_the_command_knows_which_pruner_was_chosen(command):
+    done = command("task=analyze", "pruner=rademacher", "pruner.criterion.replicates=8", "analyze.criteria=[rms]")
+    assert done.returncode == 1
+    assert "pruner.criterion.replicates=8 is of pruner=rademacher, which is not among analyze.criteria=[rms]" in done.stderr
 
 
 def test_an_untrained_network_is_told_of(config, caplog):
