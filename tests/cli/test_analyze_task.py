@@ -187,3 +187,9 @@ def test_a_network_is_fed_in_its_precision_and_whole_numbers_stay():
     net = torch.nn.Linear(3, 2).double()
     assert fed(net, torch.zeros(1, 3)).dtype == torch.float64
     assert fed(net, torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.int64
+
+
+def test_training_images_are_observed_as_they_are(config, weights, observed_by, training_images):
+    seen = observed_by("actprune.cli.analyze.analyze", config(*TASK, f"weights={weights}", "data.augment=true"))
+    assert len(seen) == 64
+    assert torch.cdist(seen.flatten(1), training_images.flatten(1)).min(1).values.max() < 1e-3

@@ -23,7 +23,7 @@ from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
 from actprune.cli.scoring import all_criteria, criteria_named, own_settings, spelled
-from actprune.cli.trained import drawn_samples, first_samples, load_network
+from actprune.cli.trained import drawn_samples, first_samples, load_network, ready_unaugmented
 from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
@@ -72,8 +72,7 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
         load_network(net, config.weights)
     elif config.model.get("weights") is None:
         _LOG.warning("weights=null: this network has learned nothing, and nor have its units; give weights=FILE")
-    data.prepare_data()
-    data.setup("fit")
+    ready_unaugmented(data)
     observed = first_samples(data.train_dataloader(), config.calibration)
     folder = Path(config.paths.output_dir)
     with _shown() as progress:

@@ -21,7 +21,7 @@ from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
 from actprune.cli.scoring import criteria_named, own_settings, spelled
-from actprune.cli.trained import accuracy, first_samples, load_network, read_network
+from actprune.cli.trained import accuracy, first_samples, load_network, read_network, ready_unaugmented
 from actprune.core.calling import evaluating
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of
@@ -79,10 +79,7 @@ def measure_networks(
         load_network(net, config.weights)
     else:
         _LOG.warning("weights=null: this network is as it was initialised, and every distance is 0; give weights=FILE")
-    if hasattr(data, "augment"):
-        data.augment = False  # norms and margins are those of the training images themselves
-    data.prepare_data()
-    data.setup("fit")
+    ready_unaugmented(data)
     measured = [_measured(LOADED, net, initial, data, settings)]
     for name, criterion in criteria.items():
         assert pruning is not None
