@@ -137,6 +137,18 @@ def test_units_of_equal_score_are_not_taken_in_their_order():
     assert removal.loss != pytest.approx(brute_force({"0": [0, 1]})[0], abs=1e-6)
 
 
+def test_criteria_without_scores_are_told_of(caplog):
+    model = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3))
+    chosen = {"scale": criteria.BatchNormScale(), "rms": criteria.RMS()}
+    analyze(model, DATA[0][0], DATA, VALIDATION, criteria=chosen, removals=REMOVALS)
+    (said,) = caplog.messages
+    assert said.startswith("scale scores 1 of 2 groups: ")
+    assert said.endswith("(not: 3)")
+    caplog.clear()
+    analyze(model[2:], torch.randn(1, 9), [torch.randn(7, 9)], [(torch.randn(7, 9), VALIDATION[0][1])], criteria=chosen)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["scale scores none of 1 groups"]
+
+
 def test_the_model_stays_as_it_was():
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

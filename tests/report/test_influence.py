@@ -1,5 +1,6 @@
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,13 @@ def test_how_much_is_noise_stands_below_the_effects():
     text = " ".join(printed(influence).split())
     assert "on 70 samples" in text
     assert "measured on two halves of the samples, agrees at +1.00: who knew it exactly would reach about +1.00 here" in text
+
+
+def test_what_scores_no_group_is_named():
+    influence = made()
+    assert "Without anything to go by" not in printed(influence)
+    text = " ".join(printed(replace(influence, criteria=(*influence.criteria, "batch_norm_scale"))).split())
+    assert "Without anything to go by in any group: batch_norm_scale." in text
 
 
 def test_only_the_baseline():

@@ -7,6 +7,7 @@ group at once gives the same for the whole network. Criteria observe one set of 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from actprune.pruning.pipeline import Pruner
 from actprune.pruning.prefix import prefixed
 from actprune.pruning.replacement import Replacement, Units
 from actprune.statistics.counter import uniform
+
+_LOG = logging.getLogger(__name__)
 
 RANDOM = "random"
 """Name of the baseline, which is always among the criteria."""
@@ -190,6 +193,7 @@ def analyze(
                 found.append(pieces.get(f"group{number:03d}", make))
             tell(total - 1, total, "whole network")
             whole = pieces.get("whole", partial(_whole, groups, scores["groups"], removals, measure))
+    _tell_unscored(panel.criteria, groups, scores["groups"])
     tell(total, total, "done")
     return Influence(
         params=pruner.params,
@@ -206,6 +210,14 @@ def analyze(
 
 def _say_nothing(done: int, total: int, name: str) -> None:
     """No progress is shown."""
+
+
+def _tell_unscored(criteria: Mapping[str, Criterion], groups: Sequence[Group], scores: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, criterion in criteria.items():
+        without = [group.name for group in groups if name not in scores[group.name]]
+        if without:
+            n, listed = len(groups) - len(without), f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+            _LOG.warning("%s scores %s of %d groups: %s (not: %s)", name, n or "none", len(groups), criterion.unscored, listed)
 
 
 def _scores(pruner: Pruner, panel: Panel, observed: Sequence[Pair], judge: Judge) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def influence_tables(influence: Influence, agreement: Agreement) -> RenderableTy
         Text(_LEGEND.format(share=share, alone=count(alone)), style="dim"),
         Text(),
         _effects(agreement),
-        Text(_noise(agreement), style="dim"),
+        Text(f"{_noise(agreement)}{_unscored(influence)}", style="dim"),
         Text(),
         _matrix(agreement),
     )
@@ -157,6 +157,11 @@ def _noise(agreement: Agreement) -> str:
         f"{text} The effect itself, measured on two halves of the samples, agrees at {_rho(agreement.halves)}: "
         f"who knew it exactly would reach about {_rho(agreement.ceiling)} here."
     )
+
+
+def _unscored(influence: Influence) -> str:
+    names = [name for name in influence.criteria if not any(name in group.scores for group in influence.groups)]
+    return f" Without anything to go by in any group: {', '.join(names)}." if names else ""
 
 
 def _matrix(agreement: Agreement) -> Group:
