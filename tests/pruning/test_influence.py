@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actprune import analyze, criteria
+from actprune import analyze, criteria, trace
 from actprune.compensation import Mean
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.pruning import RANDOM, Removals
 from actprune.pruning import influence as module
+from actprune.pruning.removals import drawn_order, removal_rows
 
 SIZES = {"0": 9, "3": 6}
 REMOVALS = Removals(shares=(0.25, 0.5), n_units=4, draws=2, seed=5)
@@ -125,6 +126,19 @@ def test_a_random_share_is_the_mean_over_draws(found):
     assert any(
         removal.loss == pytest.approx((a + b) / 2, abs=1e-6) for a, b in itertools.combinations_with_replacement(losses, 2)
     )
+
+
+def test_draws_of_neighbouring_seeds_have_nothing_in_common():
+    """Nor have units alone, and the order of units that a criterion holds equal, with any of the draws."""
+    (group,) = trace(nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(1, 5)).unlocked
+    orders = [drawn_order(torch.zeros(40), seed, stream, group) for seed in range(4) for stream in range(5)]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    alike = torch.tensor(orders)[:, None] == torch.tensor(orders)
+    assert alike.sum(-1).fill_diagonal_(0).max() < 10  # of 40 places; 1 on average
+    assert alike.double().mean() == pytest.approx(1 / len(orders) + 1 / 40, abs=0.01)
+    drawn = next(r for r in removal_rows({"0": {RANDOM: [0.0] * 40}}, [group], Removals(draws=2, seed=5)) if r[0][2] == 0.25)
+    wanted = [frozenset(drawn_order(torch.zeros(40), 5, 2 + draw, group)[:10]) for draw in range(2)]
+    assert [choice[group.name] for choice in drawn[1]] == wanted
 
 
 def test_units_of_equal_score_are_not_taken_in_their_order():

@@ -5,7 +5,7 @@ import torch
 
 from actprune.core.errors import ConfigError
 from actprune.statistics import position_bits, sample_positions
-from actprune.statistics.counter import below, hashed, signs, splitmix64, uniform
+from actprune.statistics.counter import below, derived, hashed, signs, splitmix64, uniform
 
 
 def test_splitmix64_gives_the_published_sequence():
@@ -30,6 +30,14 @@ def test_uniform_is_uniform_and_below_one():
     assert values.max() < 1
     steps = torch.arange(1, 20_001) / 20_000
     assert (values.sort().values - steps).abs().max() < 1.63 / math.sqrt(20_000)  # Kolmogorov-Smirnov at 1 %
+
+
+def test_steps_of_neighbouring_seeds_have_seeds_of_their_own():
+    assert [derived(seed, 0) for seed in range(5)] == list(range(5))
+    drawn = {derived(seed, step) for seed in range(50) for step in range(50)}
+    assert len(drawn) == 50 * 50
+    assert min(drawn) >= 0
+    assert max(drawn) < 2**32
 
 
 def test_below_reaches_every_number_equally():

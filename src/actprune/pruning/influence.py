@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from actprune.compensation import Compensation, LeastSquares
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, call, undisturbed
-from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.errors import ObservationError
 from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
@@ -31,42 +31,10 @@ from actprune.pruning.panel import Panel
 from actprune.pruning.pieces import Pieces, fingerprint
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.prefix import prefixed
+from actprune.pruning.removals import ALONE, RANDOM, Removals, drawn_order, removal_rows
 from actprune.pruning.replacement import Replacement, Units
-from actprune.statistics.counter import uniform
 
 _LOG = logging.getLogger(__name__)
-
-RANDOM = "random"
-"""Name of the baseline, which is always among the criteria."""
-
-
-@dataclass(frozen=True)
-class Removals:
-    """What is replaced.
-
-    Raises:
-        ConfigError: a value is outside what it may be.
-    """
-
-    shares: Sequence[float] = (0.05, 0.1, 0.25, 0.5)
-    """Shares of a group that are replaced together, in (0, 1]."""
-    n_units: int = 16
-    """Units per group that are replaced alone, drawn; all where the group has no more."""
-    draws: int = 3
-    """Random rankings behind a random share, at least 1."""
-    seed: int = 0
-    """Of all draws."""
-    samples: int | None = None
-    """Validation samples on which shares are measured, the first ones, whole batches; None: all, as units alone always are:
-    their effects are small, and rank only where samples are many."""
-
-    def __post_init__(self) -> None:
-        """Check before any work is done."""
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", self.samples)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -269,8 +237,8 @@ class _Measure:
 def _group(
     group: Group, scores: Mapping[str, Sequence[float]], pruner: Pruner, removals: Removals, measure: _Measure
 ) -> dict[str, Any]:
-    alone = sorted(_order(torch.zeros(group.size), removals.seed, group)[: removals.n_units])
-    rows = _rows({group.name: scores}, [group], removals)
+    alone = sorted(drawn_order(torch.zeros(group.size), removals.seed, ALONE, group)[: removals.n_units])
+    rows = removal_rows({group.name: scores}, [group], removals)
     reads = measure.replacement.reads(group.name)
     single, halves, n_alone = measure([{group.name: [unit]} for unit in alone], reads)
     rise, halves = (single - single[0])[1:], (halves - halves[0])[1:]
@@ -297,7 +265,7 @@ def _group(
 def _whole(
     groups: Sequence[Group], scores: Mapping[str, Mapping[str, Sequence[float]]], removals: Removals, measure: _Measure
 ) -> dict[str, Any]:
-    rows = _rows(scores, groups, removals)
+    rows = removal_rows(scores, groups, removals)
     choices = [choice for _, several in rows for choice in several]
     first = {path for group in groups for path in measure.replacement.reads(group.name)}
     results, _, n = measure(choices, first, removals.samples)
@@ -308,38 +276,6 @@ def _whole(
         "n_measured": n,
         "removals": [_removal(row, torch.stack([next(left) for _ in several])) for row, several in rows],
     }
-
-
-def _rows(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[Group], removals: Removals
-) -> list[tuple[tuple[str, str, float, int], list[dict[str, frozenset[int]]]]]:
-    """(criterion, end, share, units) and what is replaced for it: one choice, or one per draw.
-
-    Groups that a criterion does not score stay whole by it.
-    """
-    rows = []
-    for name in dict.fromkeys(name for g in groups for name in scores[g.name]):
-        scored = [g for g in groups if name in scores[g.name]]
-        drawn = name == RANDOM
-        rankings = []
-        for draw in range(removals.draws if drawn else 1):
-            values = {g.name: torch.zeros(g.size) if drawn else torch.tensor(scores[g.name][name]) for g in scored}
-            rankings.append({g.name: _order(values[g.name], removals.seed + 1 + draw, g) for g in scored})
-        for end in ("random",) if drawn else ("lowest", "highest"):
-            for share in removals.shares:
-                counts = {g.name: max(1, round(share * g.size)) for g in scored}
-                choices = [
-                    {g: frozenset((order[::-1] if end == "highest" else order)[: counts[g]]) for g, order in ranking.items()}
-                    for ranking in rankings
-                ]
-                rows.append(((name, end, share, sum(counts.values())), choices))
-    return rows
-
-
-def _order(values: Tensor, seed: int, group: Group) -> list[int]:
-    """Units from the lowest value up, equal ones in a drawn order that depends on seed, group and unit alone."""
-    drawn = uniform(seed, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
-    return drawn[values[drawn].argsort(stable=True)].tolist()
 
 
 def _removal(row: tuple[str, str, float, int], results: Tensor) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
 from actprune.statistics import Density, check_positions, enough
+from actprune.statistics.counter import derived
 from actprune.surgery import Transaction, cut
 from actprune.surgery.tensors import lookup
 
@@ -243,7 +244,7 @@ class Pruner:
             size=group.size,
             statistics=observation.scores.get(group.name, {}) if observation is not None else {},
             slices=partial(self._slices, group),
-            seed=self.seed + len(self.record.steps),
+            seed=derived(self.seed, len(self.record.steps)),
             readers=partial(self._readers, observation, group),
             frees=partial(self._freed, group),
             columns=partial(columns_of, self.model, self.graph, group),

@@ -56,6 +56,11 @@ def uniform(seed: int, *keys: Tensor) -> Tensor:
     return _shift_right(hashed(seed, *keys), 11).to(torch.float64) * 2.0**-53
 
 
+def derived(seed: int, step: int) -> int:
+    """A seed of its own for every step, in [0, 2^32) after the first, which has the given one: no other seed's follow."""
+    return int(hashed(seed, torch.tensor(step))) % 2**32 if step else seed
+
+
 def below(limit: Tensor | int, bits: Tensor) -> Tensor:
     """Int64 numbers in [0, limit), limit <= 2^31, of 64 random bits each; the bias of the reduction is under limit / 2^63."""
     return _shift_right(bits, 1) % limit
