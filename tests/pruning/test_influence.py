@@ -163,6 +163,11 @@ def test_criteria_without_scores_are_told_of(caplog):
     assert [message.partition(":")[0] for message in caplog.messages] == ["scale scores none of 1 groups"]
 
 
+def test_the_name_of_the_baseline_is_taken():
+    with pytest.raises(ConfigError, match=r"criteria\['random'\] is RMS: that name is of the baseline"):
+        analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={RANDOM: criteria.RMS()})
+
+
 def test_the_model_stays_as_it_was():
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

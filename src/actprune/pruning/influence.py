@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from actprune.compensation import Compensation, LeastSquares
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, call, undisturbed
-from actprune.core.errors import ObservationError
+from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
@@ -117,7 +117,7 @@ def analyze(
         example_inputs: what it takes, see ``trace``.
         data: batches that the criteria observe, as ``prune`` takes them; with targets where criteria need them.
         validation: batches of inputs and targets on which the effect is measured; other samples than ``data``.
-        criteria: name -> criterion; ``random`` is added.
+        criteria: name -> criterion; ``random`` is the baseline ``Random`` and is added.
         removals: what is replaced.
         judge: loss and rightness of every sample; the default is that of a classifier.
         compensation: whose second moments criteria such as ``Reconstruction`` read; by default ``LeastSquares()``.
@@ -128,11 +128,16 @@ def analyze(
         Everything that was measured.
 
     Raises:
-        ConfigError: the folder holds another analysis.
+        ConfigError: the folder holds another analysis, or ``random`` is another criterion.
         ActPruneError: as ``prune``.
     """
     removals = removals or Removals()
-    panel = Panel({**criteria, RANDOM: criteria.get(RANDOM, Random())})
+    if type(baseline := criteria.get(RANDOM, Random())) is not Random:
+        raise ConfigError(
+            f"criteria[{RANDOM!r}] is {type(baseline).__name__}: that name is of the baseline, whose removals are drawn; "
+            "give it another name"
+        )
+    panel = Panel({**criteria, RANDOM: baseline})
     batches, pairs = list(data), list(validation)
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
