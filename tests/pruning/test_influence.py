@@ -163,6 +163,16 @@ def test_criteria_without_scores_are_told_of(caplog):
     assert [message.partition(":")[0] for message in caplog.messages] == ["scale scores none of 1 groups"]
 
 
+def test_without_compensation_nobody_observes_second_moments(caplog):
+    chosen = {"reconstruction": criteria.Reconstruction(), "magnitude": criteria.Magnitude()}
+    settings = {"criteria": chosen, "removals": REMOVALS}
+    by_default = analyze(network(), DATA[0][0], DATA, VALIDATION, **settings)
+    assert all(set(group.scores) == {*chosen, RANDOM} for group in by_default.groups)
+    without = analyze(network(), DATA[0][0], DATA, VALIDATION, **settings, compensation=None)
+    assert all(set(group.scores) == {"magnitude", RANDOM} for group in without.groups)
+    assert caplog.messages[-1].startswith("reconstruction scores none of 2 groups: compensation observed no second moments")
+
+
 def test_the_name_of_the_baseline_is_taken():
     with pytest.raises(ConfigError, match=r"criteria\['random'\] is RMS: that name is of the baseline"):
         analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={RANDOM: criteria.RMS()})

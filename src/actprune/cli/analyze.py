@@ -48,7 +48,8 @@ class Settings:
     images: int | None
     """Validation images on which effects are measured, drawn; None: all."""
     removals: Removals
-    compensation: Compensation
+    compensation: Compensation | None
+    """None: criteria that read the second moments of one score nothing."""
 
     def __post_init__(self) -> None:
         """Check before any work is done."""

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from actprune.compensation import Compensation, LeastSquares
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
+from actprune.pruning.arguments import REFIT
 from actprune.pruning.batches import Pair, observe_pairs, pairs_of
 from actprune.pruning.judging import Judge, classification, judged
 from actprune.pruning.panel import Panel
@@ -106,7 +107,7 @@ def analyze(
     criteria: Mapping[str, Criterion],
     removals: Removals | None = None,
     judge: Judge = classification,
-    compensation: Compensation | None = None,
+    compensation: Compensation | None = REFIT,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Influence:
@@ -120,7 +121,7 @@ def analyze(
         criteria: name -> criterion; ``random`` is the baseline ``Random`` and is added.
         removals: what is replaced.
         judge: loss and rightness of every sample; the default is that of a classifier.
-        compensation: whose second moments criteria such as ``Reconstruction`` read; by default ``LeastSquares()``.
+        compensation: whose second moments criteria such as ``Reconstruction`` read; None: none, and these score nothing.
         folder: where finished groups are kept, so that an analysis that was broken off goes on; None keeps nothing.
         progress: called with the pieces done, the pieces in all and what comes next.
 
@@ -141,9 +142,8 @@ def analyze(
     batches, pairs = list(data), list(validation)
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
-    pruner = Pruner(
-        model, example_inputs, panel, Budget(units=0.999), compensation=compensation or LeastSquares(), seed=removals.seed
-    )
+    panel.needs_readers &= compensation is not None  # else nobody observes them, and others of the panel score all the same
+    pruner = Pruner(model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed)
     groups = [group for group in pruner.graph.unlocked if group.sites]
     pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs), judge, compensation))
     tell = progress or _say_nothing
