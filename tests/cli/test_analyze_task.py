@@ -1,6 +1,7 @@
 """``task=analyze``: tables, pictures and a summary of a network, a checkpoint or a pruned file."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -64,9 +65,16 @@ def test_the_same_command_goes_on(config, weights, tmp_path, capsys):
     run_job(settings)
     first = (tmp_path / "out" / "groups.csv").read_text()
     piece = tmp_path / "out" / "pieces" / "group001.json"
+    seconds = json.loads((tmp_path / "out" / "analysis.json").read_text())["seconds"]
     others = {path: path.stat().st_mtime_ns for path in piece.parent.iterdir() if path != piece}
     piece.unlink()
+    for path in piece.parent.glob("group*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"seconds": 1000.0}))
+        os.utime(path, ns=(others[path], others[path]))
     run_job(settings)
+    in_all = json.loads((tmp_path / "out" / "analysis.json").read_text())["seconds"]
+    assert 3000 < in_all < 3000 + 10 * seconds + 10  # three groups are kept
     assert (tmp_path / "out" / "groups.csv").read_text() == first
     assert piece.is_file()
     del others[piece.parent / "made_from.json"]

@@ -91,7 +91,8 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     agreed = agreement(influence, config.seed)
     write_influence(influence, agreed, folder)
     draw_influence(influence, agreed, folder)
-    write_json(_summary(config, influence, agreed, time.monotonic() - began), folder / ANALYSIS)
+    seconds = influence.seconds_before + time.monotonic() - began
+    write_json(_summary(config, influence, agreed, seconds), folder / ANALYSIS)
     return influence, agreed
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,8 @@ class Influence:
     """The groups that can be cut and are read in evaluation mode, in execution order."""
     whole: Sequence[Removal]
     """The same share of every group replaced at once."""
+    seconds_before: float = field(default=0.0, compare=False)
+    """Wall time that earlier calls took for what was in ``folder``; without what was broken off half done."""
 
 
 def analyze(
@@ -178,6 +180,7 @@ def analyze(
         criteria=tuple(panel.criteria),
         groups=tuple(GroupInfluence(**{**g, "removals": [Removal(**r) for r in g["removals"]]}) for g in found),
         whole=tuple(Removal(**r) for r in whole["removals"]),
+        seconds_before=pieces.seconds_before,
     )
 
 

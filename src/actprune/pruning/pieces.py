@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Pieces:
 
     def __init__(self, folder: str | os.PathLike[str] | None, made_from: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder)
+        self.seconds_before = 0.0
+        """Wall time that earlier runs took for the pieces that were taken from the folder."""
         if self._folder is None:
             return
         file, wanted = self._folder / _SETTINGS, json.loads(json.dumps(made_from))
@@ -51,9 +54,13 @@ class Pieces:
         if self._folder is None:
             return make()
         file = self._folder / f"{name}.json"
-        if not file.is_file():
-            _write(file, make())
-        return json.loads(file.read_text(encoding="utf-8"))
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self.seconds_before += kept["seconds"]
+            return kept["result"]
+        began = time.monotonic()
+        _write(file, {"result": make(), "seconds": time.monotonic() - began})
+        return json.loads(file.read_text(encoding="utf-8"))["result"]
 
 
 def fingerprint(
