@@ -27,9 +27,10 @@ from actprune.criteria import Random
 from actprune.graph import Group
 from actprune.pruning.arguments import REFIT
 from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.fingerprint import fingerprint
 from actprune.pruning.judging import Judge, classification, judged
 from actprune.pruning.panel import Panel
-from actprune.pruning.pieces import Pieces, fingerprint
+from actprune.pruning.pieces import Pieces
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.prefix import prefixed
 from actprune.pruning.removals import ALONE, RANDOM, Removals, drawn_order, removal_rows
@@ -147,7 +148,8 @@ def analyze(
     panel.needs_readers &= compensation is not None  # else nobody observes them, and others of the panel score all the same
     pruner = Pruner(model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed)
     groups = [group for group in pruner.graph.unlocked if group.sites]
-    pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs), judge, compensation))
+    made_from = fingerprint(model, example_inputs, panel.criteria, removals, (batches, pairs), judge, compensation)
+    pieces = Pieces(folder, made_from)
     tell = progress or _say_nothing
     total = len(groups) + 2
 
