@@ -102,7 +102,7 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("actprune", "torch")},
         "python": platform.python_version(),
         "commit": commit(),
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(influence.seconds_before + time.monotonic() - began),
     }
     with atomic_path(args.out / "analysis.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,10 +3,14 @@ import warnings
 from functools import partial
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from actprune.cli import schema
+from actprune.cli.job import run_job
+from actprune.core.errors import ConfigError
+from actprune.data.digits import Digits
 from paths import CONF
 from processes import run_py
 
@@ -40,6 +44,31 @@ def searching_config(tmp_path):
 def fast(config):
     """The same with a few batches and one pruning step."""
     return lambda *overrides: config(*SMALL, *overrides)
+
+
+@pytest.fixture
+def observed_by(monkeypatch):
+    """Run a job up to where a function gets its data, its third argument: the images in them."""
+
+    def run(function, config):
+        def spy(model, example, data, *rest, **settings):
+            seen.extend(data)
+            raise ConfigError("seen")
+
+        seen = []
+        monkeypatch.setattr(function, spy)
+        with pytest.raises(ConfigError, match="^seen$"):
+            run_job(config)
+        return torch.cat([images for images, _ in seen])
+
+    return run
+
+
+@pytest.fixture
+def training_images():
+    """The digits to train on, as they are."""
+    images, _ = zip(*Digits(augment=False)._split("train"), strict=True)
+    return torch.stack(images)
 
 
 @pytest.fixture

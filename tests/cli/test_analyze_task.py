@@ -1,6 +1,7 @@
 """``task=analyze``: tables, pictures and a summary of a network, a checkpoint or a pruned file."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actprune.cli.build import build, resolved
 from actprune.cli.job import run_job
+from actprune.cli.scoring import criteria_named, own_settings
 from actprune.cli.trained import drawn_samples, fed, load_network
 from actprune.core.errors import ConfigError
 from actprune.report.influence import TABLES
@@ -63,9 +65,16 @@ def test_the_same_command_goes_on(config, weights, tmp_path, capsys):
     run_job(settings)
     first = (tmp_path / "out" / "groups.csv").read_text()
     piece = tmp_path / "out" / "pieces" / "group001.json"
+    seconds = json.loads((tmp_path / "out" / "analysis.json").read_text())["seconds"]
     others = {path: path.stat().st_mtime_ns for path in piece.parent.iterdir() if path != piece}
     piece.unlink()
+    for path in piece.parent.glob("group*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"seconds": 1000.0}))
+        os.utime(path, ns=(others[path], others[path]))
     run_job(settings)
+    in_all = json.loads((tmp_path / "out" / "analysis.json").read_text())["seconds"]
+    assert 3000 < in_all < 3000 + 10 * seconds + 10  # three groups are kept
     assert (tmp_path / "out" / "groups.csv").read_text() == first
     assert piece.is_file()
     del others[piece.parent / "made_from.json"]
@@ -108,6 +117,45 @@ def test_all_criteria_of_the_folder_by_default(config, weights, tmp_path):
     assert set(made_from["criteria"]) == files - {"none", "serene"}  # these rank nothing
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """As in a Hydra job that chose a pruner."""
+    return lambda name: monkeypatch.setattr("actprune.cli.scoring.choice", lambda group: name)
+
+
+def test_the_chosen_pruner_is_analyzed_as_it_is_set(config, chosen, weights, tmp_path, capsys):
+    chosen("entropy")
+    wanted = ("analyze.criteria=[entropy,rms]", "pruner.criterion.bins=8", "pruner.criterion.range=unit")
+    run_job(config(*TASK, f"weights={weights}", *wanted))
+    criteria = json.loads((tmp_path / "out" / "pieces" / "made_from.json").read_text())["criteria"]
+    assert "'bins': 8" in criteria["entropy"]
+    assert "'range': 'unit'" in criteria["entropy"]
+    summary = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert summary["settings"] == {"entropy": {"bins": 8, "range": "unit"}}
+    assert "settings that are not the default: entropy(bins=8, range=unit)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["pruner=entropy", "pruner=none", "pruner=serene"])
+def test_without_settings_criteria_are_those_of_their_files(config, chosen, override):
+    chosen(override.partition("=")[2])
+    job = resolved(config(override))
+    assert own_settings(job) == {}
+    assert criteria_named(["entropy"], job, "analyze.criteria")["entropy"].bins == 64
+
+
+def test_settings_of_a_criterion_that_is_not_analyzed_are_refused(config, chosen):
+    chosen("entropy")
+    message = r"pruner.criterion.bins=8 is of pruner=entropy, which is not among analyze.criteria=\[rms, label_information"
+    with pytest.raises(ConfigError, match=message):
+        run_job(config(*TASK, "pruner.criterion.bins=8"))
+
+
+def test_the_command_knows_which_pruner_was_chosen(command):
+    done = command("task=analyze", "pruner=rademacher", "pruner.criterion.replicates=8", "analyze.criteria=[rms]")
+    assert done.returncode == 1
+    assert "pruner.criterion.replicates=8 is of pruner=rademacher, which is not among analyze.criteria=[rms]" in done.stderr
+
+
 def test_an_untrained_network_is_told_of(config, caplog):
     run_job(config(*TASK))
     assert "this network has learned nothing" in caplog.text
@@ -147,3 +195,9 @@ def test_a_network_is_fed_in_its_precision_and_whole_numbers_stay():
     net = torch.nn.Linear(3, 2).double()
     assert fed(net, torch.zeros(1, 3)).dtype == torch.float64
     assert fed(net, torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.int64
+
+
+def test_training_images_are_observed_as_they_are(config, weights, observed_by, training_images):
+    seen = observed_by("actprune.cli.analyze.analyze", config(*TASK, f"weights={weights}", "data.augment=true"))
+    assert len(seen) == 64
+    assert torch.cdist(seen.flatten(1), training_images.flatten(1)).min(1).values.max() < 1e-3

@@ -121,3 +121,9 @@ def test_networks_without_a_constant_are_refused_by_name(config):
 
     with pytest.raises(TraceError, match="native_layer_norm in .* has no Lipschitz constant"):
         run_job(config(*TASK, "model=vit_tiny", "data.image_size=32", "capacity.criteria=[]"))
+
+
+def test_training_images_are_observed_as_they_are(config, weights, observed_by, training_images):
+    seen = observed_by("actprune.cli.capacity.prune_trained", config(*TASK, f"weights={weights}", "data.augment=true"))
+    assert len(seen) == 64
+    assert torch.cdist(seen.flatten(1), training_images.flatten(1)).min(1).values.max() < 1e-3

@@ -118,3 +118,9 @@ def test_on_a_gpu_the_file_is_for_any_machine(config, weights, tmp_path):
     content = torch.load(tmp_path / "out" / "pruned.pt", weights_only=True)
     assert {value.device.type for value in content["state_dict"].values()} == {"cpu"}
     load_pruned(build(resolved(settings).model, "model"), tmp_path / "out" / "pruned.pt")
+
+
+def test_training_images_are_observed_as_they_are(config, weights, observed_by, training_images):
+    seen = observed_by("actprune.cli.post_training.prune_trained", config(*TASK, f"weights={weights}", "data.augment=true"))
+    assert len(seen) == 100
+    assert torch.cdist(seen.flatten(1), training_images.flatten(1)).min(1).values.max() < 1e-3

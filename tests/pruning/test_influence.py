@@ -4,16 +4,16 @@ import itertools
 import json
 
 import pytest
-import scipy.stats
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actprune import analyze, criteria
+from actprune import analyze, criteria, trace
 from actprune.compensation import Mean
 from actprune.core.errors import ConfigError, ObservationError
-from actprune.pruning import EFFECT, RANDOM, GroupInfluence, Influence, Removals, agreement
+from actprune.pruning import RANDOM, Removals
 from actprune.pruning import influence as module
+from actprune.pruning.removals import drawn_order, removal_rows
 
 SIZES = {"0": 9, "3": 6}
 REMOVALS = Removals(shares=(0.25, 0.5), n_units=4, draws=2, seed=5)
@@ -128,6 +128,19 @@ def test_a_random_share_is_the_mean_over_draws(found):
     )
 
 
+def test_draws_of_neighbouring_seeds_have_nothing_in_common():
+    """Nor have units alone, and the order of units that a criterion holds equal, with any of the draws."""
+    (group,) = trace(nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(1, 5)).unlocked
+    orders = [drawn_order(torch.zeros(40), seed, stream, group) for seed in range(4) for stream in range(5)]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    alike = torch.tensor(orders)[:, None] == torch.tensor(orders)
+    assert alike.sum(-1).fill_diagonal_(0).max() < 10  # of 40 places; 1 on average
+    assert alike.double().mean() == pytest.approx(1 / len(orders) + 1 / 40, abs=0.01)
+    drawn = next(r for r in removal_rows({"0": {RANDOM: [0.0] * 40}}, [group], Removals(draws=2, seed=5)) if r[0][2] == 0.25)
+    wanted = [frozenset(drawn_order(torch.zeros(40), 5, 2 + draw, group)[:10]) for draw in range(2)]
+    assert [choice[group.name] for choice in drawn[1]] == wanted
+
+
 def test_units_of_equal_score_are_not_taken_in_their_order():
     class Same(criteria.Magnitude):
         def score(self, view):
@@ -136,6 +149,33 @@ def test_units_of_equal_score_are_not_taken_in_their_order():
     ours = analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={"same": Same()}, removals=REMOVALS)
     removal = next(r for r in ours.groups[0].removals if r.end == "lowest" and r.share == 0.25)
     assert removal.loss != pytest.approx(brute_force({"0": [0, 1]})[0], abs=1e-6)
+
+
+def test_criteria_without_scores_are_told_of(caplog):
+    model = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3))
+    chosen = {"scale": criteria.BatchNormScale(), "rms": criteria.RMS()}
+    analyze(model, DATA[0][0], DATA, VALIDATION, criteria=chosen, removals=REMOVALS)
+    (said,) = caplog.messages
+    assert said.startswith("scale scores 1 of 2 groups: ")
+    assert said.endswith("(not: 3)")
+    caplog.clear()
+    analyze(model[2:], torch.randn(1, 9), [torch.randn(7, 9)], [(torch.randn(7, 9), VALIDATION[0][1])], criteria=chosen)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["scale scores none of 1 groups"]
+
+
+def test_without_compensation_nobody_observes_second_moments(caplog):
+    chosen = {"reconstruction": criteria.Reconstruction(), "magnitude": criteria.Magnitude()}
+    settings = {"criteria": chosen, "removals": REMOVALS}
+    by_default = analyze(network(), DATA[0][0], DATA, VALIDATION, **settings)
+    assert all(set(group.scores) == {*chosen, RANDOM} for group in by_default.groups)
+    without = analyze(network(), DATA[0][0], DATA, VALIDATION, **settings, compensation=None)
+    assert all(set(group.scores) == {"magnitude", RANDOM} for group in without.groups)
+    assert caplog.messages[-1].startswith("reconstruction scores none of 2 groups: compensation observed no second moments")
+
+
+def test_the_name_of_the_baseline_is_taken():
+    with pytest.raises(ConfigError, match=r"criteria\['random'\] is RMS: that name is of the baseline"):
+        analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={RANDOM: criteria.RMS()})
 
 
 def test_the_model_stays_as_it_was():
@@ -276,71 +316,6 @@ def test_validation_without_targets_raises(validation):
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Removals(**options)
-
-
-# --- agreement ---
-
-
-def made(groups):
-    return Influence(0, 0, 0.0, 0.0, 1, 1, ("a", "b", "flat", "some"), groups, [])
-
-
-def group(name, seed, units=None):
-    generator = torch.Generator().manual_seed(seed)
-    a, b, noise = torch.randn(3, 12, generator=generator, dtype=torch.float64)
-    scores = {"a": a.tolist(), "b": (a + b).tolist(), "flat": [1.0] * 12}
-    if name == "one":
-        scores["some"] = b.tolist()
-    units = list(range(0, 12, 2)) if units is None else units
-    return GroupInfluence(name, 12, 0, 0, scores, units, (a + noise)[units].tolist(), [0.0] * len(units), [])
-
-
-def test_correlations_are_those_of_scipy_averaged_over_groups():
-    groups = [group("one", 1), group("two", 2), group("three", 3), group("tiny", 4, [0, 1])]
-    said = agreement(made(groups))
-    k = {name: i for i, name in enumerate(said.names)}
-    assert said.names == (EFFECT, "a", "b", "flat", "some")
-    counted = groups[:3]
-    effect = [scipy.stats.spearmanr([g.scores["b"][u] for u in g.units], g.unit_loss).statistic for g in counted]
-    assert said.mean[k[EFFECT]][k["b"]] == pytest.approx(sum(effect) / 3)
-    assert said.mean[k["b"]][k[EFFECT]] == said.mean[k[EFFECT]][k["b"]]
-    assert said.n_groups[k[EFFECT]][k["b"]] == 3
-    pairs = [scipy.stats.spearmanr(g.scores["a"], g.scores["b"]).statistic for g in counted]
-    assert said.mean[k["a"]][k["b"]] == pytest.approx(sum(pairs) / 3)
-    assert said.low[k["a"]][k["b"]] == pytest.approx(min(pairs), abs=1e-9)  # of three groups, the least is drawn often enough
-    assert said.high[k["a"]][k["b"]] == pytest.approx(max(pairs), abs=1e-9)
-    assert said.by_group["one"][k["a"]][k["b"]] == pytest.approx(pairs[0])
-    assert "tiny" not in said.by_group
-
-
-def test_how_much_of_the_effect_is_noise():
-    """A true effect with as much noise in each half: the ceiling is the correlation of their mean with the truth."""
-    generator = torch.Generator().manual_seed(0)
-    groups, truths = [], []
-    for number in range(30):
-        true, *noise = torch.randn(3, 400, generator=generator, dtype=torch.float64)
-        halves = [(true + part).tolist() for part in noise]
-        effect = (true + sum(noise) / 2).tolist()
-        groups.append(GroupInfluence(str(number), 400, 0, 0, {}, range(400), effect, [0.0] * 400, [], halves))
-        truths.append(scipy.stats.spearmanr(true, effect).statistic)
-    said = agreement(made(groups))
-    each = [scipy.stats.spearmanr(*g.unit_loss_halves).statistic for g in groups]
-    assert said.halves == pytest.approx(sum(each) / len(each))
-    assert said.ceiling == pytest.approx(sum(truths) / len(truths), abs=0.02)
-    unknown = agreement(made([group("one", 1)]))
-    assert unknown.halves != unknown.halves
-    assert unknown.ceiling != unknown.ceiling
-
-
-def test_what_cannot_be_ranked_is_not_counted():
-    said = agreement(made([group("one", 1), group("two", 2)]))
-    flat, some = (list(said.names).index(name) for name in ("flat", "some"))
-    assert said.n_groups[0][flat] == 0
-    assert said.mean[0][flat] != said.mean[0][flat]
-    assert said.n_groups[0][some] == 1
-    assert said.mean[0][some] == said.by_group["one"][0][some]
-    assert said.low[0][some] != said.low[0][some]  # one group has no interval over groups
-    assert said.low[0][1] <= said.mean[0][1] <= said.high[0][1]
 
 
 def test_pieces_are_plain_json(tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,9 +70,45 @@ def test_the_console_says_what_was_measured_in_100_columns():
     drawn = next(r for r in influence.groups[0].removals if r.criterion == RANDOM and r.share == 0.5)
     assert f"{100 * (drawn.accuracy - 0.8):+.2f}" in line
     assert "10.0 %" in line
-    lowest = {r.criterion: r.accuracy for r in influence.whole if r.end == "lowest" and r.share == 0.5}
-    (line,) = (line for line in text.splitlines() if WHOLE in line)
-    assert line.split()[-1] == max(lowest, key=lowest.get)
+
+
+def compared(scores, accuracies):
+    """What the row of a group and that of the network, of two alike, say of the criteria: random, worst, best, by."""
+    kept = [Removal(name, "lowest", 0.5, 2, 1.0, accuracy) for name, accuracy in accuracies.items()]
+    kept.append(Removal(RANDOM, "random", 0.5, 2, 1.0, 0.6))
+    groups = [
+        GroupInfluence(name, 4, 1, 1, {**own, RANDOM: [3, 1, 2, 4]}, [0, 1, 2], [0.1] * 3, [0] * 3, kept)
+        for name, own in zip(("g1", "g2"), scores, strict=True)
+    ]
+    text = printed(Influence(100, 100, 0.5, 0.8, 30, 40, (*accuracies, RANDOM), groups, kept))
+    (group, whole) = (next(line for line in text.splitlines() if name in line) for name in ("g1", WHOLE))
+    return group.split()[9:], whole.split()[2:]
+
+
+UP, FLAT = [1, 2, 3, 4], [1, 1, 1, 1]
+
+
+def test_the_best_criterion_stands_beside_its_figure():
+    scores = {"rms": UP, "taylor": UP}
+    group, whole = compared([scores, scores], {"rms": 0.7, "taylor": 0.75})
+    assert group == whole == ["-20.00", "-10.00", "-5.00", "taylor"]
+
+
+def test_equally_good_criteria_are_counted():
+    scores = {"a_criterion_with_a_long_name": UP, "taylor": UP, "bad": UP}
+    group, _ = compared([scores, scores], {"a_criterion_with_a_long_name": 0.75, "taylor": 0.75, "bad": 0.5})
+    assert group == ["-20.00", "-30.00", "-5.00", "a_criterion_wi…", "+1"]
+
+
+def test_what_ranks_nothing_does_not_compete():
+    """Constant in a group, or without a score in one: its removals are drawn, or are fewer."""
+    accuracies = {"flat": 0.79, "some": 0.78, "rms": 0.7, "none": 0.8}
+    scores = [{"flat": FLAT, "some": UP, "rms": UP}, {"flat": FLAT, "rms": UP}]
+    group, whole = compared(scores, accuracies)
+    assert group == ["-20.00", "-10.00", "-2.00", "some"]
+    assert whole == ["-20.00", "-10.00", "-10.00", "rms"]
+    group, whole = compared([{"flat": FLAT}, {"flat": FLAT}], {"flat": 0.79})
+    assert group == whole == ["-20.00"]
 
 
 def test_many_criteria_and_groups_fit():
@@ -90,6 +127,13 @@ def test_how_much_is_noise_stands_below_the_effects():
     text = " ".join(printed(influence).split())
     assert "on 70 samples" in text
     assert "measured on two halves of the samples, agrees at +1.00: who knew it exactly would reach about +1.00 here" in text
+
+
+def test_what_scores_no_group_is_named():
+    influence = made()
+    assert "Without anything to go by" not in printed(influence)
+    text = " ".join(printed(replace(influence, criteria=(*influence.criteria, "batch_norm_scale"))).split())
+    assert "Without anything to go by in any group: batch_norm_scale." in text
 
 
 def test_only_the_baseline():

@@ -43,6 +43,23 @@ def test_a_job_without_a_summary_is_a_problem_that_says_what_was_asked(tmp_path,
 
 
 @pytest.mark.parametrize(
+    ("task", "file", "reason"),
+    [
+        ("analyze", "analysis.json", "a group influence analysis (task=analyze), with groups.csv, units.csv, removals.csv"),
+        ("capacity", "capacity.json", "capacities of networks (task=capacity), with networks.csv and layers.csv: it has"),
+        ("plan", "groups.svg", "a plan (task=plan): nothing was pruned"),
+        ("analyze", "groups.csv", "no summary.json: the job failed or is still running"),
+    ],
+)
+def test_jobs_of_other_tasks_are_told_from_failed_ones(tmp_path, make_job, task, file, reason):
+    make_job(tmp_path / "0", [f"task={task}"])
+    (tmp_path / "0" / file).write_text("{}")
+    runs, (problem,) = read_runs(tmp_path)
+    assert runs == []
+    assert problem.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ('{"params', "not valid JSON"),

@@ -22,8 +22,8 @@ from actprune.cli import output
 from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
-from actprune.cli.scoring import all_criteria, criterion_named
-from actprune.cli.trained import drawn_samples, first_samples, load_network
+from actprune.cli.scoring import all_criteria, criteria_named, own_settings, spelled
+from actprune.cli.trained import drawn_samples, first_samples, load_network, ready_unaugmented
 from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
@@ -48,7 +48,8 @@ class Settings:
     images: int | None
     """Validation images on which effects are measured, drawn; None: all."""
     removals: Removals
-    compensation: Compensation
+    compensation: Compensation | None
+    """None: criteria that read the second moments of one score nothing."""
 
     def __post_init__(self) -> None:
         """Check before any work is done."""
@@ -67,13 +68,12 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     if config.calibration < 1:
         raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     names = all_criteria() if settings.criteria is None else settings.criteria
-    criteria = {name: criterion_named(name, config, "analyze.criteria") for name in names}
+    criteria = criteria_named(names, config, "analyze.criteria")
     if config.weights is not None:
         load_network(net, config.weights)
     elif config.model.get("weights") is None:
         _LOG.warning("weights=null: this network has learned nothing, and nor have its units; give weights=FILE")
-    data.prepare_data()
-    data.setup("fit")
+    ready_unaugmented(data)
     observed = first_samples(data.train_dataloader(), config.calibration)
     folder = Path(config.paths.output_dir)
     with _shown() as progress:
@@ -91,15 +91,18 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     agreed = agreement(influence, config.seed)
     write_influence(influence, agreed, folder)
     draw_influence(influence, agreed, folder)
-    write_json(_summary(config, influence, agreed, time.monotonic() - began), folder / ANALYSIS)
+    seconds = influence.seconds_before + time.monotonic() - began
+    write_json(_summary(config, influence, agreed, seconds), folder / ANALYSIS)
     return influence, agreed
 
 
-def show(influence: Influence, agreed: Agreement, folder: Path, console: Console) -> None:
-    """Print the tables and where everything is."""
+def show(config: DictConfig, influence: Influence, agreed: Agreement, console: Console) -> None:
+    """Print the tables, settings of criteria that are not those of their files, and where everything is."""
     console.print(influence_tables(influence, agreed))
+    if settings := own_settings(config):
+        console.print(f"settings that are not the default: {spelled(settings)}", highlight=False)
     console.print("everything is in", soft_wrap=True)
-    console.print(str(folder), soft_wrap=True, highlight=False)
+    console.print(str(config.paths.output_dir), soft_wrap=True, highlight=False)
 
 
 def _row(agreed: Agreement, k: int) -> dict[str, float | None]:
@@ -137,6 +140,7 @@ def _summary(config: DictConfig, influence: Influence, agreed: Agreement, second
         "groups": len(influence.groups),
         "halves": _known(agreed.halves),
         "ceiling": _known(agreed.ceiling),
+        "settings": own_settings(config),
         "effect": {name: _row(agreed, k) for k, name in enumerate(agreed.names) if name != EFFECT},
         "seed": config.seed,
         "weights": config.weights,

@@ -20,8 +20,8 @@ from actprune.cli import output
 from actprune.cli.build import build
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
-from actprune.cli.scoring import criterion_named
-from actprune.cli.trained import accuracy, first_samples, load_network, read_network
+from actprune.cli.scoring import criteria_named, own_settings, spelled
+from actprune.cli.trained import accuracy, first_samples, load_network, read_network, ready_unaugmented
 from actprune.core.calling import evaluating
 from actprune.core.errors import ConfigError
 from actprune.core.record import record_of
@@ -71,7 +71,7 @@ def measure_networks(
     settings: Settings = build(config.capacity, "capacity")
     if config.calibration < 1:
         raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
-    criteria = {name: criterion_named(name, config, "capacity.criteria") for name in settings.criteria}
+    criteria = criteria_named(settings.criteria, config, "capacity.criteria")
     if criteria and pruning is None:
         raise ConfigError("pruner=none has no budget to prune to; choose any pruner, or capacity.criteria=[] to measure only")
     initial = _initial(config, settings, net)
@@ -79,10 +79,7 @@ def measure_networks(
         load_network(net, config.weights)
     else:
         _LOG.warning("weights=null: this network is as it was initialised, and every distance is 0; give weights=FILE")
-    if hasattr(data, "augment"):
-        data.augment = False  # norms and margins are those of the training images themselves
-    data.prepare_data()
-    data.setup("fit")
+    ready_unaugmented(data)
     measured = [_measured(LOADED, net, initial, data, settings)]
     for name, criterion in criteria.items():
         assert pruning is not None
@@ -107,11 +104,13 @@ def measure_networks(
     return measured
 
 
-def show(measured: Sequence[Measured], folder: Path, console: Console) -> None:
-    """Print the tables and where everything is."""
+def show(config: DictConfig, measured: Sequence[Measured], console: Console) -> None:
+    """Print the tables, settings of criteria that are not those of their files, and where everything is."""
     console.print(capacity_tables(measured))
+    if settings := own_settings(config):
+        console.print(f"settings that are not the default: {spelled(settings)}", highlight=False)
     console.print("everything is in", soft_wrap=True)
-    console.print(str(folder), soft_wrap=True, highlight=False)
+    console.print(str(config.paths.output_dir), soft_wrap=True, highlight=False)
 
 
 def _initial(config: DictConfig, settings: Settings, net: nn.Module) -> nn.Module:
@@ -159,6 +158,7 @@ def _measured(name: str, net: nn.Module, initial: nn.Module, data: LightningData
 def _summary(config: DictConfig, measured: Sequence[Measured], seconds: float) -> dict[str, Any]:
     return {
         "networks": [{**network_row(one), "layers": layer_rows(one)} for one in measured],
+        "settings": own_settings(config),
         "quantile": config.capacity.quantile,
         "calibration": config.calibration,
         "budget": {unit: share for unit, share in config.budget.items() if share is not None},

@@ -90,11 +90,11 @@ def run_job(config: DictConfig) -> float | None:
             return None
         if config.task is Task.analyze:
             found = analyze.analyze_network(config, parts.data, _where_it_runs(parts))
-            analyze.show(*found, Path(config.paths.output_dir), console())
+            analyze.show(config, *found, console())
             return None
         if config.task is Task.capacity:
             measured = capacity.measure_networks(config, parts.data, parts.module.get_submodule("net"), parts.pruning)
-            capacity.show(measured, Path(config.paths.output_dir), console())
+            capacity.show(config, measured, console())
             return None
         if config.task is Task.prune:
             summary = post_training.prune_network(config, parts.data, _where_it_runs(parts), parts.pruning)

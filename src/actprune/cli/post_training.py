@@ -13,7 +13,7 @@ from torch import nn
 from actprune.cli import output
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, write_json
-from actprune.cli.trained import accuracy, first_samples
+from actprune.cli.trained import accuracy, first_samples, ready_unaugmented
 from actprune.core.errors import ConfigError
 from actprune.models.weights import load_weights
 from actprune.pruning import PostTraining, prune_trained
@@ -39,8 +39,7 @@ def prune_network(
         raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     if config.weights is not None:
         load_weights(net, config.weights)
-    data.prepare_data()
-    data.setup("fit")
+    ready_unaugmented(data)
     batches = first_samples(data.train_dataloader(), config.calibration)
     test = data.test_dataloader()
     done = prune_trained(

@@ -44,7 +44,8 @@ class Config:
     """File of trained weights for ``task=prune``, ``analyze`` and ``capacity`` (these two take checkpoints and pruned networks
     too); null: what the model's own ``weights`` says."""
     calibration: int = 2000
-    """Training images that ``task=prune``, ``analyze`` and ``capacity`` observe, at least 1."""
+    """Training images that ``task=prune``, ``analyze`` and ``capacity`` observe, at least 1; as they are, never
+    augmented."""
     export: list[str] = field(default_factory=list)
     """Formats that the network is written in at the end: onnx, torch_export, state_dict."""
     optimize: str = "val_accuracy"

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -38,6 +39,14 @@ def read_network(path: str) -> Any:
     with suppress(OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         return torch.load(path, map_location="cpu", weights_only=True)
     return None
+
+
+def ready_unaugmented(data: LightningDataModule) -> None:
+    """Read the data; training images will be as they are, without random shifts and flips: nothing is trained on them."""
+    if hasattr(data, "augment"):
+        data.augment = False
+    data.prepare_data()
+    data.setup("fit")
 
 
 def first_samples(loader: Any, n: int | None) -> list[Any]:

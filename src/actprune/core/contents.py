@@ -51,13 +51,13 @@ def inside(values: Iterable[Any]) -> Iterator[Any]:
                 if value.nbytes <= room and not value.dtype.hasobject:
                     room -= value.nbytes
                     yield value
-            elif not isinstance(value, _HOLDING) and _is_own(kind):  # type: ignore[arg-type]
+            elif not isinstance(value, _HOLDING) and is_own(kind):  # type: ignore[arg-type]
                 yield value
                 waiting.append(list(vars(value).values()))
 
 
 @functools.cache
-def _is_own(kind: type[Any]) -> bool:
+def is_own(kind: type[Any]) -> bool:
     """Whether a class is the user's, with attributes: what libraries keep to themselves is theirs."""
     if kind is SimpleNamespace:
         return True

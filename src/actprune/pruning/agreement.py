@@ -2,7 +2,7 @@
 
 Formula: Spearman's rho over the units of one group, averaged over the groups; the interval is the percentile bootstrap of that
 mean over groups (Efron 1979), so it speaks of other groups of such a network, not of other networks. With the effect, the units
-are those that were replaced alone; between criteria, all units of the group.
+are those that were replaced alone; between criteria, all units of the group. Either needs three of them.
 
 The effect is measured on a sample, so nothing agrees with it wholly. Its rank correlation h between two halves of the samples
 gives what a criterion that knew the true effect would reach: ``sqrt(2 h / (1 + h))`` (Spearman 1910, Brown 1910).
@@ -59,7 +59,7 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
         seed: of the bootstrap.
     """
     names = (EFFECT, *influence.criteria)
-    groups = [group for group in influence.groups if len(group.units) >= LEAST]
+    groups = [group for group in influence.groups if group.size >= LEAST]
     found = torch.stack([_of_group(group, names) for group in groups]) if groups else torch.zeros(0, len(names), len(names))
     known = ~found.isnan()
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
         high=high.tolist(),
         n_groups=known.sum(0).tolist(),
         by_group={group.name: matrix.tolist() for group, matrix in zip(groups, found, strict=True)},
-        halves=_halves(groups),
+        halves=_halves([group for group in groups if len(group.units) >= LEAST]),
     )
 
 
@@ -91,6 +91,8 @@ def _of_group(group: GroupInfluence, names: Sequence[str]) -> Tensor:
     for i, one in enumerate(names):
         for j, other in enumerate(names[: i + 1]):
             if not {one, other} <= {EFFECT, *scores}:
+                continue
+            if other == EFFECT and len(alone) < LEAST:
                 continue
             if i == j:
                 rho = 1.0

@@ -7,9 +7,10 @@ group at once gives the same for the whole network. Criteria observe one set of 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,53 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from actprune.compensation import Compensation, LeastSquares
+from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
+from actprune.pruning.arguments import REFIT
 from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.fingerprint import fingerprint
 from actprune.pruning.judging import Judge, classification, judged
 from actprune.pruning.panel import Panel
-from actprune.pruning.pieces import Pieces, fingerprint
+from actprune.pruning.pieces import Pieces
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.prefix import prefixed
+from actprune.pruning.removals import ALONE, RANDOM, Removals, drawn_order, removal_rows
 from actprune.pruning.replacement import Replacement, Units
-from actprune.statistics.counter import uniform
 
-RANDOM = "random"
-"""Name of the baseline, which is always among the criteria."""
-
-
-@dataclass(frozen=True)
-class Removals:
-    """What is replaced.
-
-    Raises:
-        ConfigError: a value is outside what it may be.
-    """
-
-    shares: Sequence[float] = (0.05, 0.1, 0.25, 0.5)
-    """Shares of a group that are replaced together, in (0, 1]."""
-    n_units: int = 16
-    """Units per group that are replaced alone, drawn; all where the group has no more."""
-    draws: int = 3
-    """Random rankings behind a random share, at least 1."""
-    seed: int = 0
-    """Of all draws."""
-    samples: int | None = None
-    """Validation samples on which shares are measured, the first ones, whole batches; None: all, as units alone always are:
-    their effects are small, and rank only where samples are many."""
-
-    def __post_init__(self) -> None:
-        """Check before any work is done."""
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", self.samples)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +97,8 @@ class Influence:
     """The groups that can be cut and are read in evaluation mode, in execution order."""
     whole: Sequence[Removal]
     """The same share of every group replaced at once."""
+    seconds_before: float = field(default=0.0, compare=False)
+    """Wall time that earlier calls took for what was in ``folder``; without what was broken off half done."""
 
 
 def analyze(
@@ -135,7 +110,7 @@ def analyze(
     criteria: Mapping[str, Criterion],
     removals: Removals | None = None,
     judge: Judge = classification,
-    compensation: Compensation | None = None,
+    compensation: Compensation | None = REFIT,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Influence:
@@ -146,10 +121,10 @@ def analyze(
         example_inputs: what it takes, see ``trace``.
         data: batches that the criteria observe, as ``prune`` takes them; with targets where criteria need them.
         validation: batches of inputs and targets on which the effect is measured; other samples than ``data``.
-        criteria: name -> criterion; ``random`` is added.
+        criteria: name -> criterion; ``random`` is the baseline ``Random`` and is added.
         removals: what is replaced.
         judge: loss and rightness of every sample; the default is that of a classifier.
-        compensation: whose second moments criteria such as ``Reconstruction`` read; by default ``LeastSquares()``.
+        compensation: whose second moments criteria such as ``Reconstruction`` read; None: none, and these score nothing.
         folder: where finished groups are kept, so that an analysis that was broken off goes on; None keeps nothing.
         progress: called with the pieces done, the pieces in all and what comes next.
 
@@ -157,19 +132,24 @@ def analyze(
         Everything that was measured.
 
     Raises:
-        ConfigError: the folder holds another analysis.
+        ConfigError: the folder holds another analysis, or ``random`` is another criterion.
         ActPruneError: as ``prune``.
     """
     removals = removals or Removals()
-    panel = Panel({**criteria, RANDOM: criteria.get(RANDOM, Random())})
+    if type(baseline := criteria.get(RANDOM, Random())) is not Random:
+        raise ConfigError(
+            f"criteria[{RANDOM!r}] is {type(baseline).__name__}: that name is of the baseline, whose removals are drawn; "
+            "give it another name"
+        )
+    panel = Panel({**criteria, RANDOM: baseline})
     batches, pairs = list(data), list(validation)
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
-    pruner = Pruner(
-        model, example_inputs, panel, Budget(units=0.999), compensation=compensation or LeastSquares(), seed=removals.seed
-    )
+    panel.needs_readers &= compensation is not None  # else nobody observes them, and others of the panel score all the same
+    pruner = Pruner(model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed)
     groups = [group for group in pruner.graph.unlocked if group.sites]
-    pieces = Pieces(folder, fingerprint(model, panel.criteria, removals, (batches, pairs), judge, compensation))
+    made_from = fingerprint(model, example_inputs, panel.criteria, removals, (batches, pairs), judge, compensation)
+    pieces = Pieces(folder, made_from)
     tell = progress or _say_nothing
     total = len(groups) + 2
 
@@ -190,6 +170,7 @@ def analyze(
                 found.append(pieces.get(f"group{number:03d}", make))
             tell(total - 1, total, "whole network")
             whole = pieces.get("whole", partial(_whole, groups, scores["groups"], removals, measure))
+    _tell_unscored(panel.criteria, groups, scores["groups"])
     tell(total, total, "done")
     return Influence(
         params=pruner.params,
@@ -201,11 +182,20 @@ def analyze(
         criteria=tuple(panel.criteria),
         groups=tuple(GroupInfluence(**{**g, "removals": [Removal(**r) for r in g["removals"]]}) for g in found),
         whole=tuple(Removal(**r) for r in whole["removals"]),
+        seconds_before=pieces.seconds_before,
     )
 
 
 def _say_nothing(done: int, total: int, name: str) -> None:
     """No progress is shown."""
+
+
+def _tell_unscored(criteria: Mapping[str, Criterion], groups: Sequence[Group], scores: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, criterion in criteria.items():
+        without = [group.name for group in groups if name not in scores[group.name]]
+        if without:
+            n, listed = len(groups) - len(without), f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+            _LOG.warning("%s scores %s of %d groups: %s (not: %s)", name, n or "none", len(groups), criterion.unscored, listed)
 
 
 def _scores(pruner: Pruner, panel: Panel, observed: Sequence[Pair], judge: Judge) -> dict[str, Any]:
@@ -257,8 +247,8 @@ class _Measure:
 def _group(
     group: Group, scores: Mapping[str, Sequence[float]], pruner: Pruner, removals: Removals, measure: _Measure
 ) -> dict[str, Any]:
-    alone = sorted(_order(torch.zeros(group.size), removals.seed, group)[: removals.n_units])
-    rows = _rows({group.name: scores}, [group], removals)
+    alone = sorted(drawn_order(torch.zeros(group.size), removals.seed, ALONE, group)[: removals.n_units])
+    rows = removal_rows({group.name: scores}, [group], removals)
     reads = measure.replacement.reads(group.name)
     single, halves, n_alone = measure([{group.name: [unit]} for unit in alone], reads)
     rise, halves = (single - single[0])[1:], (halves - halves[0])[1:]
@@ -285,7 +275,7 @@ def _group(
 def _whole(
     groups: Sequence[Group], scores: Mapping[str, Mapping[str, Sequence[float]]], removals: Removals, measure: _Measure
 ) -> dict[str, Any]:
-    rows = _rows(scores, groups, removals)
+    rows = removal_rows(scores, groups, removals)
     choices = [choice for _, several in rows for choice in several]
     first = {path for group in groups for path in measure.replacement.reads(group.name)}
     results, _, n = measure(choices, first, removals.samples)
@@ -296,39 +286,6 @@ def _whole(
         "n_measured": n,
         "removals": [_removal(row, torch.stack([next(left) for _ in several])) for row, several in rows],
     }
-
-
-def _rows(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], groups: Sequence[Group], removals: Removals
-) -> list[tuple[tuple[str, str, float, int], list[dict[str, frozenset[int]]]]]:
-    """(criterion, end, share, units) and what is replaced for it: one choice, or one per draw.
-
-    Groups that a criterion does not score stay whole by it.
-    """
-    rows = []
-    for name in dict.fromkeys(name for g in groups for name in scores[g.name]):
-        scored = [g for g in groups if name in scores[g.name]]
-        drawn = name == RANDOM
-        rankings = []
-        for draw in range(removals.draws if drawn else 1):
-            known = {g.name: [0.0] * g.size if drawn else scores[g.name][name] for g in scored}
-            values = {group: torch.tensor(score, dtype=torch.float64) for group, score in known.items()}
-            rankings.append({g.name: _order(values[g.name], removals.seed + 1 + draw, g) for g in scored})
-        for end in ("random",) if drawn else ("lowest", "highest"):
-            for share in removals.shares:
-                counts = {g.name: max(1, round(share * g.size)) for g in scored}
-                choices = [
-                    {g: frozenset((order[::-1] if end == "highest" else order)[: counts[g]]) for g, order in ranking.items()}
-                    for ranking in rankings
-                ]
-                rows.append(((name, end, share, sum(counts.values())), choices))
-    return rows
-
-
-def _order(values: Tensor, seed: int, group: Group) -> list[int]:
-    """Units from the lowest value up, equal ones in a drawn order that depends on seed, group and unit alone."""
-    drawn = uniform(seed, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
-    return drawn[values[drawn].argsort(stable=True)].tolist()
 
 
 def _removal(row: tuple[str, str, float, int], results: Tensor) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def compare(directory: str | os.PathLike[str], out: str | os.PathLike[str] | Non
 
     Args:
         directory: the tree; every directory in it with a ``summary.json`` is a run, one with ``.hydra`` and no summary
-            a job that failed.
+            a job that failed, or of a task that has results of its own.
         out: where to write; default: ``directory``.
 
     Raises:

@@ -24,10 +24,12 @@ TABLES = ("groups.csv", "units.csv", "removals.csv", "spearman.csv")
 _LEGEND = (
     "params, MACs: what leaves with the whole group. Loss of one unit: its rise when one unit alone is its mean, median to "
     "most, on {alone} samples. The rest: change of the accuracy, in points, when the lowest {share} are their means: drawn at "
-    "random, by the criterion (named) that loses least, and by the one that loses most. The best of many is partly luck: "
-    "compare with random."
+    "random, by the criterion that loses most, and by the one that loses least, which is named; +1: one more loses as little. "
+    "Criteria that score not all, or all alike, do not compete. The best of many is partly luck: compare with random."
 )
 _LABEL, _ACROSS = 20, 20
+_NAME = 18
+"""Characters of the name of the best criterion."""
 SHOWN = 24
 """Groups printed in full; longer lists keep their first and last ones."""
 
@@ -41,7 +43,7 @@ def influence_tables(influence: Influence, agreement: Agreement) -> RenderableTy
         Text(_LEGEND.format(share=share, alone=count(alone)), style="dim"),
         Text(),
         _effects(agreement),
-        Text(_noise(agreement), style="dim"),
+        Text(f"{_noise(agreement)}{_unscored(influence)}", style="dim"),
         Text(),
         _matrix(agreement),
     )
@@ -83,8 +85,8 @@ def _groups(influence: Influence) -> Group:
         f"{len(influence.groups)} groups · {count(influence.params)} parameters · {count(influence.macs)} MACs · "
         f"loss {influence.loss:.4f}, accuracy {percent(influence.accuracy, 2)} on {count(influence.n_measured)} samples"
     )
-    table = _table("group", "units", "params", "MACs", "loss of one unit", "random", "best", "worst", "")
-    table.columns[-1].overflow, table.columns[-1].max_width = "ellipsis", 18
+    table = _table("group", "units", "params", "MACs", "loss of one unit", "random", "worst", "best", "by")
+    table.columns[-1].justify = "left"
     rows = [(group.name, group) for group in influence.groups]
     half = SHOWN // 2
     shown = rows if len(rows) <= SHOWN else [*rows[:half], (f"… {len(rows) - SHOWN} more", None), *rows[-half:]]
@@ -99,20 +101,37 @@ def _groups(influence: Influence) -> Group:
             percent(group.params / influence.params),
             percent(group.macs / influence.macs),
             f"{alone:.4f} to {max(group.unit_loss):.4f}",
-            *_accuracies(group.removals, share, influence.accuracy),
+            *_accuracies(group.removals, share, influence.accuracy, [group]),
         )
     table.add_section()
-    table.add_row(WHOLE, "", "", "", "", *_accuracies(influence.whole, share, influence.accuracy), style="bold")
+    everything = _accuracies(influence.whole, share, influence.accuracy, influence.groups)
+    table.add_row(WHOLE, "", "", "", "", *everything, style="bold")
     return Group(Text(title, style="bold"), table)
 
 
-def _accuracies(removals: Sequence[Removal], share: float, whole: float) -> list[RenderableType]:
+def _accuracies(
+    removals: Sequence[Removal], share: float, whole: float, groups: Sequence[GroupInfluence]
+) -> list[RenderableType]:
     by = {removal.criterion: removal.accuracy for removal in removals if removal.share == share and removal.end != "highest"}
     drawn = by.pop(RANDOM)
+    by = {name: accuracy for name, accuracy in by.items() if _ranks(name, groups)}
     if not by:
         return [points(drawn - whole), "", "", ""]
-    best = max(by, key=lambda name: by[name])
-    return [points(drawn - whole), points(by[best] - whole), points(min(by.values()) - whole), Text(best)]
+    most = max(by.values())
+    best, *ties = (name for name, accuracy in by.items() if accuracy == most)
+    return [points(drawn - whole), points(min(by.values()) - whole), points(most - whole), Text(_and_more(best, len(ties)))]
+
+
+def _ranks(name: str, groups: Sequence[GroupInfluence]) -> bool:
+    """Whether a criterion scores all of the groups, and tells units apart: else less is removed, or what is drawn."""
+    scores = [group.scores.get(name, ()) for group in groups]
+    return all(scores) and any(min(units) < max(units) for units in scores)
+
+
+def _and_more(name: str, n: int) -> str:
+    more = f" +{n}" if n else ""
+    room = _NAME - len(more)
+    return (name if len(name) <= room else f"{name[: room - 1]}…") + more
 
 
 def _effects(agreement: Agreement) -> Group:
@@ -138,6 +157,11 @@ def _noise(agreement: Agreement) -> str:
         f"{text} The effect itself, measured on two halves of the samples, agrees at {_rho(agreement.halves)}: "
         f"who knew it exactly would reach about {_rho(agreement.ceiling)} here."
     )
+
+
+def _unscored(influence: Influence) -> str:
+    names = [name for name in influence.criteria if not any(name in group.scores for group in influence.groups)]
+    return f" Without anything to go by in any group: {', '.join(names)}." if names else ""
 
 
 def _matrix(agreement: Agreement) -> Group:

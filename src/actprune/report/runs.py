@@ -1,8 +1,8 @@
 """Run directories as they lie on disk: each ``summary.json`` becomes a ``Run``, everything else a ``Problem``.
 
 A run directory holds ``summary.json`` (written last, so it exists only after a complete run) and, when Hydra started
-the job, ``.hydra/`` with the overrides. A directory with ``.hydra/`` and no summary is a job that failed or is still
-running.
+the job, ``.hydra/`` with the overrides. A directory with ``.hydra/`` and no summary is a job of a task that writes none, or one
+that failed or is still running.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ REQUIRED = ("params_before", "params_after", "macs_before", "macs_after", "test_
 _ELSEWHERE = ("seed", "pruner", "data", "model")  # overrides that the summary says in keys of its own
 _WITHOUT_EFFECT = ("hydra", "logger", "paths", "name", "tags", "group", "resume", "ckpt_path", "export", "optimize")
 """Settings that leave the numbers as they are: where a run writes, that it was resumed, what is done with its network."""
+
+_OF_TASKS = {
+    "analysis.json": "a group influence analysis (task=analyze), with groups.csv, units.csv, removals.csv and spearman.csv",
+    "capacity.json": "capacities of networks (task=capacity), with networks.csv and layers.csv",
+}
+"""Written last by tasks that have results of their own."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,17 @@ def read_runs(directory: str | os.PathLike[str]) -> tuple[list[Run], list[Proble
             if SUMMARY in files:
                 runs.append(_read(path, overrides))
             else:
-                problems.append(Problem(path, f"no {SUMMARY}: the job failed or is still running", overrides))
+                problems.append(Problem(path, _why_none(files, overrides), overrides))
         except (ValueError, OSError, yaml.YAMLError) as error:
             problems.append(Problem(path, " ".join(str(error).split()), overrides))
     return runs, problems
+
+
+def _why_none(files: Sequence[str], overrides: Sequence[str]) -> str:
+    of_task = [f"{what}: it has results of its own, in {name}" for name, what in _OF_TASKS.items() if name in files]
+    if "task=plan" in overrides:
+        of_task.append("a plan (task=plan): nothing was pruned")
+    return of_task[0] if of_task else f"no {SUMMARY}: the job failed or is still running"
 
 
 def _natural(name: str) -> tuple[int, str]:
