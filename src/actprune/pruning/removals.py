@@ -14,8 +14,11 @@ from actprune.statistics.counter import uniform
 
 RANDOM = "random"
 """Name of the baseline, which is always among the criteria."""
-ALONE, _TIES, _DRAWS = range(3)
-"""Streams of drawn orders: of units alone, of units that a criterion holds equal, and from here on one per random ranking."""
+ALONE, _TIES = 0, 1
+"""Streams of drawn orders: of units alone, and of units that a criterion holds equal; the latter and those after it are the
+random rankings, too."""
+_STREAMS = 1 << 16
+"""Of one seed; those of the next one follow."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def removal_rows(
         scored = [g for g in groups if name in scores[g.name]]
         drawn = name == RANDOM
         rankings = []
-        for stream in range(_DRAWS, _DRAWS + removals.draws) if drawn else [_TIES]:
+        for stream in range(_TIES, _TIES + removals.draws) if drawn else [_TIES]:
             known = {g.name: [0.0] * g.size if drawn else scores[g.name][name] for g in scored}
             values = {group: torch.tensor(score, dtype=torch.float64) for group, score in known.items()}
             rankings.append({g.name: drawn_order(values[g.name], removals.seed, stream, g) for g in scored})
@@ -76,5 +79,5 @@ def removal_rows(
 
 def drawn_order(values: Tensor, seed: int, stream: int, group: Group) -> list[int]:
     """Units from the lowest value up, equal ones in a drawn order that depends on seed, stream, group and unit alone."""
-    drawn = uniform(seed, torch.tensor(stream), torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
+    drawn = uniform(seed * _STREAMS + stream, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
     return drawn[values[drawn].argsort(stable=True)].tolist()
