@@ -16,6 +16,7 @@ from actprune import criteria
 from actprune.compensation import LeastSquares
 from actprune.pruning import Removals
 from actprune.pruning.fingerprint import fingerprint, spelled
+from paths import ROOT
 
 FACTOR = 1.0
 
@@ -138,7 +139,8 @@ def everything():
 
 
 def test_it_is_the_same_in_another_process():
-    script = f"import sys; sys.path[:] = {sys.path}; import json, {__name__} as here; print(json.dumps(here.everything()))"
+    path = [str(ROOT), *sys.path]
+    script = f"import sys; sys.path[:] = {path}; import json, {__name__} as here; print(json.dumps(here.everything()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == everything()
 
