@@ -189,7 +189,7 @@ def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: Positions) ->
     pruner = pruner_of(model, panel, positions, None)
     with torch.no_grad(), pruner.observe(len(x)) as observation:
         for number, batch in enumerate(x.split(BATCH)):
-            observation.begin_batch(range(number * BATCH, number * BATCH + len(batch)))
+            announce(observation, number, batch)
             model(batch)
     pruner.scores(observation)
     return panel.scores

@@ -5,8 +5,10 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from actprune.core.budget import Budget
+from actprune.core.errors import ConfigError
 from actprune.criteria import Entropy
 from actprune.training import PruningCallback
+from foreign import loader
 
 
 class ListLogger(Logger):
@@ -41,6 +43,18 @@ def pruning():
         return PruningCallback(**options)
 
     return make
+
+
+@pytest.fixture
+def refused(pruning, trainer):
+    """A module is refused before it is trained, with a message that matches."""
+
+    def check(module, match, **options):
+        with pytest.raises(ConfigError, match=match):
+            trainer(pruning(**options)).fit(module, loader(), loader(32, 1))
+        assert not module.trainer.global_step
+
+    return check
 
 
 @pytest.fixture

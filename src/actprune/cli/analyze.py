@@ -20,9 +20,10 @@ from torch import nn
 
 from actprune.cli import output
 from actprune.cli.build import build
+from actprune.cli.console import print_folder
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
-from actprune.cli.scoring import all_criteria, criteria_named, own_settings, spelled
+from actprune.cli.scoring import all_criteria, criteria_named, own_settings, print_own_settings
 from actprune.cli.trained import drawn_samples, first_samples, load_network, ready_unaugmented
 from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
@@ -99,10 +100,8 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
 def show(config: DictConfig, influence: Influence, agreed: Agreement, console: Console) -> None:
     """Print the tables, settings of criteria that are not those of their files, and where everything is."""
     console.print(influence_tables(influence, agreed))
-    if settings := own_settings(config):
-        console.print(f"settings that are not the default: {spelled(settings)}", highlight=False)
-    console.print("everything is in", soft_wrap=True)
-    console.print(str(config.paths.output_dir), soft_wrap=True, highlight=False)
+    print_own_settings(config, console)
+    print_folder(config.paths.output_dir, console)
 
 
 def _row(agreed: Agreement, k: int) -> dict[str, float | None]:

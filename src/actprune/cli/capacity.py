@@ -18,9 +18,10 @@ from torch import nn
 from actprune.capacity import measure, sample_of
 from actprune.cli import output
 from actprune.cli.build import build
+from actprune.cli.console import print_folder
 from actprune.cli.names import choice
 from actprune.cli.recorder import write_json
-from actprune.cli.scoring import criteria_named, own_settings, spelled
+from actprune.cli.scoring import criteria_named, own_settings, print_own_settings
 from actprune.cli.trained import accuracy, first_samples, load_network, read_network, ready_unaugmented
 from actprune.core.calling import evaluating
 from actprune.core.errors import ConfigError
@@ -107,10 +108,8 @@ def measure_networks(
 def show(config: DictConfig, measured: Sequence[Measured], console: Console) -> None:
     """Print the tables, settings of criteria that are not those of their files, and where everything is."""
     console.print(capacity_tables(measured))
-    if settings := own_settings(config):
-        console.print(f"settings that are not the default: {spelled(settings)}", highlight=False)
-    console.print("everything is in", soft_wrap=True)
-    console.print(str(config.paths.output_dir), soft_wrap=True, highlight=False)
+    print_own_settings(config, console)
+    print_folder(config.paths.output_dir, console)
 
 
 def _initial(config: DictConfig, settings: Settings, net: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -25,6 +26,12 @@ def console() -> Console:
     """A console on the present standard output, at most ``WIDTH`` columns wide; brackets in a text are no markup."""
     probe = Console(file=sys.stdout)
     return Console(file=sys.stdout, width=min(WIDTH, probe.width) if probe.is_terminal else WIDTH, markup=False)
+
+
+def print_folder(folder: str | Path, console: Console, before: str = "") -> None:
+    """Say where everything is, unbroken so that it can be copied; ``before``: what the line begins with."""
+    console.print(f"{before}everything is in", soft_wrap=True)
+    console.print(str(folder), soft_wrap=True, highlight=False)
 
 
 @rank_zero_only

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from actprune.cli.console import print_folder
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, net_record, write_json
 from actprune.cli.trained import fed
@@ -124,8 +125,7 @@ def tell_wandb(loggers: Sequence[Logger], summary: Mapping[str, Any], pictures: 
 def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Print the before/after table and where everything is."""
     console.print(before_after(summary, [tuple(row) for row in summary.get("widths", ())]))
-    console.print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s; everything is in", soft_wrap=True)
-    console.print(str(folder), soft_wrap=True, highlight=False)
+    print_folder(folder, console, f"{summary['epochs']} epochs in {summary['seconds']:.0f} s; ")
 
 
 def _sizes(data: LightningDataModule, module: LightningModule, pruners: Sequence[Pruner]) -> dict[str, Any]:

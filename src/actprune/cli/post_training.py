@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from actprune.cli import output
+from actprune.cli.console import print_folder
 from actprune.cli.names import choice
 from actprune.cli.recorder import RECORD, write_json
 from actprune.cli.trained import accuracy, first_samples, ready_unaugmented
@@ -73,8 +74,7 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     )
     for size, (before, after) in summary["latency_ms"].items():
         console.print(f"batch of {size}: {before:.2f} ms before, {after:.2f} ms after")
-    console.print("everything is in", soft_wrap=True)
-    console.print(str(folder), soft_wrap=True, highlight=False)
+    print_folder(folder, console)
 
 
 def _summary(config: DictConfig, done: PostTraining) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from actprune.cli.build import build, resolved
 from actprune.cli.names import choice
@@ -53,10 +54,11 @@ def own_settings(config: DictConfig) -> dict[str, dict[str, Any]]:
     return {name: changed} if changed else {}
 
 
-def spelled(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Settings by criterion in one line."""
-    each = (f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" for name, given in settings.items())
-    return ", ".join(each)
+def print_own_settings(config: DictConfig, console: Console) -> None:
+    """Print ``own_settings`` in one line, where there are any."""
+    for name, given in own_settings(config).items():
+        each = ", ".join(f"{key}={value}" for key, value in given.items())
+        console.print(f"settings that are not the default: {name}({each})", highlight=False)
 
 
 def _node(name: str, config: DictConfig, key: str) -> DictConfig:

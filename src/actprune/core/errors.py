@@ -1,9 +1,5 @@
 """Every exception that actprune raises on purpose; each message names the value, the limit and the cure."""
 
-from __future__ import annotations
-
-from numbers import Integral
-
 
 class ActPruneError(Exception):
     """Base class: catch this to catch everything actprune raises on purpose."""
@@ -39,8 +35,3 @@ class StorageError(ActPruneError, OSError):
 
 class ExportError(ActPruneError, RuntimeError):
     """A network could not be exported, or the exported one computes something else."""
-
-
-def is_whole(value: object) -> bool:
-    """Whether a setting is an integer, and not a truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

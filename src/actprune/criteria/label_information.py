@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError, is_whole
+from actprune.core.checks import is_whole
+from actprune.core.errors import ConfigError
 from actprune.core.views import Criterion, GroupView, Statistic
 from actprune.criteria.combine import score_sites
 from actprune.criteria.entropy import CORRECTIONS, miller_madow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import numbers
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from actprune.compensation import Compensation, LeastSquares
 from actprune.core.budget import Budget
+from actprune.core.checks import is_whole
 from actprune.core.errors import ConfigError, ObservationError, SurgeryError, TraceError
 from actprune.core.views import Criterion
 from actprune.graph import Graph
@@ -39,7 +39,7 @@ def check_arguments(**given: Any) -> None:
     """
     for name, value in given.items():
         if name == "seed":
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            if not is_whole(value):
                 raise ConfigError(f"seed={value!r} must be a whole number, e.g. seed=0")
             continue
         kind, optional, cure = _KINDS[name]

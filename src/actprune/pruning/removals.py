@@ -61,11 +61,11 @@ def removal_rows(
     for name in dict.fromkeys(name for g in groups for name in scores[g.name]):
         scored = [g for g in groups if name in scores[g.name]]
         drawn = name == RANDOM
-        rankings = []
-        for stream in range(_TIES, _TIES + removals.draws) if drawn else [_TIES]:
-            known = {g.name: [0.0] * g.size if drawn else scores[g.name][name] for g in scored}
-            values = {group: torch.tensor(score, dtype=torch.float64) for group, score in known.items()}
-            rankings.append({g.name: drawn_order(values[g.name], removals.seed, stream, g) for g in scored})
+        values = [torch.zeros(g.size) if drawn else torch.tensor(scores[g.name][name], dtype=torch.float64) for g in scored]
+        rankings = [
+            {g.name: drawn_order(x, removals.seed, stream, g) for g, x in zip(scored, values, strict=True)}
+            for stream in range(_TIES, _TIES + (removals.draws if drawn else 1))
+        ]
         for end in ("random",) if drawn else ("lowest", "highest"):
             for share in removals.shares:
                 counts = {g.name: max(1, round(share * g.size)) for g in scored}

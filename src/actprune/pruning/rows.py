@@ -35,8 +35,8 @@ class Rows:
         if isinstance(sample_ids, range) and sample_ids and min(sample_ids[0], sample_ids[-1]) < 0:
             sample_ids = listed(sample_ids)
         self.labels, self._counted, self._ids = labels, None, None
+        # what waits is counted by them later, when the caller may have changed a tensor
         self.announced = self.numbers = sample_ids if isinstance(sample_ids, range) else sample_ids.clone()
-        # one call, which every batch pays; what waits is counted by them later
         if isinstance(self.announced, Tensor) and len(sample_ids) and int(self.announced.min()) < 0:
             self._counted = (self.announced >= 0).nonzero().flatten()
             self.numbers = self.announced[self._counted]

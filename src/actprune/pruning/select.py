@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actprune.core.checks import is_whole
 from actprune.core.errors import BudgetError, ConfigError
 from actprune.graph import Graph, Group
 from actprune.pruning.apart import keep_apart
@@ -55,8 +56,7 @@ class Selection:
             raise ConfigError(f"selection normalise={self.normalise!r} is not known; choose one of {', '.join(_NORMALISERS)}")
         if not isinstance(self.max_ratio, numbers.Real) or not 0 <= self.max_ratio < 1:
             raise ConfigError(f"selection max_ratio={self.max_ratio!r} must be in [0, 1), the share that may leave, e.g. 0.9")
-        whole = isinstance(self.round_to, numbers.Integral) and not isinstance(self.round_to, bool)
-        if not whole or self.round_to < 1:
+        if not is_whole(self.round_to) or self.round_to < 1:
             raise ConfigError(f"selection round_to={self.round_to!r} must be at least 1, a whole number, e.g. 8")
         if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(name, str) and name for name in self.ignore):
             raise ConfigError(f"selection ignore={self.ignore!r} must be a list of names of modules, e.g. ['head', 'layer4.*']")

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError, ObservationError, is_whole
+from actprune.core.checks import is_whole
+from actprune.core.errors import ConfigError, ObservationError
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.dyadic import equal_bins, power_of_two, rebin, window
 from actprune.statistics.histogram import FINENESS, RANGES

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from actprune.core.errors import ConfigError, is_whole
+from actprune.core.checks import is_whole
+from actprune.core.errors import ConfigError
 from actprune.core.tensors import sent
 from actprune.statistics.base import Accumulator, check_pool
 from actprune.statistics.dyadic import bin_index, columns, equal_bins, rebin, window
