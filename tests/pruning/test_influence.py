@@ -151,6 +151,23 @@ def test_units_of_equal_score_are_not_taken_in_their_order():
     assert removal.loss != pytest.approx(brute_force({"0": [0, 1]})[0], abs=1e-6)
 
 
+def test_criteria_see_all_of_large_maps_unless_told_otherwise():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = [(torch.randn(4, 3, 20, 20), torch.randint(0, 3, (4,))) for _ in range(2)]
+
+    def scores(**options):
+        found = analyze(model, data[0][0][:1], data, data, criteria={"rms": criteria.RMS()}, removals=REMOVALS, **options)
+        return found.groups[0].scores["rms"]
+
+    with torch.no_grad():
+        seen = torch.cat([model[:2](x) for x, _ in data]).double()
+    assert scores() == pytest.approx(seen.square().mean((0, 2, 3)).sqrt().tolist(), rel=1e-6)
+    assert scores(positions=2) != pytest.approx(scores(), rel=1e-3)
+    with pytest.raises(ConfigError, match="positions=0 must be"):
+        scores(positions=0)
+
+
 def test_criteria_without_scores_are_told_of(caplog):
     model = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3))
     chosen = {"scale": criteria.BatchNormScale(), "rms": criteria.RMS()}
@@ -218,6 +235,7 @@ def test_it_goes_on_where_it_was_broken_off(found, tmp_path, monkeypatch):
     [
         ({"criteria": {"rms": criteria.RMS()}}, "criteria"),
         ({"removals": Removals(shares=(0.25, 0.5), n_units=4, draws=2, seed=6)}, "settings"),
+        ({"positions": 1}, "positions"),
     ],
 )
 def test_pieces_of_another_analysis_are_refused(tmp_path, changed, what):

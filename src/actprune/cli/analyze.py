@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 from omegaconf import DictConfig
@@ -29,6 +29,7 @@ from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
 from actprune.report import draw_influence, influence_tables, write_influence
+from actprune.statistics import check_positions
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Settings:
     """What ``conf/analyze`` says.
 
     Raises:
-        ConfigError: ``images`` is below 1.
+        ConfigError: ``images`` is below 1, or ``positions`` nothing that ``Pruner`` takes.
     """
 
     criteria: Sequence[str] | None
@@ -51,11 +52,14 @@ class Settings:
     removals: Removals
     compensation: Compensation | None
     """None: criteria that read the second moments of one score nothing."""
+    positions: int | Literal["auto"] | None
+    """How many of each unit's positions in a sample criteria see; None: all."""
 
     def __post_init__(self) -> None:
         """Check before any work is done."""
         if self.images is not None and self.images < 1:
             raise ConfigError(f"images={self.images} must be at least 1, or null for all")
+        check_positions(self.positions)
 
 
 def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Module) -> tuple[Influence, Agreement]:
@@ -86,6 +90,7 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
             criteria=criteria,
             removals=settings.removals,
             compensation=settings.compensation,
+            positions=settings.positions,
             folder=folder / PIECES,
             progress=progress,
         )

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,7 @@ def analyze(
     removals: Removals | None = None,
     judge: Judge = classification,
     compensation: Compensation | None = REFIT,
+    positions: int | Literal["auto"] | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Influence:
@@ -125,6 +126,8 @@ def analyze(
         removals: what is replaced.
         judge: loss and rightness of every sample; the default is that of a classifier.
         compensation: whose second moments criteria such as ``Reconstruction`` read; None: none, and these score nothing.
+        positions: how many of each unit's positions in a sample criteria see; None: all, for what is measured takes much longer
+            than observing, and with few the choice of units at the edge of a share is partly chance; "auto": as ``Pruner``.
         folder: where finished groups are kept, so that an analysis that was broken off goes on; None keeps nothing.
         progress: called with the pieces done, the pieces in all and what comes next.
 
@@ -146,10 +149,12 @@ def analyze(
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
     panel.needs_readers &= compensation is not None  # else nobody observes them, and others of the panel score all the same
-    pruner = Pruner(model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed)
+    pruner = Pruner(
+        model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed, positions=positions
+    )
     groups = [group for group in pruner.graph.unlocked if group.sites]
     made_from = fingerprint(model, example_inputs, panel.criteria, removals, (batches, pairs), judge, compensation)
-    pieces = Pieces(folder, made_from)
+    pieces = Pieces(folder, {**made_from, "positions": positions})
     tell = progress or _say_nothing
     total = len(groups) + 2
 
