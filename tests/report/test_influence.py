@@ -119,7 +119,7 @@ def test_many_criteria_and_groups_fit():
     assert "block11.conv" in text
     assert "block12.conv" not in text
     for i, name in enumerate(names):
-        assert f"{i + 2} {name}"[:20] in text
+        assert f"{i + 2} {name}"[:19] + "…" in text
 
 
 def test_how_much_is_noise_stands_below_the_effects():

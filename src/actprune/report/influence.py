@@ -130,8 +130,11 @@ def _ranks(name: str, groups: Sequence[GroupInfluence]) -> bool:
 
 def _and_more(name: str, n: int) -> str:
     more = f" +{n}" if n else ""
-    room = _NAME - len(more)
-    return (name if len(name) <= room else f"{name[: room - 1]}…") + more
+    return _short(name, _NAME - len(more)) + more
+
+
+def _short(name: str, room: int) -> str:
+    return name if len(name) <= room else f"{name[: room - 1]}…"
 
 
 def _effects(agreement: Agreement) -> Group:
@@ -166,7 +169,7 @@ def _unscored(influence: Influence) -> str:
 
 def _matrix(agreement: Agreement) -> Group:
     """Lower triangle in hundredths; more than ``_ACROSS`` columns are set below each other."""
-    names = [f"{i + 1} {name}"[:_LABEL] for i, name in enumerate(agreement.names)]
+    names = [_short(f"{i + 1} {name}", _LABEL) for i, name in enumerate(agreement.names)]
     lines = []
     for first in range(0, len(names), _ACROSS):
         columns = range(first, min(first + _ACROSS, len(names)))
