@@ -91,6 +91,30 @@ def test_a_finished_run_takes_no_other_settings(command, tmp_path):
 
 
 @needs_fork
+def test_what_was_refused_is_forgotten(command, tmp_path):
+    """By a folder that was cut off, of a job or a sweep; another task does not write there either."""
+    done = command("-m", *SMALL[:-2], "trainer.max_epochs=2", "seed=1", "hydra.sweep.dir=many")
+    assert done.returncode == 0, done.stderr
+    job = tmp_path / "many" / "0"
+    (job / "summary.json").unlink()
+    kept = {path: path.read_bytes() for path in (tmp_path / "many").rglob("*.yaml")}
+    assert len(kept) == 5
+    for refused, why in (
+        (["resume=many", "+budget.foo=1"], "budget.foo"),
+        (["resume=many", "pruner=none"], "size mismatch"),
+        (["pruner=random", "seed=5", f"hydra.run.dir={job}"], "holds another run"),
+        (["task=plan", f"hydra.run.dir={job}"], "holds another run"),
+    ):
+        again = command(*refused)
+        assert again.returncode == 1, refused
+        assert why in again.stderr
+        assert {path: path.read_bytes() for path in kept} == kept
+    again = command("resume=many")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((job / "summary.json").read_text())["criterion"] == "magnitude"
+
+
+@needs_fork
 def test_finished_jobs_of_a_sweep_keep_their_settings(command, tmp_path):
     """The others take what is given; what is written of each is what it ran with, which reports read."""
     done = command("-m", *SMALL[:-2], "trainer.max_epochs=2", "seed=1,2", "hydra.sweep.dir=many")
@@ -111,14 +135,15 @@ def test_finished_jobs_of_a_sweep_keep_their_settings(command, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("task", ["train", "prune", "plan", "analyze", "capacity"])
 @pytest.mark.parametrize("held", ["summary.json", "checkpoints/last.ckpt"])
-def test_another_run_is_not_written_over(fast, tmp_path, held):
+def test_another_run_is_not_written_over(fast, tmp_path, held, task):
     (tmp_path / "out" / held).parent.mkdir(parents=True)
     (tmp_path / "out" / held).write_text("{}")
     with pytest.raises(
         ConfigError, match=f"out holds another run .{held}.: resume=.*out goes on with that one, hydra.run.dir="
     ):
-        run_job(fast())
+        run_job(fast(f"task={task}"))
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 

@@ -34,14 +34,13 @@ class JobError(CompactHydraException):
 def main(config_dir: str | os.PathLike[str]) -> None:
     """Run what the command line asks for, with the configuration in ``config_dir``."""
     schema.register()
-    given = sys.argv[1:]
     try:
-        sys.argv[1:] = resuming.command_line(given)
+        sys.argv[1:] = resuming.command_line(sys.argv[1:])
         check_arguments(sys.argv[1:], Path(config_dir))
     except ActPruneError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     try:
-        with resuming.finished_as_they_are(given):
+        with resuming.as_they_ran(sys.argv[1:]):
             hydra.main(version_base="1.3", config_path=str(Path(config_dir).resolve()), config_name="config")(_job)()
     finally:
         if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":

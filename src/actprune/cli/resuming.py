@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actprune.cli.names import sweep_name
 from actprune.cli.output import CONFIG, SUMMARY
-from actprune.cli.schema import Task
 from actprune.core.errors import ConfigError
 from actprune.core.files import atomic_path
 from actprune.training import newest_checkpoint
@@ -70,18 +69,30 @@ def command_line(arguments: list[str]) -> list[str]:
 
 
 @contextmanager
-def finished_as_they_are(arguments: list[str]) -> Iterator[None]:
-    """What ``.hydra`` says of finished jobs stays what they ran with; Hydra writes down for every job what it is asked now."""
-    folder = _folder(arguments)
-    done = [] if folder is None else [folder / SUMMARY, *folder.glob(f"*/{SUMMARY}")]
-    said = {file: file.read_bytes() for path in done if path.is_file() for file in (path.parent / ".hydra").glob("*.yaml")}
+def as_they_ran(arguments: list[str]) -> Iterator[None]:
+    """What a folder says of its jobs is what they ran with: Hydra writes down what is asked now before anybody can refuse it.
+
+    Taken back where no job did any work: of finished ones, and of all where what was asked does not run.
+
+    Args:
+        arguments: what Hydra gets.
+    """
+    given = [argument for argument in arguments if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    folder = _path(given[-1]) if given else None
+    jobs = [] if folder is None or not folder.is_dir() else [folder, *(path.parent for path in folder.glob("*/.hydra"))]
+    said = {job: {file: file.read_bytes() for file in _sayings(job)} for job in jobs}
+    work, is_refused = {job: _work(job) for job in jobs}, False
     try:
         yield
+    except SystemExit as error:
+        is_refused = _is_refusal(error)
+        raise
     finally:
-        for file, content in said.items():
-            if file.read_bytes() != content:
-                with atomic_path(file) as temporary:
-                    temporary.write_bytes(content)
+        idle = [job for job in jobs if _work(job) == work[job]]
+        is_idle = idle == jobs  # a sweep says one thing of all its jobs
+        for job in idle:
+            if job / SUMMARY in work[job] or (is_refused and (job != folder or is_idle)):
+                _say(said[job])
 
 
 def where_to_go_on(config: DictConfig) -> str | None:
@@ -114,7 +125,7 @@ def check_unused(config: DictConfig) -> None:
     Raises:
         ConfigError: names what is there.
     """
-    if config.resume is not None or config.ckpt_path is not None or config.task not in (Task.train, Task.prune):
+    if config.resume is not None or config.ckpt_path is not None:
         return
     folder = Path(config.paths.output_dir)
     for path in (folder / SUMMARY, *sorted(folder.glob("checkpoints/*.ckpt"))):
@@ -130,7 +141,35 @@ def _folder(arguments: list[str]) -> Path | None:
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
         return None
-    return Path(given[-1].partition("=")[2].strip("'\"")).expanduser().resolve()
+    return _path(given[-1])
+
+
+def _path(argument: str) -> Path:
+    return Path(argument.partition("=")[2].strip("'\"")).expanduser().resolve()
+
+
+def _sayings(job: Path) -> list[Path]:
+    """Files that say what a job, or a sweep, was asked for."""
+    return [path for path in (*job.glob(".hydra/*.yaml"), job / CONFIG, job / "multirun.yaml") if path.is_file()]
+
+
+def _say(contents: dict[Path, bytes]) -> None:
+    for file, content in contents.items():
+        if not file.is_file() or file.read_bytes() != content:
+            with atomic_path(file) as temporary:
+                temporary.write_bytes(content)
+
+
+def _work(job: Path) -> dict[Path, int]:
+    """What a job goes on from, or what it ended with, and when that was written."""
+    files = (path for pattern in (SUMMARY, "checkpoints/[!.]*", "pieces/[!.]*") for path in job.glob(pattern))
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+def _is_refusal(error: SystemExit) -> bool:
+    """Whether a job cannot run as it was asked: Hydra told of an error, and not of one of the machine."""
+    told = error.__context__
+    return error.code == 1 and told is not None and not isinstance(told.__cause__ or told, OSError)
 
 
 def _ran_with(folder: Path, setting: str) -> bool:
