@@ -66,6 +66,8 @@ JOBS = {
     "online without login": (
         ["logger=wandb", "logger.wandb.offline=false"], ConfigError, "logger.wandb: offline=false needs a login"),
     "max_ratio": (["pruner.selection.max_ratio=1.0"], ConfigError, "pruner.selection: .*max_ratio=1.0"),
+    "weights that training passes over": (["weights=a.pt"], ConfigError, "weights=a.pt is what.* give model.weights="),
+    "weights that a plan passes over": (["task=plan", "weights=a.pt"], ConfigError, "task=plan would pass it over"),
     "checkpoint": (["ckpt_path=nowhere.ckpt"], ConfigError, "ckpt_path=nowhere.ckpt does not exist"),
 }  # fmt: skip
 

@@ -150,6 +150,19 @@ def test_plan_trains_nothing(fast, out, capsys):
     assert "100.0%" in printed
 
 
+def test_plan_tells_when_the_run_takes_its_steps(fast, out, capsys, no_pictures):
+    """A step that falls on an epoch without validation waits, and the later of two that wait together is taken."""
+    steps = ("schedule.start=1", "schedule.interval=1", "schedule.steps=3", "trainer.max_epochs=8")
+    settings = (*steps, "trainer.check_val_every_n_epoch=2", "pruner=magnitude", "logger=none")
+    run_job(fast("task=plan", *settings))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    planned = [line[1] for line in lines if len(line) == 5 and line[0].isdigit()]
+    run_job(fast(*settings, f"paths.output_dir={out / 'run'}"))
+    printed = capsys.readouterr().out
+    assert planned == [line.split("before epoch ")[1].split(":")[0] for line in printed.splitlines() if "before epoch" in line]
+    assert planned == ["3", "5"]
+
+
 def test_one_run_of_weights_and_biases_per_job(fast, out):
     import wandb
 

@@ -71,6 +71,11 @@ def run_job(config: DictConfig) -> float | None:
         raise ConfigError(
             f"ckpt_path={config.ckpt_path} is no whole checkpoint with optimizer state; weights alone are model.weights=FILE"
         )
+    if config.weights is not None and config.task in (Task.train, Task.plan):
+        raise ConfigError(
+            f"weights={config.weights} is what task=prune, analyze and capacity load; task={config.task.name} would pass it "
+            "over; to train from weights give model.weights=FILE"
+        )
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
     _check_epochs(config)

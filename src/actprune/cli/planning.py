@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning import LightningDataModule, LightningModule, Trainer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from actprune.cli.console import console
 from actprune.core.errors import ConfigError
@@ -14,6 +15,7 @@ from actprune.pruning import Pruner
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
 from actprune.report import before_after, structure
 from actprune.training.callback import SETTINGS, PruningCallback
+from actprune.training.timing import Timetable
 
 GROUPS = "groups.svg"
 
@@ -37,7 +39,7 @@ def print_plan(
     out = console()
     out.print(str(pruner.graph), highlight=False)
     structure(pruner.graph, folder / GROUPS, type(net).__name__)
-    out.print(_timetable(pruning, pruner, trainer.max_epochs or 0))
+    out.print(_timetable(pruning, pruner, trainer))
     plan = pruner.plan(observe_pairs(pruner, pairs_of(batches, example), expected=expected_samples(batches, example)), 1.0)
     gone = {} if plan is None else plan.groups
     sizes = {
@@ -51,13 +53,15 @@ def print_plan(
     out.print(f"Who shares a width with whom: {folder / GROUPS}", soft_wrap=True, highlight=False)
 
 
-def _timetable(pruning: PruningCallback, pruner: Pruner, max_epochs: int) -> Table:
-    budget, schedule = pruning.budget, pruning.schedule
+def _timetable(pruning: PruningCallback, pruner: Pruner, trainer: Trainer) -> Table:
+    """When the run would take which step, by the epochs in which it validates; counted as its own lines count them."""
+    budget, timetable = pruning.budget, Timetable.of(pruning.schedule, trainer)
     total = getattr(pruner, f"{budget.unit}_before")
-    table = Table("after epoch", "reduction due", f"{budget.unit} left", box=box.SIMPLE_HEAD, title="schedule")
-    for epoch in schedule.epochs(max_epochs):
-        due = schedule.due(epoch, max_epochs)
-        assert due is not None
+    title = Text("schedule", style="bold")
+    table = Table(
+        "step", "before epoch", "reduction due", f"{budget.unit} left", box=box.SIMPLE_HEAD, title=title, title_justify="left"
+    )
+    for number, (epoch, due) in enumerate(timetable.taken(trainer.check_val_every_n_epoch or 1), start=1):
         left = budget.due(due)
-        table.add_row(str(epoch), f"{due:.1%}", f"{left * total:,.0f} ({left:.1%})")
+        table.add_row(str(number), str(epoch + 2), f"{due:.1%}", f"{left * total:,.0f} ({left:.1%})")
     return table

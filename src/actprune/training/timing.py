@@ -61,6 +61,14 @@ class Timetable:
         steps = [share for step, share in zip(self.epochs, self.shares, strict=True) if decided < step <= epoch]
         return steps[-1] if steps else None
 
+    def taken(self, every: int) -> list[tuple[int, float]]:
+        """The steps where only every so many epochs are validated: epochs after whose validation, and shares."""
+        found: list[tuple[int, float]] = []
+        for epoch in range(every - 1, self.max_epochs, every):
+            share = self.due(found[-1][0] if found else -1, epoch)
+            found += [] if share is None else [(epoch, share)]
+        return found
+
     def recovered(self, decided: int) -> int:
         """Epoch after whose validation the step decided after epoch ``decided`` has had its recovery.
 
