@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actprune.core.errors import ConfigError
 from actprune.statistics import position_bits, sample_positions
@@ -53,6 +55,21 @@ def test_signs_of_a_sample_depend_on_its_key_only():
     assert torch.equal(signs(torch.tensor([7, 2]), 70, 4, torch.float32), whole[[7, 2]])
     assert torch.equal(signs(torch.arange(10), 3, 4, torch.float32), whole[:, :3])
     assert not torch.equal(signs(torch.arange(10), 70, 5, torch.float32), whole)
+
+
+@pytest.mark.parametrize("replicates", [1, 20, 64, 130])
+def test_no_more_signs_are_made_than_are_asked_for_but_in_the_last_word(replicates):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Largest() as largest:
+        signs(torch.arange(1000), replicates, 0, torch.float64)
+    assert largest.elements <= 1000 * (replicates if replicates <= 64 else -(-replicates // 64) * 64)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1024, 16), (49, 10), (10, 9), (7, 1), (1, 1)])

@@ -74,6 +74,6 @@ def signs(
     """
     words = torch.arange(-(-replicates // _WORD), device=keys.device)
     bits = hashed(seed, keys.unsqueeze(-1), words)  # (..., words)
-    places = torch.arange(_WORD, device=keys.device)
+    places = torch.arange(min(replicates, _WORD), device=keys.device)  # one sign each would cost 64 otherwise
     drawn = ((bits.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :replicates]
     return drawn.to(dtype).mul_(2).sub_(1)
