@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from actprune import Budget, Pruner, Selection, SurgeryRecord, apply_record, criteria, prune, trace
 from actprune.core.errors import BudgetError, ConfigError, ObservationError, SurgeryError, TraceError
@@ -43,6 +43,13 @@ def images(n=12):
     return torch.randn(n, 3, 8, 8), torch.arange(n) % 4
 
 
+class Stream(IterableDataset):
+    """Nobody knows how long it is."""
+
+    def __iter__(self):
+        return zip(*images(), strict=True)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -51,8 +58,9 @@ def images(n=12):
         lambda: ((x, y) for x, y in zip(images()[0].split(4), images()[1].split(4), strict=True)),
         lambda: [[images()[0], images()[1]]],
         lambda: [(images()[0],)],
+        lambda: DataLoader(Stream(), batch_size=5),
     ],
-    ids=["tensors", "loader", "generator", "list pairs", "tuples of one"],
+    ids=["tensors", "loader", "generator", "list pairs", "tuples of one", "loader of a stream"],
 )
 def test_kinds_of_data(data):
     model, example = build("ConvBn")

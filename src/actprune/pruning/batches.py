@@ -69,7 +69,12 @@ def expected_samples(data: Iterable[Any], example: Example) -> int | None:
     if isinstance(data, Sequence):
         return sum(batch_size(inputs) for inputs in inputs_of(data, example))
     size = getattr(data, "batch_size", None)
-    return len(data) * size if isinstance(size, int) and isinstance(data, Sized) else None
+    if not isinstance(size, int) or not isinstance(data, Sized):
+        return None
+    try:
+        return len(data) * size
+    except TypeError:  # a loader of an iterable data set has a length only if the data set does
+        return None
 
 
 def observe_pairs(pruner: Pruner, pairs: Iterable[Pair], loss: Loss | None = None, expected: int | None = None) -> Observation:
