@@ -56,6 +56,18 @@ def test_parts_hold_what_they_would_alone(make):
 
 
 @each_kind
+def test_parts_that_are_joined_anew_keep_what_they_have(make):
+    """As they are where a network goes to another device in the middle of an observation."""
+    alone, parts = [make(size) for size in SIZES], [make(size) for size in SIZES]
+    for sites, ids in batches():
+        for statistic, x in zip(alone, sites, strict=True):
+            statistic.update(x, ids)
+        join(parts, torch.device("cpu")).update(torch.cat(sites, 1), ids)
+    for part, one in zip(parts, alone, strict=True):
+        same(part, one)
+
+
+@each_kind
 def test_another_is_like_the_first_and_has_nothing_of_it(make):
     with torch.inference_mode():
         first = make(SIZES[0])

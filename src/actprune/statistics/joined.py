@@ -19,7 +19,7 @@ def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
     """Make one statistic of the units of several, whose states become views into its own.
 
     Args:
-        parts: statistics with the same settings that are ``joinable`` and of which none was joined before.
+        parts: statistics with the same settings that are ``joinable``; what any of them was joined to before is given up.
         device: where the activations are.
 
     Returns:
@@ -44,8 +44,8 @@ def join(parts: Sequence[Accumulator], device: torch.device) -> Accumulator:
             own[name] = states  # torch would take longer to look what kind of attribute it is than to make it
             for part, state in zip(parts, states.split(sizes), strict=True):
                 vars(part)[name] = state if first.dim() else state.view(())
-        for part in parts:
-            vars(part).update(_device=device, _is_bare=False)
         own["_update_count"] = max(part._update_count for part in parts)
+        for part in parts:  # from now on it has what the whole has seen: it is not a new one if it is joined again
+            vars(part).update(_device=device, _is_bare=False, _update_count=max(part._update_count, 1))
         whole.joined([part.n_units for part in parts])
     return whole
