@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import Mean
@@ -117,3 +118,18 @@ def test_a_gpu_waits_for_nothing_and_sees_the_same(name):
         assert on_gpu.device.type == "cuda"
         if not isinstance(on_gpu, Histogram):  # a value on the edge of a bin may round to either side
             torch.testing.assert_close(on_gpu.compute().cpu(), on_cpu.compute(), rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_are_merged_where_the_network_is_though_one_of_them_saw_nothing(monkeypatch):
+    """Its statistics are on the CPU, of which the processes of GPUs know nothing."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    observation = Pruner(model, torch.randn(2, 3), criteria.Entropy(), Budget(params=0.9), compensation=Mean()).observation()
+    model.to("meta")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    met = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op, group=None: met.append(tensor.device.type))
+    monkeypatch.setattr("actprune.statistics.reduce.align", lambda *_: None)  # no numbers come back from there
+    monkeypatch.setattr("actprune.statistics.reduce.unpack", lambda *_: None)
+    observation.reduce()
+    assert met == ["meta", "meta"]

@@ -320,7 +320,7 @@ class Observation:
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the statistics of all ranks, on every rank; nothing to do on a single process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-            all_reduce(self._statistics(), group)
+            all_reduce(self._statistics(), group, next((p.device for p in self._model.parameters()), None))
 
     def check(self, graph: Graph) -> None:
         """Raise if nothing was seen, or anything that is not finite, or if the model was cut since.

@@ -18,9 +18,9 @@ from actprune.core.views import Statistic
 from actprune.statistics.base import Accumulator
 
 
-def pack_scales(statistics: Sequence[Statistic]) -> Tensor:
+def pack_scales(statistics: Sequence[Statistic], device: torch.device | None = None) -> Tensor:
     """All numbers that have to be maximised over shards, as one flat float64 vector (empty when there are none)."""
-    return _flat([value for statistic in statistics for value in statistic.scale().values()], statistics)
+    return _flat([value for statistic in statistics for value in statistic.scale().values()], device or statistics[0].device)
 
 
 def align(statistics: Sequence[Statistic], shared: Tensor) -> None:
@@ -37,9 +37,9 @@ def align(statistics: Sequence[Statistic], shared: Tensor) -> None:
             statistic.aligned(common)
 
 
-def pack(statistics: Sequence[Statistic]) -> Tensor:
+def pack(statistics: Sequence[Statistic], device: torch.device | None = None) -> Tensor:
     """All sum states, as one flat float64 vector; add the vectors of aligned shards."""
-    return _flat([state for statistic in statistics for state in _sums(statistic)], statistics)
+    return _flat([state for statistic in statistics for state in _sums(statistic)], device or statistics[0].device)
 
 
 def unpack(statistics: Sequence[Statistic], total: Tensor) -> None:
@@ -68,15 +68,24 @@ def merge_shards(shards: Sequence[Sequence[Statistic]]) -> Sequence[Statistic]:
     return shards[0]
 
 
-def all_reduce(statistics: Sequence[Statistic], group: dist.ProcessGroup | None = None) -> None:
-    """Merge the statistics of all ranks of ``group``, on every rank: one sum, and one maximum where a scale exists."""
+def all_reduce(
+    statistics: Sequence[Statistic], group: dist.ProcessGroup | None = None, device: torch.device | None = None
+) -> None:
+    """Merge the statistics of all ranks of ``group``, on every rank: one sum, and one maximum where a scale exists.
+
+    Args:
+        statistics: the same on every rank, in the same order.
+        group: of processes; None: all.
+        device: where the sums are made, of one kind on all ranks; None: where the first statistic is, which on a rank that saw
+            nothing of it is the CPU.
+    """
     if not statistics:
         return
-    shared = pack_scales(statistics)
+    shared = pack_scales(statistics, device)
     if shared.numel():
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
         align(statistics, shared)
-    total = pack(statistics)
+    total = pack(statistics, device)
     dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
     unpack(statistics, total)
 
@@ -91,7 +100,6 @@ def _sums(statistic: Statistic) -> list[Tensor]:
     return [getattr(statistic, name) for name, reduction in statistic._reductions.items() if reduction is dim_zero_sum]
 
 
-def _flat(parts: Sequence[Tensor], statistics: Sequence[Statistic]) -> Tensor:
-    device = statistics[0].device
+def _flat(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     empty = torch.zeros(0, dtype=torch.float64, device=device)
     return torch.cat([empty, *(part.flatten().to(device, torch.float64) for part in parts)])
