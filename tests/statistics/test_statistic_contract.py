@@ -34,12 +34,12 @@ N, U, SIDE = 23, 5, 4
 IDS = torch.arange(N) * 7 + 3
 
 
-def feed(statistic, x, ids):
+def feed(statistic, x, ids, how="update"):
     """The class of a sample is its id modulo 3; of what takes maps, positions are one map of two dimensions."""
     if statistic.takes_maps and x.ndim == 3:
         side = math.isqrt(x.shape[2])
         x = x.unflatten(2, (1, side, side))
-    statistic.update(x, ids, ids % 3) if statistic.needs_labels else statistic.update(x, ids)
+    return getattr(statistic, how)(x, ids, *[ids % 3] * statistic.needs_labels)
 
 
 # --- independent references: numpy in float64, loops, Python integers of any size ---
@@ -298,6 +298,18 @@ def test_a_merged_statistic_can_go_on(case, kind):
     merged = merge_shards([[run(case, x[:10])], [run(case, x[10:20], ids=IDS[10:20])]])[0]
     feed(merged, x[20:], IDS[20:])
     assert_same(merged.compute(), run(case, x).compute(), case.exact)
+
+
+@each_case
+def test_torchmetrics_forward_counts_as_well_and_its_merge_of_states_is_refused(case):
+    """States of different ranges do not add up as they are."""
+    x, statistic = activations("growing"), case.build()
+    for part, ids in zip(x.split([9, 14]), IDS.split([9, 14]), strict=True):
+        of_batch = feed(statistic, part, ids, "forward")
+        assert_same(of_batch, run(case, part, ids=ids).compute(), exact=True)
+    assert_same(statistic.compute(), run(case, x, [9, 14]).compute(), exact=True)
+    with pytest.raises(RuntimeError, match="merge_state"):
+        statistic.merge_state(run(case, x))
 
 
 @each_case

@@ -20,7 +20,8 @@ class Statistic(Metric):
     ``scale`` and ``aligned`` before the sums are added.
     """
 
-    full_state_update = False
+    full_state_update = True
+    """For ``forward``; and no ``merge_state``: torchmetrics would add states of different scales, see ``aligned``."""
 
     whole_maps: bool = False
     """True: needs every position of a map, in row-major order; a sample of positions will not do."""
