@@ -71,10 +71,9 @@ def nested(factor):
     return one
 
 
-def reading_a_global(factor):
-    code = "def judge(outputs, targets): return outputs * FACTOR"
+def reading_a_global(factor, value="outputs * FACTOR"):
     scope = {"FACTOR": factor}
-    exec(code, scope)
+    exec(f"def judge(outputs, targets): return {value}", scope)
     return scope["judge"]
 
 
@@ -95,6 +94,7 @@ MAKERS = {
     "module": Loss,
     "functions in functions": nested,
     "global": reading_a_global,
+    "global in a function inside": lambda factor: reading_a_global(factor, "(lambda: [outputs * FACTOR for _ in outputs])()"),
     "attribute": with_attribute,
     "closed tensor": lambda factor: closed(torch.full((2000,), factor)),
     "closed array": lambda factor: closed(np.full(2000, factor)),

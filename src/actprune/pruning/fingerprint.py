@@ -120,8 +120,14 @@ class _Speller:
     def _function(self, function: types.FunctionType) -> list[Any]:
         code, known = function.__code__, function.__globals__
         cells = [_of_cell(cell) for cell in function.__closure__ or ()]
-        read = {name: known[name] for name in code.co_names if name in known and isinstance(known[name], _READ)}
+        read = {name: known[name] for name in _names(code) if name in known and isinstance(known[name], _READ)}
         return [code, function.__defaults__, function.__kwdefaults__, cells, read, vars(function)]
+
+
+def _names(code: types.CodeType) -> dict[str, None]:
+    """What a function reads by name, and functions and comprehensions inside it do."""
+    inside = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return dict.fromkeys([*code.co_names, *(name for const in inside for name in _names(const))])
 
 
 def _of_cell(cell: types.CellType) -> Any:
