@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from actprune import Budget, Pruner, analyze, criteria
-from actprune.core.errors import ConfigError
+from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.views import GroupView
 from actprune.pruning import Panel, Removals
 from actprune.pruning.batches import observe_pairs
 from actprune.statistics import Moments
@@ -77,6 +78,17 @@ def test_a_group_that_one_of_them_cannot_score():
 def test_a_panel_of_none_raises():
     with pytest.raises(ConfigError, match="a panel of 0 criteria"):
         Panel({})
+
+
+@pytest.mark.parametrize("said", [torch.tensor([1.0, float("nan")]), torch.ones(1)], ids=["nan", "of one unit"])
+def test_each_of_them_has_to_give_finite_scores(said):
+    class Bad(criteria.Random):
+        def score(self, view):
+            return said
+
+    panel = Panel({"random": criteria.Random(), "bad": Bad()})
+    with pytest.raises(ObservationError, match="Bad must give 2 finite scores for group 'one'"):
+        panel.score(GroupView("one", 2))
 
 
 def test_units_are_taken_in_the_order_of_scores_that_differ_by_little():

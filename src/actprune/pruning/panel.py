@@ -9,6 +9,7 @@ from torch import Tensor
 
 from actprune.core.errors import ConfigError
 from actprune.core.views import Criterion, GroupView, Statistic
+from actprune.pruning.scored import scored
 from actprune.pruning.settings import settings
 
 
@@ -48,12 +49,16 @@ class Panel(Criterion):
         return dict(self._made)
 
     def score(self, view: GroupView) -> Tensor | None:
-        """Let every criterion score the group; ``scores`` keeps what they say, the first one's is returned."""
+        """Let every criterion score the group; ``scores`` keeps what they say, the first one's is returned.
+
+        Raises:
+            ObservationError: one of them does not give one finite number per unit.
+        """
         said: dict[str, Tensor] = {}
         for name, criterion in self.criteria.items():
             own = {key: view.statistics[shared] for key, shared in self._keys[name].items() if shared in view.statistics}
-            score = criterion.score(dataclasses.replace(view, statistics=own))
+            score = scored(criterion, dataclasses.replace(view, statistics=own))
             if score is not None:
-                said[name] = score.detach().double().cpu()
+                said[name] = score
         self.scores[view.name] = said
         return next(iter(said.values()), None)

@@ -30,6 +30,7 @@ from actprune.pruning.ignoring import ignored
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
 from actprune.pruning.readers import readers_of
+from actprune.pruning.scored import scored
 from actprune.pruning.select import Selection, select, select_below
 from actprune.pruning.verify import Repairs, rehearse, traced, with_locks
 from actprune.pruning.weights import columns_of, norms_of, owned
@@ -221,16 +222,9 @@ class Pruner:
         found = {}
         own = cache(partial(owned, self.model, self.graph))
         for group in self.graph.unlocked:
-            said = self.criterion.score(self._view(group, observation, own))
-            if said is None:
-                continue
-            score = said.detach().double().cpu()
-            if score.shape != (group.size,) or not torch.isfinite(score).all():
-                raise ObservationError(
-                    f"{type(self.criterion).__name__} must give {group.size} finite scores for group {group.name!r}, got "
-                    f"shape {tuple(score.shape)} with {int((~torch.isfinite(score)).sum())} not finite"
-                )
-            found[group.name] = score
+            score = scored(self.criterion, self._view(group, observation, own))
+            if score is not None:
+                found[group.name] = score
         self._tell_unscored([g.name for g in self.graph.unlocked if g.name not in found])
         return found
 
