@@ -64,11 +64,14 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
     known = ~found.isnan()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(max(len(groups), 1), (_RESAMPLES, len(groups)), generator=generator)
-    means = _mean(found[drawn], known[drawn], 1).masked_fill(known.sum(0) < 2, math.nan)  # one group says nothing of others
+    # how often each group was drawn: all resamples of all matrices at once would be gigabytes
+    times = torch.zeros(drawn.shape, dtype=found.dtype).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=found.dtype))
+    means = torch.tensordot(times, found.nan_to_num(), 1) / torch.tensordot(times, known.to(found.dtype), 1)
+    means = means.masked_fill(known.sum(0) < 2, math.nan)  # one group says nothing of others
     low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
     return Agreement(
         names=names,
-        mean=_mean(found, known, 0).tolist(),
+        mean=(found.nansum(0) / known.sum(0)).tolist(),
         low=low.tolist(),
         high=high.tolist(),
         n_groups=known.sum(0).tolist(),
@@ -102,8 +105,3 @@ def _of_group(group: GroupInfluence, names: Sequence[str]) -> Tensor:
                 rho = spearman(scores[one], scores[other])
             matrix[i, j] = matrix[j, i] = rho
     return matrix
-
-
-def _mean(values: Tensor, known: Tensor, dim: int) -> Tensor:
-    """Mean of what is known; NaN where nothing is."""
-    return torch.where(known, values, 0.0).sum(dim) / known.sum(dim)
