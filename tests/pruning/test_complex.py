@@ -7,6 +7,7 @@ from torch import nn
 import actprune
 from actprune import criteria
 from actprune.compensation import LeastSquares, Mean
+from actprune.pruning.replacement import Replacement
 
 
 class Spectral(nn.Module):
@@ -69,3 +70,28 @@ def test_both_parts_of_a_weight_count(p):
     name = next(group.name for group in pruner.graph.unlocked if group.size == 8)
     own = torch.cat([model.first.weight.flatten(1), model.first.bias[:, None], model.mixes.imag.flatten(1)], 1).double()
     assert torch.allclose(scores[name], torch.linalg.vector_norm(own, ord=p, dim=1))
+
+
+class Phases(nn.Module):
+    """Every sample and position of a channel is the same complex number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 6, dtype=torch.cfloat), nn.Linear(6, 2, dtype=torch.cfloat)
+
+    def forward(self, x):
+        return torch.view_as_real(self.last(self.first(torch.ones_like(x, dtype=torch.cfloat))))
+
+
+def test_what_stands_in_for_a_unit_is_its_complex_mean():
+    torch.manual_seed(0)
+    model, x = Phases().eval(), torch.rand(5, 1)
+    graph = actprune.trace(model, x)
+    (group,) = graph.unlocked
+    replacement = Replacement(model, graph)
+    with torch.no_grad():
+        with replacement.observing():
+            whole = model(x)
+        with replacement.replacing():
+            replacement.choose({group.name: range(group.size)})
+            torch.testing.assert_close(model(x), whole)

@@ -31,7 +31,7 @@ class _Place:
     group: str
     site: Site
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """(C,) float64 sums over samples and positions."""
+    """(C,) sums over samples and positions, float64, or complex of twice that."""
     n: int = 0
     """Samples times positions seen."""
     channels: Tensor | None = None
@@ -110,7 +110,7 @@ class Replacement:
 
 def _add(place: _Place, x: Tensor) -> None:
     rows = x.detach().movedim(place.site.dim, 0).flatten(1)
-    place.total = rows.sum(1, dtype=torch.float64) + place.total.to(rows.device)
+    place.total = rows.sum(1, dtype=torch.complex128 if rows.is_complex() else torch.float64) + place.total.to(rows.device)
     place.n += rows.shape[1]
 
 
