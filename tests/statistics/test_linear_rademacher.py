@@ -1,12 +1,13 @@
 import itertools
 import math
+import weakref
 
 import pytest
 import scipy.stats
 import torch
 
 from actprune.core.errors import ConfigError, ObservationError
-from actprune.statistics import LinearRademacher
+from actprune.statistics import LinearRademacher, counter
 
 
 class AllSigns(LinearRademacher):
@@ -54,6 +55,24 @@ def test_positions_are_drawn_in_chunks_of_samples(monkeypatch):
     monkeypatch.setattr("actprune.statistics.rademacher._SIGNS_AT_ONCE", 65 * 8 * 2)
     chunked.update(x, torch.arange(9))
     torch.testing.assert_close(chunked.compute(), whole.compute(), rtol=1e-12, atol=0)
+
+
+def test_signs_are_drawn_once_per_batch_and_kept_no_longer(monkeypatch):
+    drawn = []
+
+    def signs(*args):
+        made = counter.signs(*args)
+        drawn.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("actprune.statistics.rademacher.signs", signs)
+    ids, sites = torch.arange(9), [LinearRademacher(3), LinearRademacher(5)]
+    for site in sites:
+        site.update(torch.randn(9, site.n_units, 4), ids)
+    assert len(drawn) == 1
+    assert drawn[0]() is not None
+    del ids
+    assert drawn[0]() is None
 
 
 def test_without_replicates_only_the_bounds_are_known():

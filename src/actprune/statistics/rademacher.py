@@ -18,6 +18,7 @@ per element. Memory: U x replicates float64. Mergeable: yes, by sum.
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
@@ -31,23 +32,28 @@ _SIGNS_AT_ONCE = 1 << 22
 
 
 class _Latest:
-    """The signs that were asked for last: all sites of a network want the same ones for a batch."""
+    """The signs that were asked for last: all sites of a network want the same ones for a batch. They go with its ids."""
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int | None, Tensor, int, int, Tensor] | None = None
+        self._known: tuple[weakref.ref[Tensor], int | None, Tensor, int, int, Tensor] | None = None
 
     def signs(self, sample_ids: Tensor, replicates: int, seed: int) -> Tensor:
         """Signs (N, replicates) of pooled maps, whose position counts as 0."""
         if self._known is not None:
             ids, version, copy, *settings, known = self._known
-            if settings == [replicates, seed] and _same(sample_ids, ids, version, copy):
+            if settings == [replicates, seed] and _same(sample_ids, ids(), version, copy):
                 return known
         drawn = signs(hashed(0, sample_ids, torch.zeros_like(sample_ids)), replicates, seed, torch.float64)
-        self._known = (sample_ids, writes(sample_ids), sample_ids.clone(), replicates, seed, drawn)
+        ids = weakref.ref(sample_ids, self._forget)
+        self._known = (ids, writes(sample_ids), sample_ids.clone(), replicates, seed, drawn)
         return drawn
 
+    def _forget(self, ids: weakref.ref[Tensor]) -> None:
+        if self._known is not None and self._known[0] is ids:
+            self._known = None
 
-def _same(sample_ids: Tensor, known: Tensor, version: int | None, copy: Tensor) -> bool:
+
+def _same(sample_ids: Tensor, known: Tensor | None, version: int | None, copy: Tensor) -> bool:
     """Whether these are the samples that ``copy`` was made of; only a CPU may look, a device's have to be the same tensor."""
     if sample_ids.device != copy.device:
         return False
