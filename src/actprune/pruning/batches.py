@@ -54,20 +54,10 @@ def pairs_of(data: Iterable[Any], example: Example) -> Iterator[Pair]:
         yield tuple(batch) if isinstance(batch, list) and not isinstance(example, list) else batch, targets
 
 
-def inputs_of(data: Iterable[Any], example: Example) -> Iterator[Example]:
-    """What the model is fed of every batch, see ``pairs_of``."""
-    return (inputs for inputs, _ in pairs_of(data, example))
-
-
-def observe_batches(pruner: Pruner, batches: Iterable[Example]) -> Observation:
-    """Run the model on batches of inputs, in evaluation mode, and observe; see ``observe_pairs``."""
-    return observe_pairs(pruner, ((inputs, None) for inputs in batches))
-
-
 def expected_samples(data: Iterable[Any], example: Example) -> int | None:
     """About how many samples batches hold; None where only running through them would tell."""
     if isinstance(data, Sequence):
-        return sum(batch_size(inputs) for inputs in inputs_of(data, example))
+        return sum(batch_size(inputs) for inputs, _ in pairs_of(data, example))
     size = getattr(data, "batch_size", None)
     if not isinstance(size, int) or not isinstance(data, Sized):
         return None
