@@ -172,9 +172,6 @@ class Contributions(Statistic):
     def compute(self):
         return self.total
 
-    def check(self):
-        pass
-
 
 class Contributing(Criterion):
     def statistics(self):

@@ -12,6 +12,7 @@ from actprune import Budget, Pruner, Selection, criteria, prune
 from actprune.compensation import LeastSquares, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.labels import is_class_vector
+from actprune.core.views import Criterion, Statistic
 from actprune.statistics import ClassHistogram, Density
 from zoo import ZOO, build
 
@@ -255,3 +256,34 @@ def test_layers_whose_forwards_pytorch_passes_over_are_observed(compensation, pa
     record = prune(model, inputs, [inputs], criterion=criteria.Variance(), budget=Budget(units=0.5), **wanted)
     assert record.widths["encoder.layers.0.linear1"][1] < 12
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Totals(Statistic):
+    """No more than the contract asks for."""
+
+    def __init__(self, n_units):
+        super().__init__()
+        self.n_units = n_units
+        self.add_state("n_samples", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x, sample_ids, labels=None):
+        self.n_samples += len(x)
+        self.total += x.sum((0, 2), dtype=torch.float64)
+
+    def compute(self):
+        return self.total / self.n_samples
+
+
+def test_a_statistic_needs_nothing_but_what_the_contract_asks_for():
+    class Average(Criterion):
+        def statistics(self):
+            return {"totals": Totals}
+
+        def score(self, view):
+            return view.statistics["totals"][0].compute()
+
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), list(torch.randn(6, 3).split(4))
+    scores, _ = observed(model, batches, torch.no_grad, Average)
+    torch.testing.assert_close(scores["0"], model[:2](torch.cat(batches)).detach().double().mean(0))

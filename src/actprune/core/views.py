@@ -51,6 +51,12 @@ class Statistic(Metric):
         """Accumulate one batch."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise ObservationError where there is nothing to compute from: no sample, or some that are not finite (default: no).
+
+        Called before a criterion asks for values, so that the message can name the place.
+        """
+
     def aligned(self, shared: Mapping[str, Tensor]) -> None:
         """Bring the state to a scale that is common to all shards, before they are summed (default: nothing to do).
 

@@ -339,7 +339,7 @@ class Observation:
                 )
         for statistic in self._statistics():
             try:
-                statistic.check()  # type: ignore[operator]
+                statistic.check()
             except ObservationError as error:
                 cure = ""
                 if statistic.n_samples == 0 < self._next_id and self._sampling.is_halved:
