@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from actprune import analyze, criteria, trace
 from actprune.compensation import Mean
@@ -340,3 +341,25 @@ def test_pieces_are_plain_json(tmp_path):
     analyze(network(), DATA[0][0], DATA, VALIDATION, criteria=CRITERIA, removals=REMOVALS, folder=tmp_path)
     for path in tmp_path.iterdir():
         json.loads(path.read_text())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return self.out((self.left(x) + self.right(y)).relu())
+
+
+def test_a_network_of_several_inputs_takes_what_a_loader_makes_of_them():
+    """Tuples become lists."""
+    torch.manual_seed(0)
+    model, pairs = Two(), [((x, -x), y) for x, y in DATA]
+    loader = DataLoader([((x, -x), y) for xs, ys in DATA for x, y in zip(xs, ys, strict=True)], batch_size=7)
+    inputs, _ = next(iter(loader))
+    assert isinstance(inputs, list)
+    found = [
+        analyze(model, pairs[0][0], data, data, criteria={"rms": criteria.RMS()}, removals=REMOVALS) for data in (pairs, loader)
+    ]
+    assert found[0] == found[1]

@@ -50,8 +50,12 @@ def pairs_of(data: Iterable[Any], example: Example) -> Iterator[Pair]:
                 f"data yields {tuple(batch.shape)}, one sample of the example's {tuple(example.shape)}; batch them, e.g. "
                 "torch.utils.data.DataLoader(dataset, batch_size=64)"
             )
-        # a loader makes lists of tuples
-        yield tuple(batch) if isinstance(batch, list) and not isinstance(example, list) else batch, targets
+        yield as_fed(batch, example), targets
+
+
+def as_fed(batch: Any, example: Example) -> Example:
+    """What the model is fed as it takes it: a loader makes lists of tuples."""
+    return tuple(batch) if isinstance(batch, list) and not isinstance(example, list) else batch
 
 
 def expected_samples(data: Iterable[Any], example: Example) -> int | None:

@@ -26,7 +26,7 @@ from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
 from actprune.pruning.arguments import REFIT
-from actprune.pruning.batches import Pair, observe_pairs, pairs_of
+from actprune.pruning.batches import Pair, as_fed, observe_pairs, pairs_of
 from actprune.pruning.fingerprint import fingerprint
 from actprune.pruning.judging import Judge, classification, judged
 from actprune.pruning.panel import Panel
@@ -148,6 +148,7 @@ def analyze(
     batches, pairs = list(data), list(validation)
     if not pairs or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ObservationError("validation must yield 1 or more batches, each a pair of inputs and targets")
+    pairs = [(as_fed(inputs, example_inputs), targets) for inputs, targets in pairs]
     panel.needs_readers &= compensation is not None  # else nobody observes them, and others of the panel score all the same
     pruner = Pruner(
         model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed, positions=positions
