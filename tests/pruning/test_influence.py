@@ -343,6 +343,11 @@ def test_pieces_are_plain_json(tmp_path):
         json.loads(path.read_text())
 
 
+def test_what_is_kept_nowhere_needs_no_fingerprint(monkeypatch):
+    monkeypatch.setattr(module, "fingerprint", None)
+    analyze(network(), DATA[0][0], DATA, VALIDATION, criteria={"rms": criteria.RMS()}, removals=REMOVALS)
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()

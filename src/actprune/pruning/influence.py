@@ -154,8 +154,9 @@ def analyze(
         model, example_inputs, panel, Budget(units=0.999), compensation=compensation, seed=removals.seed, positions=positions
     )
     groups = [group for group in pruner.graph.unlocked if group.sites]
-    made_from = fingerprint(model, example_inputs, panel.criteria, removals, (batches, pairs), judge, compensation)
-    pieces = Pieces(folder, {**made_from, "positions": positions})
+    made_from = (model, example_inputs, panel.criteria, removals, (batches, pairs), judge, compensation)
+    # a fingerprint reads all of the data
+    pieces = Pieces(folder, {} if folder is None else {**fingerprint(*made_from), "positions": positions})
     tell = progress or _say_nothing
     total = len(groups) + 2
 
