@@ -12,7 +12,7 @@ import actprune
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import LeastSquares, Mean
 from actprune.core.views import Criterion
-from actprune.pruning.finishing import bytes_per_sample, has_finish, held, together
+from actprune.pruning.finishing import bytes_per_sample, has_finish, holding, together
 from actprune.pruning.sequential import refit
 
 ALL = LeastSquares(ridge=1e-9, positions=10**6)
@@ -323,7 +323,7 @@ def test_batches_are_joined_up_to_the_memory_limit_and_it_is_said(caplog):
 )
 def test_no_more_of_the_data_is_held_than_is_needed_afterwards(how, expected):
     model, x = chain(), torch.randn(20, 6)
-    pairs, inputs = held(((part, None) for part in x.split(4)), model, how, x[:2])
+    pairs, inputs = holding(((part, None) for part in x.split(4)), model, how, x[:2])
     assert torch.equal(torch.cat([part for part, _ in pairs]), x)
     assert len(inputs) == expected
 

@@ -31,7 +31,7 @@ def _recalibrates(how: LeastSquares) -> bool:
     return how.refit == "once" if how.recalibrate is None else how.recalibrate
 
 
-def held(
+def holding(
     pairs: Iterable[tuple[Example, Any]], model: nn.Module, how: Compensation | None, example: Example
 ) -> tuple[Iterator[tuple[Example, Any]], list[Example]]:
     """Pass batches on, and hold the inputs that ``finish`` will need; nothing else of the data stays in memory.

@@ -21,12 +21,12 @@ from actprune.core.hooks import Ear
 from actprune.core.switches import GARBAGE
 from actprune.core.tensors import listed, sent
 from actprune.pruning.compiled import kernels
+from actprune.pruning.first_batch import FirstBatch, Trial
 from actprune.pruning.kept import Chunk, Place
 from actprune.pruning.layout import Layout
 from actprune.pruning.reads import Reads
 from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
-from actprune.pruning.tried import Trial, Trials
 from actprune.pruning.updates import Company, Updates
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Fused:
         self._kernels: Any = None
         self._device = torch.device("cpu")
         self._ears: Mapping[int, Ear] = {}
-        self._trials = Trials()
+        self._first_batch = FirstBatch()
         self._refused: set[int] = set()
         self._chunks: list[Chunk] = []
         self._layout: Layout | None = None
@@ -119,7 +119,7 @@ class Fused:
     def drop(self) -> None:
         """The batch broke off: hold nothing of it."""
         self._now = None
-        self._trials.clear()
+        self._first_batch.clear()
         self._refused.clear()
         self._chunks = [] if self._is_first else self._chunks
         for chunk in self._chunks:
@@ -155,7 +155,7 @@ class Fused:
         """
         if not self._is_first or self._now is None:
             return False
-        ear, before = self._ears.get(id(reads)), self._trials.withdraw(reads)
+        ear, before = self._ears.get(id(reads)), self._first_batch.withdraw(reads)
         if before is not None:  # called twice
             self._refused.add(id(reads))
             self._alone(reads, before)
@@ -169,14 +169,14 @@ class Fused:
         hands = reads.together(x)
         if hands is None:
             return False
-        self._trials.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands), x)
-        if self._trials.kept > _memory(self._device) // _KEPT:
+        self._first_batch.add(Place(reads, ear, ear.watcher, tuple(x.shape[1:]), x.dtype, hands), x)
+        if self._first_batch.kept > _memory(self._device) // _KEPT:
             self._close()
         return True
 
     def _close(self) -> None:
         """Read what was tried out so far place by place, and make a chunk of it."""
-        same, changed = self._trials.over(self._kernels, self._device)
+        same, changed = self._first_batch.over(self._kernels, self._device)
         for trial in (*same, *changed):
             self._refused.add(id(trial.place.reads))
             self._alone(trial.place.reads, trial.copy)
@@ -188,7 +188,7 @@ class Fused:
 
     def _set_up(self, ids: Tensor | range) -> None:
         """Lay out what is read from now on, and read this batch, or move what was read of it there."""
-        if not self._trials.kept and not self._chunks:
+        if not self._first_batch.kept and not self._chunks:
             return
         self._is_first = False
         same: list[Trial] = []
@@ -197,7 +197,7 @@ class Fused:
             once = ([place for place in chunk.places if self._is_once(place)] for chunk in self._chunks)
             self._chunks = [Chunk(places) for places in once if places]
         else:
-            same, changed = self._trials.over(self._kernels, self._device)
+            same, changed = self._first_batch.over(self._kernels, self._device)
             for trial in changed:
                 self._alone(trial.place.reads, trial.copy)
             self._chunks = [Chunk([trial.place for trial in same])] if same else []

@@ -18,7 +18,7 @@ from actprune.core.views import Criterion
 from actprune.core.wrappers import unwrapped
 from actprune.pruning.arguments import REFIT, as_optimizers, check_arguments, check_data, check_wrapper, tell_strangers
 from actprune.pruning.batches import expected_samples, observe_pairs, pairs_of
-from actprune.pruning.finishing import all_or_nothing, finish, has_finish, held
+from actprune.pruning.finishing import all_or_nothing, finish, has_finish, holding
 from actprune.pruning.gradients import Loss
 from actprune.pruning.pipeline import Pruner
 from actprune.pruning.select import Selection
@@ -81,7 +81,7 @@ def prune(
         plan, batches = pruner.plan(None), list[Example]()
     else:
         check_data(data)
-        pairs, batches = held(pairs_of(data, example_inputs), model, compensation, example_inputs)
+        pairs, batches = holding(pairs_of(data, example_inputs), model, compensation, example_inputs)
         plan = pruner.plan(observe_pairs(pruner, pairs, loss, expected_samples(data, example_inputs)))
     if plan is not None:
         original = copy.deepcopy(model) if batches else None

@@ -23,8 +23,8 @@ class Trial:
     writes: int | None
 
 
-class Trials:
-    """What is not read yet of the first batch."""
+class FirstBatch:
+    """What is not read yet of it."""
 
     def __init__(self) -> None:
         self._trials: dict[int, Trial] = {}
