@@ -225,7 +225,7 @@ def test_little_memory(monkeypatch):
     torch.manual_seed(0)
     model, batches = Net().eval().to(DEVICE), data(9)
     _, whole = observed(model, batches, True, monkeypatch)
-    per_row = whole._fused._layout.out.numel() // whole._fused._layout.rows
+    per_row = whole._fused._layout.per_row
     monkeypatch.setattr(layout, "WAITING", 4 * per_row * 14)  # two batches of 6, not three
     same(model, batches, monkeypatch, 4)
     monkeypatch.setattr(layout, "WAITING", 4 * per_row * 5)  # not even one
@@ -320,6 +320,32 @@ def test_recorded_in_two_parts(monkeypatch):
                 observation.begin_batch(torch.arange(6 * number, 6 * number + 6))
                 model(batches[number])
     assert {statistic.n_samples.item() for statistic in statistics(observation)} == {24}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_room_is_held_while_recording_and_no_longer(together, monkeypatch):
+    """An observation refers to itself: it stays until the garbage collector comes."""
+    turn(monkeypatch, together)
+    made = []
+
+    def holding(observation):
+        room = observation._fused._layout.out if together else next(iter(observation._updates.arena._rooms.values()))
+        made.append(weakref.ref(room))
+        return room.numel()
+
+    torch.manual_seed(0)
+    model, batches = Net().eval(), [x.cpu() if not together else x for x in data(3)]
+    model.to(batches[0].device)
+    pruner = Pruner(model, batches[0][:1], criteria.Variance(), Budget(params=0.5))
+    observation = pruner.observation(100)
+    with torch.no_grad(), observation.recording():
+        for number, x in enumerate(batches):
+            observation.begin_batch(range(6 * number, 6 * number + 6))
+            model(x)
+        observation.begin_batch(range(0))
+        assert holding(observation)
+    assert made[0]() is None
+    assert {statistic.n_samples.item() for statistic in statistics(observation)} == {18}
 
 
 def test_samples_by_other_integers_and_batches_without_any(monkeypatch):

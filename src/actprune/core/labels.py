@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from actprune.core.errors import ObservationError
+
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Names under which a mapping holds its targets, in the order in which they are tried."""
 
@@ -40,6 +42,20 @@ def unlabelled(batch: Any, n: int) -> str:
 def is_class_vector(x: Any, n: int) -> bool:
     """Whether it is a tensor of ``n`` integers."""
     return isinstance(x, Tensor) and x.shape == (n,) and not (x.is_floating_point() or x.is_complex())
+
+
+def check_class_vector(labels: Tensor | None, n: int) -> None:
+    """Refuse labels that are not there, or are not ``n`` integers.
+
+    Raises:
+        ObservationError: says what was given.
+    """
+    if not is_class_vector(labels, n):
+        given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ObservationError(
+            f"the criterion needs the class of each of {n} samples as a vector of integers, got {given}; "
+            "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
+        )
 
 
 def _candidates(batch: Any) -> Iterator[Any]:

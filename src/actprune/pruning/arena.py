@@ -40,3 +40,8 @@ class Arena:
         """Take all room back; nobody may use what lies there any more."""
         self._used.clear()
         self.is_full = False
+
+    def release(self) -> None:
+        """Take all room back, and give the memory back once nobody holds anything that lies there."""
+        self.clear()
+        self._rooms.clear()

@@ -74,7 +74,14 @@ class Fused:
         for place in (place for chunk in self._chunks for place in chunk.places):
             place.ear = ears[id(place.reads)]
             place.alone = place.ear.watcher
+        if self._layout is not None:
+            self._layout.hold()
         self._lay_out()
+
+    def release(self) -> None:
+        """Nothing more is heard, and nothing waits: hold no memory."""
+        if self._layout is not None:
+            self._layout.release()
 
     def others(self, reads: Iterable[Reads]) -> list[Reads]:
         """Of these, those that are read by themselves; the same ones are asked about each time."""

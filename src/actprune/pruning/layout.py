@@ -86,14 +86,17 @@ class Layout:
                 region.hands.append(hand)
                 region.parts += [(part, region.units) for part in hand.parts]
                 region.units += place.shape[0]
-        per_row = sum(region.units * region.k for region in self._regions.values())
+        self.per_row = sum(region.units * region.k for region in self._regions.values())
+        """Elements of one sample."""
         fits = all(math.prod(place.shape) * k < _INT32 for place in places)
-        self.rows = min(_ROWS, min(WAITING, memory // _SHARE) // _BYTES // per_row) if places and fits else 0
+        self.rows = min(_ROWS, min(WAITING, memory // _SHARE) // _BYTES // self.per_row) if places and fits else 0
         """Samples that it holds; 0 where nothing can be read so."""
+        self.out: Tensor = torch.empty(0, device="cpu")
+        """All regions, one after the other."""
         if not self.rows:
             return
+        self.hold()
         with torch.inference_mode(False):
-            self.out = torch.empty(self.rows * per_row, dtype=torch.float32, device=device)
             base = 0
             for region in self._regions.values():
                 region.base = base
@@ -101,6 +104,16 @@ class Layout:
                 self._company(region, kind)
         for chunk in chunks:
             chunk.launches = list(self._launches(chunk))
+
+    def hold(self) -> None:
+        """Have memory for all rows."""
+        if not self.out.numel():
+            with torch.inference_mode(False):
+                self.out = torch.empty(self.rows * self.per_row, dtype=torch.float32, device=self._device)
+
+    def release(self) -> None:
+        """Hold none; nothing may wait there."""
+        self.out = torch.empty(0, device="cpu")
 
     def _company(self, region: _Region, kind: Callable[[Part], tuple[object, ...]]) -> None:
         piles: dict[tuple[object, ...], list[tuple[Part, int]]] = defaultdict(list)

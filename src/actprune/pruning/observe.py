@@ -22,7 +22,7 @@ from actprune.compensation import Compensation, Layer, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, joined, listening, uncompiled, watch_operands
-from actprune.core.labels import is_class_vector
+from actprune.core.labels import check_class_vector
 from actprune.core.switches import GARBAGE
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph, is_recurrent
@@ -199,12 +199,8 @@ class Observation:
         """
         if self._paused:
             return
-        if self._needs_labels and not is_class_vector(labels, len(sample_ids)):
-            given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
-            raise ObservationError(
-                f"the criterion needs the class of each of {len(sample_ids)} samples as a vector of integers, got {given}; "
-                "data must yield (inputs, labels) or mappings with labels, begin_batch takes them as its second argument"
-            )
+        if self._needs_labels:
+            check_class_vector(labels, len(sample_ids))
         if self._began:
             self._fused.end()
             self._updates.batch_ends()
@@ -312,6 +308,10 @@ class Observation:
                 raise
             self._fused.stop()  # while ears are there that may be told
         self._updates.flush()
+        self._fused.release()  # now: an observation refers to itself, so it may be there long after anybody needs it
+        self._updates.arena.release()
+        for reads in self._reads.values():
+            reads.expect_nothing()
 
     def _statistics(self) -> list[Statistic]:
         of_groups = [s for by_key in self.scores.values() for sites in by_key.values() for s in sites]
