@@ -327,9 +327,11 @@ def test_validation_without_targets_raises(validation):
     [
         ({"shares": ()}, r"shares=\[\] must be 1 or more numbers"),
         ({"shares": (0.5, 1.5)}, r"shares=\[0.5, 1.5\] must be"),
-        ({"n_units": 0}, "n_units=0 must be at least 1"),
-        ({"draws": 0}, "draws=0 must be at least 1"),
-        ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"n_units": 0}, "n_units=0 must be a whole number of at least 1"),
+        ({"n_units": 2.5}, "n_units=2.5 must be a whole number"),
+        ({"draws": 0}, "draws=0 must be a whole number of at least 1"),
+        ({"draws": None}, "draws=None must be a whole number"),
+        ({"samples": 0}, "samples=0 must be a whole number of at least 1"),
     ],
 )
 def test_nonsense_is_refused(options, message):

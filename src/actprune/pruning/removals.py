@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actprune.core.checks import is_whole
 from actprune.core.errors import ConfigError
 from actprune.graph import Group
 from actprune.statistics.counter import uniform
@@ -45,9 +46,10 @@ class Removals:
         """Check before any work is done."""
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", self.samples)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+        counted = {"n_units": self.n_units, "draws": self.draws} | ({} if self.samples is None else {"samples": self.samples})
+        for name, value in counted.items():
+            if not (is_whole(value) and value >= 1):
+                raise ConfigError(f"{name}={value} must be a whole number of at least 1")
 
 
 def removal_rows(
