@@ -82,3 +82,9 @@ def test_of_batches_counted_together_the_one_that_overflows_is_named(make, value
 @pytest.mark.parametrize("kind", ["moments", "positions"])
 def test_sums_that_overflow_are_found(kind):
     assert seen(KINDS[kind], maps(127)).nonfinite.tolist() == [1, 0]
+
+
+def test_squares_that_overflow_in_sum_alone_are_of_a_batch_of_this_process():
+    statistic = seen(KINDS["positions"], torch.full((4, 2, 64), 1e19), sizes=[2, 2], batches=[3, 4])
+    with pytest.raises(ObservationError, match="2 of 2 units .* first in batch 3;"):
+        statistic.check()

@@ -138,6 +138,7 @@ class Accumulator(Statistic):
             numbers = torch.tensor(batches, dtype=torch.float32, device="cpu").repeat_interleave(counts)
             fine, rows = (x.abs().amax(2) < LARGEST) | ~bad, sent(numbers, x.device)
             when = rows.unsqueeze(1).expand_as(fine).masked_fill(fine, torch.inf).amin(0).to(self.first_nonfinite.dtype)
+            when.masked_fill_(bad & when.isinf(), float(batches[0]))  # smaller ones whose squares overflow in sum: any of them
         torch.minimum(self.first_nonfinite, when, out=self.first_nonfinite)
 
     def another(self) -> Self:
