@@ -1,7 +1,7 @@
 import pytest
 
 from actprune.core.text import short
-from actprune.report.text import change, count, percent, points
+from actprune.report.text import change, count, percent, points, signed
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,8 @@ def test_short_with_more_digits():
         (points(0.0028), "+0.28"),
         (points(-0.0028), "-0.28"),
         (points(-0.00001), "+0.00"),
+        (signed(-0.004), "+0.00"),
+        (signed(-0.006), "-0.01"),
         (change(20000, 8000), "-60.0 %"),
         (change(20000, 20000), "+0.0 %"),
         (change(20000, 19999), "+0.0 %"),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from actprune.pruning import EFFECT, RANDOM, Agreement, GroupInfluence, Influence, Removal
 from actprune.report.sheet import write_rows
-from actprune.report.text import count, percent, points
+from actprune.report.text import count, percent, points, signed
 
 WHOLE = "whole network"
 TABLES = ("groups.csv", "units.csv", "removals.csv", "spearman.csv")
@@ -190,7 +190,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _rho(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value + 0.0:+.2f}"
+    return "-" if math.isnan(value) else signed(value)
 
 
 def _or(value: float, other: float) -> float:

@@ -15,13 +15,14 @@ def percent(share: float, digits: int = 1) -> str:
 
 def points(difference: float) -> str:
     """Spell a difference of two accuracies in [0, 1] in percentage points with its sign, e.g. ``-0.28``."""
-    return f"{_signed(100 * difference):+.2f}"
+    return signed(100 * difference)
 
 
 def change(before: float, after: float) -> str:
     """Spell a relative change as ``-60.0 %``."""
-    return f"{_signed(100 * (after / before - 1), 1):+.1f} %"
+    return f"{signed(100 * (after / before - 1), 1)} %"
 
 
-def _signed(number: float, digits: int = 2) -> float:
-    return round(number, digits) + 0.0  # adding 0.0 turns a rounded -0.0 into 0.0
+def signed(number: float, digits: int = 2) -> str:
+    """Spell a number with its sign, e.g. ``-0.28``; what rounds to zero is ``+0.00``."""
+    return f"{round(number, digits) + 0.0:+.{digits}f}"  # adding 0.0 turns a rounded -0.0 into 0.0
