@@ -123,6 +123,7 @@ def test_an_observation_from_before_the_last_cut():
     model, example = build("ConvBn")
     pruner = Pruner(model, example, ENTROPY, HALF)
     with pruner.observe() as observation, torch.no_grad():
+        observation.begin_batch(range(len(example)))
         model(example)
     pruner.execute(pruner.plan(observation, 0.5))
     with pytest.raises(ObservationError, match="the model was cut since: observe it again"):

@@ -534,3 +534,12 @@ def test_what_is_got_ready_and_what_is_not_read_alike(monkeypatch):
         found.append(statistic)
     assert torch.equal(found[0].compute(), found[1].compute())
     assert found[0].n_samples == sum(map(len, batches))
+
+
+def test_a_loop_that_forgets_to_name_its_batches_is_told():
+    model, example = build("ConvBn")
+    pruner = Pruner(model.eval(), example, criteria.Entropy(), Budget(params=0.9))
+    with torch.no_grad(), pruner.observe() as observation:
+        model(example)
+    with pytest.raises(ObservationError, match=r"ran on samples that nobody named; call observation.begin_batch\(sample_ids\)"):
+        pruner.scores(observation)

@@ -329,7 +329,7 @@ class Observation:
             graph: the channel graph of the model as it is.
 
         Raises:
-            ObservationError: names the site and the first batch, or the group that has another width now.
+            ObservationError: names the site and the first batch, or the group of another width now; or no batch had begun.
         """
         now = {group.name: group.size for group in graph.groups}
         for name, before in self._widths.items():
@@ -337,6 +337,7 @@ class Observation:
                 raise ObservationError(
                     f"group {name!r} has {now[name]} units, {before} were observed; the model was cut since: observe it again"
                 )
+        self._rows.check()
         for statistic in self._statistics():
             try:
                 statistic.check()

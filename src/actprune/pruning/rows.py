@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from actprune.core.errors import ObservationError
 from actprune.core.tensors import listed
 from actprune.graph import is_recurrent
 from actprune.pruning.sampling import Sampling
@@ -29,12 +30,13 @@ class Rows:
         self.numbers: Tensor | range
         self._steps_first = attention | {path for path, layer in recurrent.items() if not layer.batch_first}
         self.begin(torch.empty(0, dtype=torch.int64, device="cpu"))
+        self._was_named = self._was_read = False
 
     def begin(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:
         """Name the samples of the batch that comes next, (N,); those of id -1 are left out."""
         if isinstance(sample_ids, range) and sample_ids and min(sample_ids[0], sample_ids[-1]) < 0:
             sample_ids = listed(sample_ids)
-        self.labels, self._counted, self._ids = labels, None, None
+        self.labels, self._counted, self._ids, self._was_named = labels, None, None, True
         # what waits is counted by them later, when the caller may have changed a tensor
         self.announced = self.numbers = sample_ids if isinstance(sample_ids, range) else sample_ids.clone()
         if isinstance(self.announced, Tensor) and len(sample_ids) and int(self.announced.min()) < 0:
@@ -48,6 +50,13 @@ class Rows:
         if self._ids is None:
             self._ids = listed(self.numbers)
         return self._ids
+
+    def check(self) -> None:
+        """Raise if batches were read of which none was named: all of them count as one, whose samples come again and again."""
+        if self._was_read and not self._was_named:
+            raise ObservationError(
+                "the model ran on samples that nobody named; call observation.begin_batch(sample_ids) before every batch"
+            )
 
     @property
     def leaves_out(self) -> bool:
@@ -66,6 +75,7 @@ class Rows:
         x = x.abs() if x.is_complex() else x
         if self.are_usual(x, dim, module) and self._counted is None:
             return x.detach() if x.requires_grad else x, self.ids  # as nearly always
+        self._was_read = True
         x = x.detach().movedim(dim, -1)
         if x.dim() == 1:
             x = x.unsqueeze(0)
