@@ -121,6 +121,18 @@ def test_another_code_is_another_judge():
     assert spelled(lambda o, t: (lambda: 1)()) != spelled(lambda o, t: (lambda: 2)())
 
 
+def test_another_code_is_another_criterion():
+    def one(change):
+        class Own(criteria.Random):
+            score = change
+
+        return spelled(Own())
+
+    assert one(lambda self, view: view.size) == one(lambda self, view: view.size)
+    assert one(lambda self, view: view.size) != one(lambda self, view: view.seed)
+    assert spelled(criteria.RMS()) == spelled(criteria.RMS())
+
+
 def test_what_has_no_value_is_known_by_its_type():
     assert spelled(closed(threading.Lock())) == spelled(closed(threading.Lock()))
     assert spelled(closed(logging.getLogger("a"))) == spelled(closed(logging.getLogger("b")))

@@ -2,8 +2,8 @@
 
 Known by value: plain values, containers, tensors and arrays (a hash of their content), functions (code, constants, names,
 defaults, closures, and global variables that are plain, tensors or arrays), methods, ``functools.partial``, and the attributes
-of criteria, compensations, judges, modules, dataclasses and objects of the user's own classes. All else is known by its type,
-and functions and classes that a function calls, by their names.
+of criteria, compensations, judges, modules, dataclasses and objects of the user's own classes, with what judges and criteria do
+when they are asked. All else is known by its type, and functions and classes that a function calls, by their names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _PRINTED = (*_PLAIN, enum.Enum, np.generic, torch.dtype, torch.device, range, PurePath)
 _READ = (*_PRINTED, Tensor, np.ndarray)
 """Global variables that functions are known by."""
+_CODE = ("__call__", "forward", "statistics", "score")
+"""Methods by which objects are known, too: what a judge does when it is called, and a criterion when it is asked."""
 _OF_MODULES = frozenset(vars(nn.Module()))
 """Attributes that every module has, whether it is in training mode among them."""
 
@@ -114,7 +116,7 @@ class _Speller:
             held = getattr(value, "__dict__", {})
         else:
             return _name(kind)
-        code = [f for f in (getattr(kind, name, None) for name in ("__call__", "forward")) if isinstance(f, types.FunctionType)]
+        code = [f for f in (getattr(kind, name, None) for name in _CODE) if isinstance(f, types.FunctionType)]
         return f"{_name(kind)}({self.spell(held)}{f', {self.spell(code)}' if code else ''})"
 
     def _function(self, function: types.FunctionType) -> list[Any]:
