@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--observed", type=int, default=1000, help="training images that criteria observe")
     parser.add_argument("--units", type=int, default=16, help="units per group that are replaced alone")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25], help="of a group, replaced together")
+    parser.add_argument("--positions", default=None, help="of each unit in an image that criteria see: auto, or a number; all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -83,6 +84,7 @@ def main() -> None:
         list(zip(mx.split(BATCH), my.split(BATCH), strict=True)),
         criteria=CRITERIA,
         removals=Removals(args.shares, n_units=args.units, seed=args.seed, samples=args.samples),
+        positions=int(args.positions) if (args.positions or "").isdecimal() else args.positions,
         folder=args.out / "pieces",
         progress=lambda done, total, name: print(f"{time.monotonic() - began:7.0f} s  {done}/{total} {name}", flush=True),
     )
