@@ -4,7 +4,7 @@
 
 Three tables, every time the median of ``--runs``. Large models of torchvision at batch 1: one forward, the trace, units built
 from the trace, half of every group cut (drafted and executed together, without proof forwards), the whole of ``Pruner``
-(trace, rehearsal of two cuts, repairs), and the memory of the process at its highest over a cut, in sizes of the model. Chains
+(trace, rehearsal of four cuts, repairs), and the memory of the process at its highest over a cut, in sizes of the model. Chains
 of concatenations 32 to 256 layers deep: seconds per layer. ``--peer``: seconds until Torch-Pruning has pruned the same model.
 
 Before each run what earlier ones left is collected, not meanwhile; that empties the processor's caches too, as they are where

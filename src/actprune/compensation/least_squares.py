@@ -7,7 +7,7 @@ leaves and K what stays: x_R is predicted from x_K, B = G_RK (G_KK + lambda I)^-
 
 the minimum of E |W x - W' x_K - b'|^2 + lambda |W' - W_K|^2: a ridge that pulls towards the old weights. Where no bias and no
 batch norm can take b', mu is 0 and G holds the moments about zero.
-Source: DESIGN section 5; He et al., arXiv:1707.06168, and ThiNet, arXiv:1707.06342, refit without the ridge's centre.
+Source: He et al., arXiv:1707.06168, and ThiNet, arXiv:1707.06342, which refit without the ridge's centre.
 Deviation: positions are sampled, `positions` per sample. Where the covariance of patches would need more than `memory`
 bytes, or the convolution is transposed, x are the channels alone and every tap gets the same B; where that does not fit
 either, or one weight is used several times, the mean is folded. All of it is logged.
@@ -40,7 +40,7 @@ class LeastSquares(Compensation):
     Args:
         ridge: lambda over the mean variance of what is read, >= 0.
         positions: positions per sample whose patches are observed, >= 1.
-        memory: bytes that one layer's covariance may take.
+        memory: bytes that one layer's covariance may take, and in the sequential refit one layer's inputs.
         refit: ``"once"``: from the moments of the network before the cut. ``"sequential"``: that, and then, where all
             calibration data are at hand (``prune``), every layer again front to back on the network that was cut.
         recalibrate: whether ``prune`` recomputes the running statistics of batch norms afterwards; None: only where the
