@@ -112,6 +112,23 @@ def test_the_seed_decides_and_the_global_generator_does_not():
     assert removed(1, 5) != removed(2, 5)
 
 
+def test_positions_decide_how_much_of_a_map_is_seen():
+    """The second unit speaks in a corner alone, and louder than the first over the whole map: two positions miss it."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 3, 1))
+    nn.init.dirac_(model[0].weight)
+    x = torch.zeros(1, 2, 32, 32)
+    x[:, 0], x[:, 1, -1, -1] = 0.1, 100.0
+
+    def gone(**options):
+        record = prune(copy.deepcopy(model), x, [x], criterion=criteria.RMS(), budget=Budget(units=0.5), **options)
+        return record.removed["0.weight"][0]
+
+    assert gone(positions=None) == gone() == [0]  # one sample: all of it
+    assert gone(positions=2) == [1]
+    with pytest.raises(ConfigError, match="positions=0 must be"):
+        gone(positions=0)
+
+
 def test_optimizers_go_on():
     model, example = build("ConvBn")
     optimizer = torch.optim.AdamW(model.parameters())

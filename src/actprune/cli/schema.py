@@ -41,7 +41,7 @@ class Config:
     resume: str | None = None
     """Output folder of a job or a sweep that was cut off: go on there, with the settings it was started with."""
     weights: str | None = None
-    """File of trained weights for ``task=prune``, ``analyze`` and ``capacity`` (these two take checkpoints and pruned networks
+    """File of trained weights, or a checkpoint, for ``task=prune``, ``analyze`` and ``capacity`` (the last two: pruned networks
     too); null: what the model's own ``weights`` says."""
     calibration: int = 2000
     """Training images that ``task=prune``, ``analyze`` and ``capacity`` observe, at least 1; as they are, never

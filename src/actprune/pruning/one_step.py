@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -35,6 +35,7 @@ def prune(
     compensation: Compensation | None = REFIT,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
+    positions: int | Literal["auto"] | None = "auto",
     loss: Loss | None = None,
 ) -> SurgeryRecord:
     """Prune a model in place, in one step, without training.
@@ -51,6 +52,7 @@ def prune(
         compensation: what is folded into the layers that stay; None: nothing; by default ``LeastSquares()`` if there are data.
         optimizers: those that train the model's parameters and shall go on.
         seed: of criteria that draw.
+        positions: how many of each unit's positions in a sample criteria see, see ``Pruner``.
         loss: for criteria that differentiate it: of outputs and targets, the mean over the batch's samples; by default the
             ``loss`` that the model reports, else cross entropy with integer classes.
 
@@ -76,7 +78,8 @@ def prune(
         )
     if data is None and criterion.statistics():
         raise ObservationError(f"{type(criterion).__name__} scores activations: pass data=, an iterable of input batches")
-    pruner = Pruner(model, example_inputs, criterion, budget, selection, compensation if data is not None else None, seed)
+    how = compensation if data is not None else None
+    pruner = Pruner(model, example_inputs, criterion, budget, selection, how, seed, positions)
     if data is None:
         plan, batches = pruner.plan(None), list[Example]()
     else:
