@@ -112,6 +112,7 @@ def test_failure_in_training_leaves_checkpoint_and_record(fast, tmp_path, monkey
     ("arguments", "match"),
     [
         (["logger=null"], "logger=null is no choice; choose one of csv, many, none"),
+        (["pruner=_base"], "pruner=_base is no choice; choose one of batch_norm_scale, entropy"),
         (["pruner=", "seed=1"], "pruner= is no choice; choose one of batch_norm_scale, entropy"),
         (["hydra.run.dir='file/${seed}'"], r"nothing can be written to file/\$.seed.: .*file is no folder, or read-only"),
         (["-m", "hydra.sweep.dir=file"], "nothing can be written to file"),

@@ -28,7 +28,7 @@ def check_arguments(arguments: Sequence[str], config_dir: Path) -> None:
     given = [argument.partition("=")[::2] for argument in arguments if not argument.startswith("-")]
     for key, value in given:
         choices = sorted(file.stem for file in (config_dir / key).glob("*.yaml")) if re.fullmatch(r"\w+", key) else []
-        if choices and value in ("null", ""):
+        if choices and (value in ("null", "") or value.startswith("_")):  # what others are made from
             raise ConfigError(f"{key}={value} is no choice; choose one of {', '.join(c for c in choices if c[0] != '_')}")
     folders = [value.strip("'\"") for key, value in given if key in _FOLDERS]
     for folder in folders or [_DEFAULT]:

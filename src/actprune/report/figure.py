@@ -2,14 +2,14 @@
 
 Pictures are ``matplotlib.figure.Figure`` objects on an Agg canvas: no pyplot, hence no global state, no window and no
 figure that stays open. Colours are those of Okabe and Ito (2008), which stay apart under every common colour blindness;
-criteria differ by marker as well.
+criteria differ by marker as well, and where there are many by the kind of line.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +22,8 @@ from actprune.core.text import short
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # 9 and 7 share no factor: 63 combinations
+LINES: tuple[Any, ...] = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+"""Of the first lines of each colour, of the second ones, and so on."""
 INK = "#333333"
 FAINT = "#C8C8C8"
 DPI = 160

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from actprune.pruning import EFFECT, RANDOM, Agreement, Influence, Removal
-from actprune.report.figure import COLOURS, INK, MARKERS, accuracy_axis, new_figure, plain, save, tidy
+from actprune.report.figure import COLOURS, INK, LINES, MARKERS, accuracy_axis, new_figure, plain, save, tidy
 
 PICTURES = ("heat_map.png", "curves.png", "curves_by_group.png", "spearman.png")
 _ACROSS = 4
@@ -143,9 +143,10 @@ def _draw(axes: Axes, influence: Influence, removals: Sequence[Removal], end: st
         x = [0.0, *(100 * share for share, _ in points)]
         y = [100 * influence.accuracy, *(100 * accuracy for _, accuracy in points)]
         mark, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-        style: dict[str, Any] = {"color": colour, "linewidth": 1.1}
+        lines = LINES[number // len(COLOURS) % len(LINES)]
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "linestyle": lines}
         if name == RANDOM:
-            style = {"color": INK, "linewidth": 1.8, "linestyle": "--"}
+            style = {"color": INK, "linewidth": 2.2, "linestyle": "--"}
         axes.plot(x, y, marker=mark, markersize=4, markeredgewidth=0, label=plain(name), **style)
 
 
