@@ -40,14 +40,17 @@ def observed(pruner, batches):
 
 def prune_first(model, batches, n, optimizers=(), group=None):
     """Remove the first ``n`` units of a group and fold their means; returns the pruner."""
+    pruner = Pruner(model, batches[0], Constant(), Budget(params=0.999))
+    pruner.execute(drafted(pruner, batches, {group or pruner.graph.unlocked[0].name: list(range(n))}), optimizers)
+    return pruner
+
+
+def drafted(pruner, batches, units):
+    """The plan to remove units and to fold their means."""
     from actprune.pruning.plans import compensated, draft
 
-    pruner = Pruner(model, batches[0], Constant(), Budget(params=0.999))
-    observation = observed(pruner, batches)
-    units = {group or pruner.graph.unlocked[0].name: list(range(n))}
-    plan = compensated(draft(model, pruner.graph, units), model, pruner.graph, units, observation, Mean())
-    pruner.execute(plan, optimizers)
-    return pruner
+    plan = draft(pruner.model, pruner.graph, units)
+    return compensated(plan, pruner.model, pruner.graph, units, observed(pruner, batches), Mean())
 
 
 def batches(*shape, n=3):
@@ -189,6 +192,30 @@ def test_a_layer_that_runs_twice(bias):
     model = Twice()
     silence(model.a, [0, 1])
     exact(model, batches(5), 2)
+
+
+@pytest.mark.parametrize("outer", [8, 16])
+def test_a_weight_that_is_read_both_ways(outer):
+    class Tied(nn.Module):  # an embedding and its transpose
+        def __init__(self):
+            super().__init__()
+            self.a, self.up = nn.Linear(5, 8), nn.Linear(8, outer, bias=False)
+            self.mid, self.down = nn.Linear(outer, outer), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.down(F.linear(F.relu(self.mid(self.up(F.relu(self.a(x))))), self.up.weight.t()))
+
+    model, data = Tied(), batches(5)
+    silence(model.a, [0, 1])
+    up, mid = model.up.weight, model.mid
+    with torch.no_grad():  # of the groups "a" and "mid", nothing but the first layer's constants is read
+        for tensor in (model.down.weight[:, :2], up[:3], mid.weight[:3], mid.weight[:, :3], mid.bias[:3]):
+            tensor.zero_()
+    before = [model(x).detach() for x in data]
+    pruner = Pruner(model, data[0], Constant(), Budget(params=0.999))
+    pruner.execute(drafted(pruner, data, {"a": [0, 1], "mid": [0, 1, 2]}))
+    for x, y in zip(data, before, strict=True):
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
 
 
 def test_two_consumers_of_the_same_units():

@@ -89,7 +89,7 @@ def compensated(
     gone = graph.removed(units)
     biases: dict[int, list[Tensor]] = defaultdict(list)
     weights: dict[int, list[Tensor]] = defaultdict(list)
-    first: dict[tuple[str, str | None, str | None], int] = {}
+    first: dict[tuple[object, ...], int] = {}
     for number, (layer, statistic) in observation.folds.items():
         consumer = graph.consumers[number]
         leaves = np.append(gone, False)[consumer.reads]
@@ -99,8 +99,10 @@ def compensated(
             _LOG.warning("%s: nothing is folded into complex weights", consumer.weight)
             continue
         fold = how.fold(layer, statistic, torch.from_numpy(leaves))
-        # a layer that runs more than once has one bias: the mean over its calls
-        owner = first.setdefault((consumer.weight, consumer.bias, consumer.batch_norm), number)
+        # a layer that runs more than once has one bias: the mean over its calls; not over those who read its weight otherwise
+        module = consumer.module if consumer.bias is None and consumer.batch_norm is None else None
+        read = consumer.weight, consumer.reads_dim, module
+        owner = first.setdefault((*read, consumer.bias, consumer.batch_norm), number)
         biases[owner].append(fold.bias)
         if fold.weight is not None:
             weights[owner].append(fold.weight)
