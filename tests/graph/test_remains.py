@@ -62,6 +62,7 @@ def mean_and(total, n):
         lambda x: x * each_by_itself(x.sigmoid()).sum(-1, keepdim=True),
         lambda x: x * mean_and(x.sigmoid().sum(-1, keepdim=True), x.shape[-1]),
         lambda x: x * x.sigmoid().sum(-1, keepdim=True) / x.shape[-1] ** 0.5,
+        lambda x: x * torch.polar(x.exp(), x).real.sum(-1, keepdim=True),
     ],
 )
 def test_a_sum_of_what_is_not_zero_is_locked(between):

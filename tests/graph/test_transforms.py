@@ -1,4 +1,4 @@
-"""Fourier transforms, complex rotations, displaced convolutions, distances, kernels that all channels share."""
+"""Fourier transforms, complex numbers, displaced convolutions, distances, kernels that all channels share."""
 
 import pytest
 import torch
@@ -44,6 +44,24 @@ class Rotated(nn.Module):
         return self.out(y).transpose(1, 2).view(shape)
 
 
+class Oscillators(nn.Module):
+    """A linear recurrence of complex numbers, which are made of two real ones each, or of a length and an angle."""
+
+    def __init__(self, width, n=6):
+        super().__init__()
+        self.length, self.angle = nn.Parameter(torch.rand(n)), nn.Parameter(torch.rand(n))
+        self.into, self.out = nn.Parameter(torch.randn(2, n, width)), nn.Linear(n, width)
+
+    def forward(self, x):
+        decay, found = torch.polar(self.length, self.angle), []
+        y = x.flatten(2).transpose(1, 2).to(decay.dtype) @ torch.complex(self.into[0], self.into[1]).T
+        state = torch.zeros_like(y[:, 0])
+        for t in range(y.shape[1]):
+            state = decay * state + y[:, t]
+            found.append(torch.complex(state.real.relu(), state.imag).abs())
+        return self.out(torch.stack(found, 1)).transpose(1, 2).view(x.shape)
+
+
 class Displaced(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -85,7 +103,7 @@ class Between(nn.Module):
         return self.head(self.part(self.stem(x).relu()))
 
 
-@pytest.mark.parametrize("part", [Frequencies, Rotated, Displaced, Distances, OneKernel])
+@pytest.mark.parametrize("part", [Frequencies, Rotated, Oscillators, Displaced, Distances, OneKernel])
 def test_cut_equals_masked(part):
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     torch.manual_seed(0)

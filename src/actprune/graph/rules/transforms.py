@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from actprune.graph.ids import Ids
+from actprune.graph.rules.pointwise import pointwise
 from actprune.graph.rules.registry import rule
 from actprune.graph.state import TraceState
 
@@ -33,6 +34,12 @@ def to_complex(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 def to_real(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """A new last dimension of two."""
     t.set(out, [*t.ids(a.input), None])
+
+
+@rule("complex", "polar")
+def from_parts(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """Two numbers make a complex one, position by position."""
+    pointwise(t, [a.real, a.imag] if hasattr(a, "real") else [a.abs, a.angle], [out])
 
 
 @rule("_euclidean_dist", "_cdist_forward")
