@@ -95,3 +95,13 @@ def test_what_stands_in_for_a_unit_is_its_complex_mean():
         with replacement.replacing():
             replacement.choose({group.name: range(group.size)})
             torch.testing.assert_close(model(x), whole)
+
+
+def test_complex_layers_are_not_refitted(caplog):
+    model = nn.Sequential(nn.Linear(4, 12, dtype=torch.cfloat), nn.Tanh(), nn.Linear(12, 3, dtype=torch.cfloat)).eval()
+    x = torch.randn(64, 4, dtype=torch.cfloat)
+    last = model[2].weight.detach().clone()
+    actprune.prune(model, x, data=x.split(16), criterion=criteria.Magnitude(), budget=actprune.Budget(units=0.5))
+    assert model[2].in_features == 6
+    assert all(any(torch.equal(column, whole) for whole in last.T) for column in model[2].weight.detach().T)
+    assert "cannot be refitted: 0.weight, 2.weight" in caplog.text

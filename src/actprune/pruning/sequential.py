@@ -9,9 +9,9 @@ Targets: the layer's own output; where the output, or the batch norm that alone 
 sum. A residual branch so corrects what its whole stream has lost so far (He et al., arXiv:1707.06168, section 3.3, for
 each branch in isolation). Measured on ResNet-56 / CIFAR-10 (JPEG copy): docs/compensation.md.
 
-Layers that run once, are linear or convolutions, neither transposed nor grouped, are refitted; others keep what the plan
-folded into them, and are named in the log. Of a layer with a forward of its own, numbers tell: it is refitted if the original
-says its weight times what it reads, plus its bias.
+Layers that run once, are linear or convolutions, neither transposed nor grouped nor complex, are refitted; others keep what
+the plan folded into them, and are named in the log. Of a layer with a forward of its own, numbers tell: it is refitted if the
+original says its weight times what it reads, plus its bias.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def _layers(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[_Layer]:
     for order, consumer in enumerate(graph.consumers):
         module = modules[consumer.module]
         plain = isinstance(module, nn.Linear) or (isinstance(module, Conv) and reads_patches(module, module.weight))
+        plain = plain and not module.weight.is_complex()
         if plain and not consumer.ordinal and consumer.reads_own_weight and runs[consumer.weight] == 1:
             yield _Layer(
                 consumer.module,
