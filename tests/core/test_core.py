@@ -133,6 +133,47 @@ def test_operands_are_counted_outside_children():
     assert not seen
 
 
+@pytest.mark.parametrize("held", ["in a list", "deeper", "elsewhere", "by itself"])
+def test_operands_are_counted_outside_whatever_else_runs(held):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = Own()
+            if held == "in a list":
+                self.own.child = nn.ModuleList([self.own.child])
+                self.own.forward = self.listed
+            elif held == "elsewhere":
+                self.child = self.own.child
+                del self.own.child
+                object.__setattr__(self.own, "child", self.child)
+            elif held == "by itself":
+                self.inner, self.own.depth = self.own.child, 1
+                self.own.child = None
+                self.own.forward = self.twice
+            else:
+                self.own.child = nn.Sequential(self.own.child)
+
+        def listed(self, x):
+            return self.own.second @ self.own.child[0](x @ self.own.first).mT
+
+        def twice(self, x):
+            y = x @ self.own.first
+            if self.own.depth:
+                self.own.depth = 0
+                self.own(2 * x)
+                self.own.depth = 1
+            return self.own.second @ self.inner(y).mT
+
+        def forward(self, x):
+            return self.own(x)
+
+    model, x, seen = Net(), torch.randn(6, 4), []
+    with watch_operands(model, {"own": {(0, 0): [seen.append], (1, 1): [seen.append]}}):
+        model(x)
+    shapes = [tuple(t.shape) for t in seen]
+    assert shapes == ([(6, 4), (6, 4), (5, 6), (5, 6)] if held == "by itself" else [(6, 4), (5, 6)])
+
+
 def test_every_call_counts_from_zero_also_after_a_failure():
     model, x, seen = Own(fail=True), torch.randn(6, 4), []
     with watch_operands(model, {"": {(0, 0): [seen.append]}}):

@@ -107,6 +107,31 @@ def test_products_that_compute_a_weight_are_no_sites(normed):
         torch.testing.assert_close(said.float(), values.detach())
 
 
+class Listed(nn.Module):
+    """Bare matrices in a forward that also runs layers out of a list, between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gates = nn.Linear(5, 8), nn.ModuleList([nn.Linear(8, 8)])
+        self.inner, self.outer = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(3, 8))
+
+    def read(self, x):
+        x = self.stem(x).relu()
+        gate = self.gates[0](x).sigmoid()
+        return x, F.linear(x, self.inner).relu() * gate * 100
+
+    def forward(self, x):
+        return F.linear(self.read(x)[1], self.outer)
+
+
+def test_bare_matrices_are_watched_where_layers_run_out_of_a_list():
+    torch.manual_seed(0)
+    model, x = Listed().eval(), torch.randn(64, 5)
+    scores, _ = observed(model, [x], torch.no_grad)
+    for said, values in zip(scores.values(), model.read(x), strict=True):
+        torch.testing.assert_close(said.float(), values.var(0, correction=0).detach(), rtol=1e-4, atol=1e-6)
+
+
 class Recurrent(nn.Module):
     def __init__(self, batch_first, packed=False):
         super().__init__()

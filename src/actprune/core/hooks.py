@@ -287,38 +287,41 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
     if not watchers:
         yield
         return
+    wanted = {id(model.get_submodule(path)): of_module for path, of_module in watchers.items()}
+    running: list[Operands] = []
     with ExitStack() as stack:
         stack.enter_context(PLAIN_ATTENTION.turned())
-        for path, wanted in watchers.items():
-            _watch_module(model.get_submodule(path), wanted, stack)
+        for module in model.modules():  # whichever runs inside another counts for itself, also out of a list
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as its caller's own
+                continue
+            _watch_module(module, wanted.get(id(module)), running, stack)
         yield
 
 
-def _watch_module(module: nn.Module, wanted: Mapping[tuple[int, int], list[Watcher]], stack: ExitStack) -> None:
-    running: list[Operands] = []
+def _watch_module(
+    module: nn.Module,
+    wanted: Mapping[tuple[int, int], list[Watcher]] | None,
+    running: list[Operands],
+    stack: ExitStack,
+) -> None:
+    entered: list[Operands | None] = []
 
     def enter(*_: Any) -> None:
-        mode = Operands(wanted)
-        mode.__enter__()
-        running.append(mode)
-
-    def leave(*_: Any) -> None:
-        if running:
-            running.pop().__exit__(None, None, None)
-
-    def pause(*_: Any) -> None:
+        entered.append(running[-1] if running else None)
         if running:
             running[-1].paused += 1
+        if wanted is not None:
+            running.append(Operands(wanted))
+            running[-1].__enter__()
 
-    def resume(*_: Any) -> None:
-        if running:
-            running[-1].paused -= 1
+    def leave(*_: Any) -> None:
+        if not entered:
+            return
+        if wanted is not None:
+            running.pop().__exit__(None, None, None)
+        if (around := entered.pop()) is not None:
+            around.paused -= 1
 
     # before other hooks, which may run contractions of their own: so the trace numbered them (a spectral norm, for one)
     stack.callback(module.register_forward_pre_hook(Live(enter), prepend=True).remove)
     stack.callback(module.register_forward_hook(Live(leave), always_call=True).remove)
-    for child in module.children():
-        if isinstance(child, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as the module's own
-            continue
-        stack.callback(child.register_forward_pre_hook(Live(pause), prepend=True).remove)
-        stack.callback(child.register_forward_hook(Live(resume), always_call=True).remove)
