@@ -131,6 +131,40 @@ def test_a_branch_is_refitted_to_what_its_stream_should_be(style):
     assert_layer(model.end, lstsq(model.stream(x), original(x)))
 
 
+class Stream(nn.Module):
+    """A layer whose output goes into a sum, and elsewhere: first into the branch, whose scale keeps it from being refitted."""
+
+    def __init__(self, later):
+        super().__init__()
+        torch.manual_seed(2)
+        self.later = later
+        self.stem, self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 14), nn.Linear(14, 8)
+        self.scale, self.end = nn.Parameter(torch.rand(8) + 0.5), nn.Linear(8, 3)
+
+    def stream(self, x):
+        y = self.stem(x)
+        branch = self.scale * self.outer(self.inner(x.repeat(1, 2)[:, :8] if self.later else y).tanh())
+        return y + branch if not self.later else (y + branch).tanh() * y
+
+    def forward(self, x):
+        return self.end(self.stream(x))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_what_something_else_reads_too_is_refitted_to_its_own_output(later):
+    from actprune.pruning.plans import draft
+
+    x = correlated(600, 6, 6)
+    model = Stream(later)
+    original = copy.deepcopy(model)
+    pruner = Pruner(model, x[:1], First(), Budget(params=0.99), compensation=None)
+    plan = draft(model, pruner.graph, {"inner": range(6)})
+    pruner.execute(plan)
+    refit(model, original, pruner.graph, plan, x, ALL)
+    torch.testing.assert_close(model.stem(x), original.stem(x))
+    assert_layer(model.end, lstsq(model.stream(x), original(x)))
+
+
 def test_an_activation_in_place_before_the_sum_is_not_mistaken_for_the_layer():
     class Net(nn.Module):
         def __init__(self):

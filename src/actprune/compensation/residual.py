@@ -11,6 +11,7 @@ has nowhere to put an intercept. Products of chunks in the activations' precisio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from actprune.compensation.solve import ridge_solve
 from actprune.statistics.gram import add_products, symmetric
 
 _CHUNK = 8192
+_DEAD = 1e-4
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,12 @@ def correction(
     before = square + r_mean.square().sum()
     bias = r_mean - weight @ x_mean
     return Correction(weight, bias, float(before), max(float(after), 0.0))
+
+
+def before_norm(norm: Any, missed: Tensor) -> Tensor:
+    """What is missed behind a batch norm, in the units before it; nothing where the norm's scale is next to zero."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    dead = scale.abs() <= _DEAD * scale.abs().max()
+    return torch.where(dead, 0.0, missed / torch.where(dead, 1.0, scale))

@@ -54,3 +54,10 @@ def rows_at(out: Tensor, positions: Tensor) -> Tensor:
     """(R, channels) of a map (N, channels, *space) at sampled positions."""
     picked = at_positions(out.flatten(2), positions).transpose(1, 2) if out.dim() > 2 else out.unsqueeze(1)
     return picked.flatten(0, 1).clone()
+
+
+def channels_second(module: nn.Module, x: Tensor) -> Tensor:
+    """(N, C, *space)."""
+    if isinstance(module, Conv):
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.movedim(-1, 1)

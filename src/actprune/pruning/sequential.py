@@ -5,9 +5,10 @@ positions. The second, through the cut network, stops at every layer in executio
 before it now deliver, and goes on with the new weights: errors are seen by later layers and corrected, not piled up, and
 the number of passes does not grow with depth.
 
-Targets: the layer's own output; where the output, or the batch norm that alone reads it, is added to another tensor, the
-sum. A residual branch so corrects what its whole stream has lost so far (He et al., arXiv:1707.06168, section 3.3, for
-each branch in isolation). Measured on ResNet-56 / CIFAR-10 (JPEG copy): docs/compensation.md.
+Targets: the layer's own output; where the output, or the batch norm that alone reads it, is added to another tensor and
+read by nothing else (a branch that begins at it would see another one than it was added to), the sum. A residual branch so
+corrects what its whole stream has lost so far (He et al., arXiv:1707.06168, section 3.3, for each branch in isolation).
+Measured on ResNet-56 / CIFAR-10 (JPEG copy): docs/compensation.md.
 
 Layers that run once, are linear or convolutions, neither transposed nor grouped nor complex, are refitted; others keep what
 the plan folded into them, and are named in the log. Of a layer with a forward of its own, numbers tell: it is refitted if the
@@ -26,21 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from actprune.compensation import LeastSquares
 from actprune.compensation.patches import Conv, n_positions, patches_at, reads_patches
-from actprune.compensation.residual import correction
+from actprune.compensation.residual import before_norm, correction
 from actprune.core.calling import Example, call, evaluating
 from actprune.core.plan import Plan
 from actprune.graph import Consumer, Graph
-from actprune.pruning.own_forward import has_own_forward, is_affine, read_by, rows_at
+from actprune.pruning.own_forward import channels_second, has_own_forward, is_affine, read_by, rows_at
 from actprune.statistics import sample_positions
 from actprune.surgery.tensors import keep_indices
 
 _LOG = logging.getLogger(__name__)
 _ROWS_PER_INPUT = 8
-_DEAD = 1e-4
 
 
 @dataclass
@@ -148,7 +149,8 @@ class _Walk(TorchDispatchMode):
         self.model = model
         self.layers = layers
         self.how = how
-        self._outputs = WeakTensorKeyDictionary()
+        self._outputs = WeakTensorKeyDictionary()  # of layers, as long as nothing has read them
+        self._entering: _Layer | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> Any:  # noqa: D105
@@ -158,7 +160,9 @@ class _Walk(TorchDispatchMode):
             self._hooks.callback(module.register_forward_pre_hook(self._pre(self.layers[path])).remove)
             self._hooks.callback(module.register_forward_hook(self._post(self.layers[path])).remove)
         for path in norms:
-            self._hooks.callback(self.model.get_submodule(path).register_forward_hook(self._through_norm).remove)
+            norm = self.model.get_submodule(path)
+            self._hooks.callback(norm.register_forward_pre_hook(self._into_norm(path)).remove)
+            self._hooks.callback(norm.register_forward_hook(self._through_norm).remove)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:  # noqa: D105
@@ -179,10 +183,16 @@ class _Walk(TorchDispatchMode):
 
         return hook
 
-    def _through_norm(self, _module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        layer = self._outputs.pop(args[0], None)
-        if layer is not None:
-            self._outputs[out] = layer
+    def _into_norm(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            layer = self._outputs.pop(args[0], None) if args else None
+            self._entering = layer if layer is not None and layer.norm == path else None
+
+        return hook
+
+    def _through_norm(self, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
+        if self._entering is not None:
+            self._outputs[out], self._entering = self._entering, None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         kwargs = kwargs or {}
@@ -198,9 +208,14 @@ class _Walk(TorchDispatchMode):
                 self._outputs.pop(a, None)
             if known:
                 return self.summed(func, args, known)
-        elif name.endswith("_") and args and isinstance(args[0], Tensor):
-            self._outputs.pop(args[0], None)
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self.read(x)
         return func(*args, **kwargs)
+
+    def read(self, x: Tensor) -> None:
+        """An operator reads a tensor: a branch, which would see another one were its layer refitted at a later sum."""
+        self._outputs.pop(x, None)
 
     def sampled(self, layer: _Layer, x: Tensor, n: int) -> Tensor:
         """(N, P) flat positions, the same in both passes; more where few samples have to fix many weights."""
@@ -226,10 +241,12 @@ class _Reference(_Walk):
         super().__init__(model, layers, how)
         self.targets = targets
         self._positions: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}  # what layers said whose target is a sum
+        self._summed = WeakTensorKeyDictionary()
 
     def left(self, layer: _Layer, module: nn.Module, x: Tensor, out: Tensor) -> bool:
         """Keep the layer's own output, unless it has a forward of its own which says something else than its weight does."""
-        x, out = _channels_second(module, layer.read(module, x)), _channels_second(module, out)
+        x, out = channels_second(module, layer.read(module, x)), channels_second(module, out)
         n = n_positions(x, module)
         positions = self.sampled(layer, x, n)
         if layer.own and not is_affine(module, x, out, positions):
@@ -241,12 +258,25 @@ class _Reference(_Walk):
 
     def summed(self, func: Any, args: tuple[Tensor, Tensor], known: list[tuple[int, _Layer]]) -> Tensor:
         """Keep the sum instead, for the layer that has the most inputs to correct it with."""
-        layer = max(known, key=lambda entry: (entry[1].width, -entry[1].order))[1]
+        side, layer = max(known, key=lambda entry: (entry[1].width, -entry[1].order))
         out = func(*args)
+        for x in args:
+            self.read(x)
+        if out is not args[side]:
+            self._summed[args[side]] = layer
         module = self.model.get_submodule(layer.path)
-        self.targets.values[layer.path] = rows_at(_channels_second(module, out), self._positions[layer.path])
+        self._own[layer.path] = self.targets.values[layer.path]
+        self.targets.values[layer.path] = rows_at(channels_second(module, out), self._positions[layer.path])
         self.targets.joined.add(layer.path)
         return out
+
+    def read(self, x: Tensor) -> None:
+        """What is read once more after its sum keeps its layer's own target."""
+        super().read(x)
+        layer = self._summed.pop(x, None) if len(self._summed) else None
+        if layer is not None:
+            self.targets.joined.discard(layer.path)
+            self.targets.values[layer.path] = self._own.pop(layer.path)
 
 
 class _Refitting(_Walk):
@@ -263,7 +293,7 @@ class _Refitting(_Walk):
         """Refit to the layer's own output, or wait for the sum it goes into."""
         self.n_samples = self.n_samples or len(x)
         read = layer.read(module, x)
-        seen = _channels_second(module, read)
+        seen = channels_second(module, read)
         if self.targets.layouts.get(layer.path) != (len(seen), n_positions(seen, module)):
             # it runs over something that was cut: over channels as if they were positions
             _LOG.warning("%s: runs on other positions than before the cut, it is not refitted", layer.path)
@@ -289,7 +319,7 @@ class _Refitting(_Walk):
         return func(*[again if i == side else a for i, a in enumerate(args)])
 
     def _fit(self, layer: _Layer, module: Any, x: Tensor, total: Tensor | None) -> None:
-        x = _channels_second(module, x)
+        x = channels_second(module, x)
         positions = self.sampled(layer, x, n_positions(x, module))
         rows = patches_at(x, module, positions).flatten(0, 1)
         target = self.targets.values.pop(layer.path)
@@ -301,9 +331,9 @@ class _Refitting(_Walk):
             said = rows @ weight.flatten(1).T
             missed = target - (said if module.bias is None else said + module.bias.detach())
         else:
-            missed = target - rows_at(_channels_second(module, total), positions)
+            missed = target - rows_at(channels_second(module, total), positions)
             if norm is not None:
-                missed = _before(norm, missed)
+                missed = before_norm(norm, missed)
         found = correction(rows, missed, self.how.ridge, intercept=module.bias is not None or norm is not None)
         self.errors[layer.path] = (found.before, found.after)
         if not found.after < found.before:
@@ -314,19 +344,3 @@ class _Refitting(_Walk):
             module.bias.detach().copy_(module.bias.double() + found.bias)
         elif norm is not None:
             norm.running_mean.copy_(norm.running_mean.double() - found.bias)
-
-
-def _before(norm: Any, missed: Tensor) -> Tensor:
-    """What is missed behind a batch norm, in the units before it; nothing where the norm's scale is next to zero."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    dead = scale.abs() <= _DEAD * scale.abs().max()
-    return torch.where(dead, 0.0, missed / torch.where(dead, 1.0, scale))
-
-
-def _channels_second(module: nn.Module, x: Tensor) -> Tensor:
-    """(N, C, *space)."""
-    if isinstance(module, Conv):
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.movedim(-1, 1)
