@@ -116,6 +116,23 @@ def test_those_that_say_what_their_weight_says_are_refitted_sequentially(linear,
         torch.testing.assert_close(own.down.weight, plain.down.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("changed", [lambda out: None, lambda out: 1.1 * out], ids=["heard", "changed"])
+def test_layers_are_refitted_unless_a_hook_changes_what_they_say(changed, caplog):
+    torch.manual_seed(0)
+    plain = Flat(nn.Conv2d, nn.Linear, padded=False)
+    state = copy.deepcopy(plain.state_dict())
+    hooked = Flat(nn.Conv2d, nn.Linear, padded=False)
+    for layer in (hooked.branch, hooked.mid):
+        layer.register_forward_hook(lambda _module, _args, out: changed(out))
+    plain, hooked = pruned_sequentially(plain, state), pruned_sequentially(hooked, state)
+    if changed(1.0) is None:
+        x = torch.randn(64, 3, 12, 12)
+        assert not caplog.records
+        torch.testing.assert_close(hooked(x), plain(x), rtol=1e-4, atol=1e-5)
+    else:
+        assert "branch.weight, mid.weight" in caplog.text
+
+
 class WithoutBias(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight)

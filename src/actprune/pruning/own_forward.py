@@ -1,7 +1,8 @@
 """Layers with a forward of their own: what their weight reads, and whether they say what a plain layer would say of it.
 
 A class that pads first, casts or only renames its arguments computes its weight times what is read, plus its bias; one that
-scales, masks or standardises does not. Numbers tell, on the batch at hand.
+scales, masks or standardises does not, nor does a layer with a hook that changes what it returns. Numbers tell, on the batch
+at hand.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _ROUNDING = 2e-2
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether numbers have to tell what a linear layer or a convolution computes."""
-    return not (runs_torch_forward(module) and (isinstance(module, Conv) or type(module) is nn.Linear))
+    plain = runs_torch_forward(module) and (isinstance(module, Conv) or type(module) is nn.Linear)
+    return not plain or bool(module._forward_hooks)
 
 
 def read_by(module: nn.Module, x: Tensor) -> Tensor:
