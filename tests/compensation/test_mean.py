@@ -90,6 +90,20 @@ def test_zero_padded_convolution_is_exact_away_from_the_border(bias):
     exact(model, batches(3, 8, 8), 3, at=(..., slice(1, -1), slice(1, -1)))
 
 
+def test_frames_of_a_video_are_maps_each():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+
+    model = Frames()
+    silence(model.a, [0, 1, 2])
+    exact(model, batches(3, 3, 8, 8), 3, at=(..., slice(1, -1), slice(1, -1)))
+
+
 def test_a_batch_norm_that_follows_takes_the_shift():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),

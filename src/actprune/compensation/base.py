@@ -28,6 +28,11 @@ class Layer:
     intercept: bool = True
     """Whether a bias, or a batch norm that alone reads its outputs, can shift them."""
 
+    def sees(self, x: Tensor) -> None:
+        """Remember the extent of the maps in x (N, C, *space), or (N, C, *space, R) of R rows each: frames of a video."""
+        n_space = self.weight.dim() - 2
+        self.space = tuple(x.shape[2 : 2 + n_space] if n_space else x.shape[2:])
+
 
 @dataclass(frozen=True)
 class Fold:

@@ -183,7 +183,7 @@ class Observation:
             return
         x, ids = self._rows.samples(x, consumer.dim, consumer.module)
         if len(ids):
-            layer.space = tuple(x.shape[2:])
+            layer.sees(x)
             compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
     def begin_batch(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:

@@ -136,7 +136,7 @@ class Reads:
     def _tell_layers(self, x: Tensor) -> None:
         """Say how large the maps are to the layers whose mean inputs are folded."""
         for layer, _ in self.folded:
-            layer.space = tuple(x.shape[2:])
+            layer.sees(x)
 
     def _hands_of(self, space: int, device: torch.device) -> list[Hand]:
         """Who gets what of maps of one size; the same objects each time."""
