@@ -182,6 +182,31 @@ def test_an_unpruned_model_saves_and_loads(tmp_path):
     assert torch.equal(outputs(fresh, example)[0], outputs(model, example)[0])
 
 
+class Counted(nn.Linear):
+    """A layer that keeps something in the state dict which is no tensor."""
+
+    steps = 0
+
+    def get_extra_state(self):
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state):
+        self.steps = state["steps"]
+
+
+def test_extra_state_is_saved_and_loaded(tmp_path):
+    def build():
+        return nn.Sequential(Counted(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    model, x = build(), torch.randn(3, 4)
+    model[0].steps = 7
+    prune(model, x, criterion=criteria.Magnitude(), budget=Budget(units=0.5))
+    save_pruned(model, tmp_path / "model.pt")
+    loaded = load_pruned(build(), tmp_path / "model.pt")
+    assert loaded[0].steps == 7
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_a_loaded_model_is_pruned_further_by_the_original_size(tmp_path):
     model, example = build("ConvBn")
     original = trace(model, example).params

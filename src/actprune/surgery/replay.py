@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from actprune.core.errors import ConfigError, SurgeryError
@@ -167,7 +167,8 @@ def load_pruned(fresh_model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in inside.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    inside.load_state_dict(holds, assign=any(tensor.is_meta for tensor in inside.state_dict().values()))
+    held = inside.state_dict().values()  # tensors, and what modules call their extra state
+    inside.load_state_dict(holds, assign=any(isinstance(value, Tensor) and value.is_meta for value in held))
     for first, *others in names.values():  # assigned one by one, tied weights would have come apart
         for path, _, leaf in (name.rpartition(".") for name in others):
             setattr(inside.get_submodule(path), leaf, inside.get_parameter(first))
