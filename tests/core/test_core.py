@@ -103,6 +103,16 @@ def test_undisturbed_is_evaluation_without_gradients_inside():
     assert [m.training for m in model.modules()] == [True, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_scripted_parts_are_in_the_mode_they_were_in(training):
+    scripted = torch.jit.script(nn.Sequential(nn.Dropout(0.5), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(2, 2), scripted).train(training)
+    with undisturbed(model):
+        assert not any(module.training for module in model.modules())
+    assert all(module.training == training for module in model.modules())
+
+
 # ------------------------------------------------------------------------------------------------ watching
 class Own(nn.Module):
     """Two contractions of its own, a child between them, and a child that runs one inside."""

@@ -101,6 +101,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     # in no dict: the hash of a metric changes with its content
     modules = [(module, type(module), dict(vars(module)), _registered(module)) for module in model.modules()]
+    scripted = [(module, module.training) for module, *_ in modules if isinstance(module, torch.jit.ScriptModule)]
     for module, *_ in modules:
         _unwatch(module)
     found = list(inside(value for *_, held, _ in modules for name, value in held.items() if name not in _OF_MODULES))
@@ -128,6 +129,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 restore(vars(module), held)
                 for name, content in registered.items():
                     restore(getattr(module, name), content)
+            for part, training in scripted:  # which keep their flag elsewhere
+                part.training = training
             for buffer, before in buffers:
                 # by value: a batch norm in training mode writes without counting a version
                 if not buffer.is_meta and not torch.equal(_dense(buffer), _dense(before)):
