@@ -26,7 +26,7 @@ _LEGEND = (
     "Lipschitz: bound of the whole network by composition. Distance: sum over layers of the (2, 1) distance to initialisation. "
     "Complexity: (sum over layers of (what surrounds it x its distance)^(2/3))^(3/2). Margin: right output minus the largest "
     "other, at the asked quantile of training images. Capacity: complexity x 4 ||X|| / (sqrt(n) margin). Bound: the smaller of "
-    "the two of Rademacher complexity; above 1 it says nothing."
+    "the two of Rademacher complexity; above 1 it says nothing. None: the margin is not above 0."
 )
 
 
@@ -156,9 +156,11 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 
 def _short(value: float) -> str:
+    """Three digits or more, so that a column can be compared."""
     if math.isinf(value):
-        return "inf"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.2e}" if value >= 1e5 else f"{value:,.0f}"
+        return "none"
+    size = abs(value)
+    return f"{value:.2e}" if size >= 1e5 else f"{value:,.{2 if size < 10 else 1 if size < 100 else 0}f}"
 
 
 def _finite(value: float) -> float | None:
