@@ -61,10 +61,11 @@ def merge_shards(shards: Sequence[Sequence[Statistic]]) -> Sequence[Statistic]:
     Returns:
         The statistics of the first shard, which now hold everything.
     """
-    shared = torch.stack([pack_scales(shard) for shard in shards]).amax(0)
+    device = shards[0][0].device
+    shared = torch.stack([pack_scales(shard, device) for shard in shards]).amax(0)
     for shard in shards:
         align(shard, shared)
-    unpack(shards[0], torch.stack([pack(shard) for shard in shards]).sum(0))
+    unpack(shards[0], torch.stack([pack(shard, device) for shard in shards]).sum(0))
     return shards[0]
 
 
