@@ -7,7 +7,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
+from torch.profiler import profile
 
 from actprune.core.hooks import listening, watch_inputs, watch_operands
 from actprune.core.layers import runs_torch_forward
@@ -106,3 +108,41 @@ def test_what_a_copy_runs_is_not_heard_as_the_original():
         assert not heard
         torch.testing.assert_close(outputs, [model(x)] * 2)
         assert len(heard) == 2
+
+
+class Attends(nn.Module):
+    """Products of its own before, in and behind fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Parameter(torch.randn(3, 8, 8))
+        self.out = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        q, k, v = (F.linear(x, weight).unflatten(-1, (2, 4)).transpose(1, 2) for weight in self.into)
+        return F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2), self.out)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_attention_stays_fused_unless_one_of_its_products_is_watched(mode):
+    """Behind it counting goes on as if it had been taken apart: queries, keys and values are 0 to 2, attention 3 and 4."""
+    torch.manual_seed(0)
+    model, x = Attends(), torch.randn(2, 5, 8)
+    q, k, v = (F.linear(x, weight).unflatten(-1, (2, 4)).transpose(1, 2) for weight in model.into)
+    heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def run(*places):
+        heard = {place: [] for place in places}
+        with mode(), watch_operands(model, {"": {place: [heard[place].append] for place in places}}), profile() as ran:
+            out = model(x)
+        torch.testing.assert_close(out, model(x))
+        fused = any("_scaled_dot_product_flash" in event.key for event in ran.key_averages())
+        return fused, [seen[0].detach() for seen in heard.values()]
+
+    fused, (into, behind) = run((0, 0), (5, 0))
+    assert fused
+    torch.testing.assert_close(into.view_as(x), x)
+    torch.testing.assert_close(behind.view(2, 5, 8), heads.transpose(1, 2).flatten(2))
+    _, (values, behind) = run((4, 1), (5, 0))
+    torch.testing.assert_close(values.view_as(v), v)
+    torch.testing.assert_close(behind.view(2, 5, 8), heads.transpose(1, 2).flatten(2))

@@ -14,12 +14,14 @@ from torch._decomp import decomposition_table
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from actprune.core.switches import EAGER, EVERY_MODULE, PLAIN_ATTENTION
+from actprune.core.switches import EAGER, EVERY_MODULE
 
 CONTRACTIONS = frozenset({
     "convolution", "mm", "bmm", "addmm", "baddbmm", "_sparse_addmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d",
 })  # fmt: skip
 """Operators that count as one contraction each, in the order in which a module runs them."""
+_IN_ATTENTION = 2
+"""Contractions of fused attention: queries with keys, and what comes of it with values."""
 
 OPERANDS = {"addmm": 1, "baddbmm": 1, "_sparse_addmm": 1}
 """Where an operator's first factor stands among its arguments."""
@@ -263,6 +265,9 @@ class Operands(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
         name = func.overloadpacket.__name__
         if name not in CONTRACTIONS:
+            if _is_fused(func) and not self._wants(_IN_ATTENTION):
+                self.ordinal += 0 if self.paused else _IN_ATTENTION
+                return func(*args, **(kwargs or {}))
             return decomposed(self, func, args, kwargs or {})
         if not self.paused:
             for operand in (0, 1):
@@ -273,6 +278,10 @@ class Operands(TorchDispatchMode):
             self.ordinal += 1
         return func(*args, **(kwargs or {}))
 
+    def _wants(self, n: int) -> bool:
+        """Whether anybody watches one of the next contractions."""
+        return not self.paused and any(self.watchers.get((self.ordinal + k, operand)) for k in range(n) for operand in (0, 1))
+
 
 @contextmanager
 def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, int], list[Watcher]]]) -> Iterator[None]:
@@ -282,7 +291,8 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
         model: the model.
         watchers: module path -> (which contraction, 0 for its first factor or 1 for its second) -> watchers.
 
-    Attention is decomposed into matrix products meanwhile, as it was when the model was traced.
+    Fused attention counts as the two products that it was when the model was traced, and is taken apart only where one of
+    them is watched.
     """
     if not watchers:
         yield
@@ -290,7 +300,7 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
     wanted = {id(model.get_submodule(path)): of_module for path, of_module in watchers.items()}
     running: list[Operands] = []
     with ExitStack() as stack:
-        stack.enter_context(PLAIN_ATTENTION.turned())
+        stack.enter_context(EVERY_MODULE.turned())
         for module in model.modules():  # whichever runs inside another counts for itself, also out of a list
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as its caller's own
                 continue
