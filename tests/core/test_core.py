@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from actprune import Budget
-from actprune.core.calling import call, undisturbed
+from actprune.core.calling import call, device_of, undisturbed
 from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError, SurgeryError, TraceError
 from actprune.core.files import atomic_path
 from actprune.core.hooks import watch_inputs, watch_operands
@@ -234,3 +234,12 @@ def test_a_record_composes_by_hand():
     assert record.widths == {"g": [6, 2]}
     assert record.biases == ["m"]
     assert SurgeryRecord.from_dict(record.to_dict()) == record
+
+
+def test_a_model_is_where_its_parameters_are_else_its_buffers():
+    model = nn.Module()
+    assert device_of(model) == torch.device("cpu")
+    model.register_buffer("held", torch.zeros(1, device="meta"))
+    assert device_of(model) == torch.device("meta")
+    model.trained = nn.Parameter(torch.zeros(1))
+    assert device_of(model) == torch.device("cpu")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from actprune.capacity.measure import NetworkCapacity
-from actprune.core.calling import evaluating
+from actprune.core.calling import device_of, evaluating
 from actprune.core.errors import ConfigError, ObservationError
 
 ZETA = float(torch.special.zeta(torch.tensor(1.5, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)))
@@ -58,7 +58,7 @@ def sample_of(model: nn.Module, batches: Iterable[Any], quantile: float) -> Samp
     if not 0 <= quantile < 1:
         raise ConfigError(f"quantile={quantile} must be in [0, 1); 0 is the smallest margin")
     squares, margins = [], []
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         for images, labels in batches:
             squares.append(images.double().flatten(1).square().sum(1).cpu())

@@ -29,11 +29,11 @@ from actprune.compensation import Compensation
 from actprune.core.errors import ConfigError
 from actprune.pruning import EFFECT, Agreement, Influence, Removals, agreement, analyze
 from actprune.report import draw_influence, influence_tables, write_influence
+from actprune.report.runs import ANALYSIS
 from actprune.statistics import check_positions
 
 _LOG = logging.getLogger(__name__)
 
-ANALYSIS = "analysis.json"
 PIECES = "pieces"
 
 
@@ -70,8 +70,6 @@ def analyze_network(config: DictConfig, data: LightningDataModule, net: nn.Modul
     """
     began = time.monotonic()
     settings: Settings = build(config.analyze, "analyze")
-    if config.calibration < 1:
-        raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     names = all_criteria() if settings.criteria is None else settings.criteria
     criteria = criteria_named(names, config, "analyze.criteria")
     if config.weights is not None:

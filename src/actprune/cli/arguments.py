@@ -30,9 +30,18 @@ def check_arguments(arguments: Sequence[str], config_dir: Path) -> None:
         choices = sorted(file.stem for file in (config_dir / key).glob("*.yaml")) if re.fullmatch(r"\w+", key) else []
         if choices and (value in ("null", "") or value.startswith("_")):  # what others are made from
             raise ConfigError(f"{key}={value} is no choice; choose one of {', '.join(c for c in choices if c[0] != '_')}")
-    folders = [value.strip("'\"") for key, value in given if key in _FOLDERS]
-    for folder in folders or [_DEFAULT]:
+    for folder in folders_in(arguments) or [_DEFAULT]:
         _check_folder(folder)
+
+
+def folders_in(arguments: Sequence[str]) -> list[str]:
+    """The output folders that arguments name; the last one counts."""
+    return [unquoted(argument) for argument in arguments if argument.partition("=")[0] in _FOLDERS]
+
+
+def unquoted(argument: str) -> str:
+    """The value of ``key=value``, without the quotes in which Hydra takes it."""
+    return argument.partition("=")[2].strip("'\"")
 
 
 def _check_folder(folder: str) -> None:

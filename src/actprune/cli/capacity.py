@@ -29,13 +29,13 @@ from actprune.core.record import record_of
 from actprune.models.weights import load_weights
 from actprune.pruning import prune_trained
 from actprune.report import Measured, capacity_tables, layer_rows, network_row, write_capacity
+from actprune.report.runs import CAPACITY
 from actprune.surgery import apply_record
 from actprune.training import PruningCallback
 from actprune.training.constraining import initial_weights
 
 _LOG = logging.getLogger(__name__)
 
-CAPACITY = "capacity.json"
 LOADED = "as loaded"
 
 
@@ -70,8 +70,6 @@ def measure_networks(
     """
     began = time.monotonic()
     settings: Settings = build(config.capacity, "capacity")
-    if config.calibration < 1:
-        raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     criteria = criteria_named(settings.criteria, config, "capacity.criteria")
     if criteria and pruning is None:
         raise ConfigError("pruner=none has no budget to prune to; choose any pruner, or capacity.criteria=[] to measure only")

@@ -76,6 +76,8 @@ def run_job(config: DictConfig) -> float | None:
             f"weights={config.weights} is what task=prune, analyze and capacity load; task={config.task.name} would pass it "
             "over; to train from weights give model.weights=FILE"
         )
+    if config.calibration < 1 and config.task in (Task.prune, Task.analyze, Task.capacity):
+        raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     if config.optimize not in output.NUMBERS:
         raise ConfigError(f"optimize={config.optimize} must be one of {', '.join(output.NUMBERS)}")
     _check_epochs(config)

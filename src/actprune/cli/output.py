@@ -25,9 +25,10 @@ from actprune.graph import trace
 from actprune.pruning import Pruner
 from actprune.report import before_after, params_vs_accuracy
 from actprune.report import widths as draw_widths
+from actprune.report.runs import SUMMARY
 from actprune.surgery import save_pruned
 
-CONFIG, SUMMARY, CHECKPOINT = "config.yaml", "summary.json", "pruned.pt"
+CONFIG, CHECKPOINT = "config.yaml", "pruned.pt"
 PICTURES = ("params_vs_accuracy.png", "widths.png")
 
 NUMBERS = ("val_accuracy", "test_accuracy", "params_after", "macs_after", "params_left", "macs_left", "seconds")

@@ -61,7 +61,7 @@ def _timetable(pruning: PruningCallback, pruner: Pruner, trainer: Trainer) -> Ta
     table = Table(
         "step", "before epoch", "reduction due", f"{budget.unit} left", box=box.SIMPLE_HEAD, title=title, title_justify="left"
     )
-    for number, (epoch, due) in enumerate(timetable.taken(trainer.check_val_every_n_epoch or 1), start=1):
+    for number, (epoch, due) in enumerate(timetable.taken(), start=1):
         left = budget.due(due)
         table.add_row(str(number), str(epoch + 2), f"{due:.1%}", f"{left * total:,.0f} ({left:.1%})")
     return table

@@ -19,6 +19,7 @@ from actprune.core.errors import ConfigError
 from actprune.models.weights import load_weights
 from actprune.pruning import PostTraining, prune_trained
 from actprune.report import before_after
+from actprune.report.runs import SUMMARY
 from actprune.surgery import save_pruned
 from actprune.training import PruningCallback
 
@@ -36,8 +37,6 @@ def prune_network(
     """
     if pruning is None:
         raise ConfigError("task=prune has nothing to prune with pruner=none; choose a criterion, e.g. pruner=reconstruction")
-    if config.calibration < 1:
-        raise ConfigError(f"calibration={config.calibration} must be at least 1 image")
     if config.weights is not None:
         load_weights(net, config.weights)
     ready_unaugmented(data)
@@ -61,7 +60,7 @@ def prune_network(
     folder = Path(config.paths.output_dir)
     save_pruned(net, folder / output.CHECKPOINT)
     write_json(done.record.to_dict(), folder / RECORD)
-    write_json(summary, folder / output.SUMMARY)
+    write_json(summary, folder / SUMMARY)
     return summary
 
 

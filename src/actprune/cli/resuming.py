@@ -18,10 +18,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from actprune.cli.arguments import folders_in, unquoted
 from actprune.cli.names import sweep_name
-from actprune.cli.output import CONFIG, SUMMARY
+from actprune.cli.output import CONFIG
 from actprune.core.errors import ConfigError
 from actprune.core.files import atomic_path
+from actprune.report.runs import SUMMARY
 from actprune.training import newest_checkpoint
 
 _OWN = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=", "resume=", "ckpt_path=")
@@ -77,7 +79,7 @@ def as_they_ran(arguments: list[str]) -> Iterator[None]:
     Args:
         arguments: what Hydra gets.
     """
-    given = [argument for argument in arguments if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    given = folders_in(arguments)
     folder = _path(given[-1]) if given else None
     jobs = [] if folder is None or not folder.is_dir() else [folder, *(path.parent for path in folder.glob("*/.hydra"))]
     said = {job: {file: file.read_bytes() for file in _sayings(job)} for job in jobs}
@@ -141,11 +143,11 @@ def _folder(arguments: list[str]) -> Path | None:
     given = [argument for argument in arguments if argument.startswith("resume=")]
     if not given or given[-1] in ("resume=", "resume=null"):
         return None
-    return _path(given[-1])
+    return _path(unquoted(given[-1]))
 
 
-def _path(argument: str) -> Path:
-    return Path(argument.partition("=")[2].strip("'\"")).expanduser().resolve()
+def _path(folder: str) -> Path:
+    return Path(folder).expanduser().resolve()
 
 
 def _sayings(job: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +24,7 @@ Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] |
 def call(model: nn.Module, example: Example) -> Any:
     """Run the model on an example: ``model(x)``, ``model(*args)``, ``model(**kwargs)`` or ``example(model)``.
 
-    Tensors are moved to the device of the model's first parameter. A list is one argument (detection models take a list of
+    Tensors are moved to ``device_of`` the model. A list is one argument (detection models take a list of
     images), a tuple is several.
     """
     # context variables that a model leaves behind when it fails half-way must not meet its next call
@@ -31,7 +32,7 @@ def call(model: nn.Module, example: Example) -> Any:
 
 
 def _call(model: nn.Module, example: Example) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if isinstance(example, Tensor):
         return model(example.to(device))
     if isinstance(example, tuple):
@@ -41,6 +42,11 @@ def _call(model: nn.Module, example: Example) -> Any:
     if isinstance(example, list):
         return model(_to(example, device))
     return example(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is, without parameters its first buffer; the CPU if it has neither."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _to(tree: Any, device: torch.device) -> Any:

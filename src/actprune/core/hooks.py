@@ -222,7 +222,7 @@ def _is_fused(func: Any) -> bool:
 
 
 def _attention(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Fused attention that the model itself turned on again, as matrix products, laid out as the kernel's own result."""
+    """Fused attention as matrix products, laid out as the kernel's own result."""
     given = named_arguments(func, args, kwargs)
     query, key = given["query"], given["key"]
     mask = given.get("attn_mask", given.get("attn_bias"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from actprune.core.calling import Example, call, evaluating
+from actprune.core.calling import Example, call, device_of, evaluating
 from actprune.core.errors import ActPruneError, ObservationError, TraceError
 from actprune.core.labels import LABEL_KEYS, class_labels, targets_of
 from actprune.pruning.finishing import batch_size
@@ -118,7 +118,7 @@ def _loss(measure: Loss, outputs: Callable[[], Any], targets: Any) -> Tensor:
 
 def _usable(pruner: Pruner, inputs: Example, targets: Any) -> Pair:
     """Tensors that autograd may keep, also where the caller is under inference mode; targets where the model is."""
-    device = next((p.device for p in pruner.model.parameters()), torch.device("cpu"))
+    device = device_of(pruner.model)
     with torch.inference_mode(False):
         ordinary = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, (inputs, targets))
         return ordinary[0], tree_map_only(Tensor, lambda x: x.to(device), ordinary[1])

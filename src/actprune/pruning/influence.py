@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from actprune.compensation import Compensation
 from actprune.core.budget import Budget
-from actprune.core.calling import Example, call, undisturbed
+from actprune.core.calling import Example, call, device_of, undisturbed
 from actprune.core.errors import ConfigError, ObservationError
 from actprune.core.views import Criterion
 from actprune.criteria import Random
@@ -247,7 +247,7 @@ class _Measure:
         return sums.sum(1) / n, sums / torch.tensor([n - n // 2, max(n // 2, 1)]).view(2, 1), n
 
     def _judged(self, outputs: Any, targets: Any) -> Tensor:
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         return judged(self.judge, outputs, tree_map_only(Tensor, lambda x: x.to(device), targets))
 
 

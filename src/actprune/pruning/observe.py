@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actprune.compensation import Compensation, Layer, Mean
+from actprune.core.calling import device_of
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher, joined, listening, uncompiled, watch_operands
@@ -297,8 +298,7 @@ class Observation:
             stack.enter_context(uncompiled())
             watchers = {k: joined(v, is_recurrent(self._model.get_submodule(k))) for k, v in self._inputs.items()}
             ears = stack.enter_context(listening(self._model, watchers))
-            own = {path for path, heard in self._inputs.items() if len(heard) == 1}
-            at = ((path, reads) for (path, ordinal, *_), reads in self._reads.items() if ordinal is None and path in own)
+            at = ((path, reads) for (path, k, *_), reads in self._reads.items() if k is None and len(self._inputs[path]) == 1)
             self._fused.listen({id(reads): ears[path] for path, reads in at})
             stack.enter_context(watch_operands(self._model, self._operands))
             try:
@@ -320,7 +320,7 @@ class Observation:
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the statistics of all ranks, on every rank; nothing to do on a single process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-            all_reduce(self._statistics(), group, next((p.device for p in self._model.parameters()), None))
+            all_reduce(self._statistics(), group, device_of(self._model))
 
     def check(self, graph: Graph) -> None:
         """Raise if nothing was seen, or anything that is not finite, or if the model was cut since.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from actprune.compensation import Compensation
 from actprune.core.budget import Budget
-from actprune.core.calling import Example, evaluating, undisturbed
+from actprune.core.calling import Example, device_of, evaluating, undisturbed
 from actprune.core.record import SurgeryRecord
 from actprune.core.views import Criterion
 from actprune.core.wrappers import unwrapped
@@ -153,7 +153,7 @@ def _latency(before: nn.Module, after: nn.Module, example: Example) -> dict[int,
 
 
 def _milliseconds(model: nn.Module, batch: Tensor) -> float:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batch = batch.to(device)
     with undisturbed(model):
         _wait(device)

@@ -46,8 +46,8 @@ class Removals:
         """Check before any work is done."""
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares={list(self.shares)} must be 1 or more numbers in (0, 1], e.g. [0.25, 0.5]")
-        counted = {"n_units": self.n_units, "draws": self.draws} | ({} if self.samples is None else {"samples": self.samples})
-        for name, value in counted.items():
+        least = 1 if self.samples is None else self.samples
+        for name, value in (("n_units", self.n_units), ("draws", self.draws), ("samples", least)):
             if not (is_whole(value) and value >= 1):
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
 

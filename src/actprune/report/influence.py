@@ -17,7 +17,7 @@ from rich.text import Text
 
 from actprune.pruning import EFFECT, RANDOM, Agreement, GroupInfluence, Influence, Removal
 from actprune.report.sheet import write_rows
-from actprune.report.text import count, percent, points, signed
+from actprune.report.text import clipped, count, percent, points, signed
 
 WHOLE = "whole network"
 TABLES = ("groups.csv", "units.csv", "removals.csv", "spearman.csv")
@@ -130,11 +130,7 @@ def _ranks(name: str, groups: Sequence[GroupInfluence]) -> bool:
 
 def _and_more(name: str, n: int) -> str:
     more = f" +{n}" if n else ""
-    return _short(name, _NAME - len(more)) + more
-
-
-def _short(name: str, room: int) -> str:
-    return name if len(name) <= room else f"{name[: room - 1]}…"
+    return clipped(name, _NAME - len(more)) + more
 
 
 def _effects(agreement: Agreement) -> Group:
@@ -169,7 +165,7 @@ def _unscored(influence: Influence) -> str:
 
 def _matrix(agreement: Agreement) -> Group:
     """Lower triangle in hundredths; more than ``_ACROSS`` columns are set below each other."""
-    names = [_short(f"{i + 1} {name}", _LABEL) for i, name in enumerate(agreement.names)]
+    names = [clipped(f"{i + 1} {name}", _LABEL) for i, name in enumerate(agreement.names)]
     lines = []
     for first in range(0, len(names), _ACROSS):
         columns = range(first, min(first + _ACROSS, len(names)))

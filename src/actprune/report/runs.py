@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-SUMMARY = "summary.json"
+SUMMARY, ANALYSIS, CAPACITY = "summary.json", "analysis.json", "capacity.json"
 BASELINE = "none"
 """The criterion of a run that was trained alike and never pruned."""
 REQUIRED = ("params_before", "params_after", "macs_before", "macs_after", "test_accuracy", "seed", "criterion")
@@ -28,8 +28,8 @@ _WITHOUT_EFFECT = ("hydra", "logger", "paths", "name", "tags", "group", "resume"
 """Settings that leave the numbers as they are: where a run writes, that it was resumed, what is done with its network."""
 
 _OF_TASKS = {
-    "analysis.json": "a group influence analysis (task=analyze), with groups.csv, units.csv, removals.csv and spearman.csv",
-    "capacity.json": "capacities of networks (task=capacity), with networks.csv and layers.csv",
+    ANALYSIS: "a group influence analysis (task=analyze), with groups.csv, units.csv, removals.csv and spearman.csv",
+    CAPACITY: "capacities of networks (task=capacity), with networks.csv and layers.csv",
 }
 """Written last by tasks that have results of their own."""
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from actprune.core.text import short
 from actprune.graph.graph import Graph, Group
 from actprune.report.figure import COLOURS, FAINT, INK, new_figure, plain, save, tidy
-from actprune.report.text import count
+from actprune.report.text import clipped, count
 
 ROW, COLUMN = 0.21, 0.17
 """Inches for one group and for one module."""
@@ -90,7 +90,7 @@ def _line(axes: Axes, y: int, group: Group, marks: dict[int, set[str]], end: int
     tensors = len({name for name, _ in group.members})
     text = f"{count(tensors)} tensor{'s' if tensors != 1 else ''}"
     if group.locked:
-        text = group.locked if len(group.locked) <= LONGEST else group.locked[: LONGEST - 1] + "…"
+        text = clipped(group.locked, LONGEST)
     axes.annotate(plain(text), (end - 0.2, y), (4, 0), textcoords="offset points", va="center", fontsize=6.5, color=INK)
 
 

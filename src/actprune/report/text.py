@@ -26,3 +26,8 @@ def change(before: float, after: float) -> str:
 def signed(number: float, digits: int = 2) -> str:
     """Spell a number with its sign, e.g. ``-0.28``; what rounds to zero is ``+0.00``."""
     return f"{round(number, digits) + 0.0:+.{digits}f}"  # adding 0.0 turns a rounded -0.0 into 0.0
+
+
+def clipped(text: str, room: int) -> str:
+    """As much of a text as there is room for, in characters; what was left out is an ellipsis."""
+    return text if len(text) <= room else f"{text[: room - 1]}…"

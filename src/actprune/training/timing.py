@@ -24,6 +24,8 @@ class Timetable:
     """Epochs, counted from 0, after whose validation a step is due; ascending."""
     shares: tuple[float, ...]
     """Of the whole reduction, due by each of them."""
+    every: int
+    """Epochs from one validation to the next."""
 
     @classmethod
     def of(cls, schedule: Schedule, trainer: Trainer) -> Timetable:
@@ -41,7 +43,7 @@ class Timetable:
                 "set Trainer(max_epochs=...), beside max_steps if need be"
             )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return cls(max_epochs, (), ())  # one epoch, to see that everything runs: there is no room for a step
+            return cls(max_epochs, (), (), 1)  # one epoch, to see that everything runs: there is no room for a step
         epochs = schedule.epochs(max_epochs)
         every = trainer.check_val_every_n_epoch or 1  # None: validation counts batches, whose number is not known yet
         latest = (max_epochs // every - 1) * every - 1
@@ -54,17 +56,17 @@ class Timetable:
                 "start the schedule earlier, take fewer steps, or validate more often"
             )
         steps = {min(epoch, latest): schedule.due(epoch, max_epochs) or 0.0 for epoch in epochs}
-        return cls(max_epochs, tuple(steps), tuple(steps.values()))
+        return cls(max_epochs, tuple(steps), tuple(steps.values()), every)
 
     def due(self, decided: int, epoch: int) -> float | None:
         """Share of the reduction due after ``epoch``, with steps up to epoch ``decided`` done; None if nothing is."""
         steps = [share for step, share in zip(self.epochs, self.shares, strict=True) if decided < step <= epoch]
         return steps[-1] if steps else None
 
-    def taken(self, every: int) -> list[tuple[int, float]]:
-        """The steps where only every so many epochs are validated: epochs after whose validation, and shares."""
+    def taken(self) -> list[tuple[int, float]]:
+        """The steps as validations allow them: epochs after whose validation one is due, and shares."""
         found: list[tuple[int, float]] = []
-        for epoch in range(every - 1, self.max_epochs, every):
+        for epoch in range(self.every - 1, self.max_epochs, self.every):
             share = self.due(found[-1][0] if found else -1, epoch)
             found += [] if share is None else [(epoch, share)]
         return found
