@@ -2,17 +2,18 @@
 
     python benchmarks/overhead.py [--weights resnet56-jpeg.th --data DIR] [--threads 2] [--repeats 5] [--positions K]
     python benchmarks/overhead.py --device cuda
+    python benchmarks/overhead.py --network vit --images 0
 
-ResNet-56 on CIFAR-10-sized inputs, batches of 256. For every criterion the same epoch runs plain and observed, batch by batch
-in turns, so that what else the machine does weighs on both alike; the ratio is the median over epochs. How much of the
-processors others used meanwhile is printed beside it. The C library is told to keep freed memory (Linux): else each forward
-maps its activations anew or does not, by chance, which weighs more than what is measured (ResNet-56: 0 or 170,000 page faults
-per batch, 250 or 470 ms). Bars: entropy 1.10, linear Rademacher complexity with 64 replicates 1.15, zero rate, mean, variance
-and RMS 1.05, all of the activation criteria at once, without HRank, 1.35; on a GPU 1.05 for each. There whole epochs take
-turns, each waited for before the clock is read, and the last column says how often a batch, once two were seen, made the host
-wait for the device (0 is due; where it is more, the lines that did so follow). Rows with mean compensation observe for that,
-too. Below: Spearman's rho, mean over groups, of the scores from sampled positions and from all (bar 0.98) on ``--images``
-images, and what the statistics keep in memory. DIR
+ResNet-56, or a vision transformer of 6 blocks of width 128 on 64 patches, on CIFAR-10-sized inputs, batches of 256. For every
+criterion the same epoch runs plain and observed, batch by batch in turns, so that what else the machine does weighs on both
+alike; the ratio is the median over epochs. How much of the processors others used meanwhile is printed beside it. The C
+library is told to keep freed memory (Linux): else each forward maps its activations anew or does not, by chance, which weighs
+more than what is measured (ResNet-56: 0 or 170,000 page faults per batch, 250 or 470 ms). Bars, for ResNet-56: entropy 1.10,
+linear Rademacher complexity with 64 replicates 1.15, zero rate, mean, variance and RMS 1.05, all of the activation criteria
+at once, without HRank, 1.35; on a GPU 1.05 for each. There whole epochs take turns, each waited for before the clock is read,
+and the last column says how often a batch, once two were seen, made the host wait for the device (0 is due; where it is more,
+the lines that did so follow). Rows with mean compensation observe for that, too. Below: Spearman's rho, mean over groups, of
+the scores from sampled positions and from all (bar 0.98) on ``--images`` images, and what the statistics keep in memory. DIR
 holds test/CLASS/*.jpg; without data and weights the network is untrained and sees noise, which is enough for times only.
 """
 
@@ -38,7 +39,8 @@ from typing import Literal
 import torch
 from images import decode, files, sample
 from provenance import commit
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import Mean
@@ -73,12 +75,19 @@ AGREES = 0.98
 Positions = int | Literal["auto"] | None
 
 
-def pruner_of(model: CifarResNet, criterion: Criterion, positions: Positions, compensation: Mean | None) -> Pruner:
-    example = torch.zeros(1, 3, 32, 32, device=model.linear.weight.device)
+def network(name: str, weights: str | None) -> nn.Module:
+    """ResNet-56, or a transformer whose plain epochs take PyTorch's fast path."""
+    if name == "resnet56":
+        return CifarResNet(56, weights=weights)
+    return VisionTransformer(32, 4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512, num_classes=10)
+
+
+def pruner_of(model: nn.Module, criterion: Criterion, positions: Positions, compensation: Mean | None) -> Pruner:
+    example = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)
     return Pruner(model, example, criterion, Budget(params=0.5), compensation=compensation, positions=positions)
 
 
-def epoch(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, first: int = 0) -> Tensor:
+def epoch(plain: nn.Module, watched: nn.Module, batches: list[Tensor], pruner: Pruner, first: int = 0) -> Tensor:
     """Seconds of one epoch as a trainer's validation runs it, plain and observed, in turns: by batch, on a GPU by epoch.
 
     ``first``: 0 or 1, which side begins.
@@ -137,7 +146,7 @@ def announce(observation: Observation, number: int, x: Tensor) -> None:
     observation.begin_batch(range(number * BATCH, number * BATCH + len(x)))
 
 
-def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str]:
+def waits(model: nn.Module, batches: list[Tensor], pruner: Pruner) -> list[str]:
     """Where the host waits for the device in observed batches after the second, one entry per time (file and line)."""
     with torch.inference_mode(), pruner.observe(MANY) as observation:
         announce(observation, 0, batches[0])
@@ -156,7 +165,7 @@ def waits(model: CifarResNet, batches: list[Tensor], pruner: Pruner) -> list[str
     return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
 
 
-def times(plain: CifarResNet, watched: CifarResNet, batches: list[Tensor], pruner: Pruner, repeats: int) -> dict[str, float]:
+def times(plain: nn.Module, watched: nn.Module, batches: list[Tensor], pruner: Pruner, repeats: int) -> dict[str, float]:
     """Medians over the epochs of their seconds and of their ratio, and the share of the processors that others used."""
     epoch(plain, watched, batches[:1], pruner)
     before, others = time.perf_counter(), used_by_others()
@@ -185,7 +194,7 @@ def used_by_others() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: Positions) -> dict[str, dict[str, Tensor]]:
+def scores(model: nn.Module, x: Tensor, panel: Panel, positions: Positions) -> dict[str, dict[str, Tensor]]:
     pruner = pruner_of(model, panel, positions, None)
     with torch.no_grad(), pruner.observe(len(x)) as observation:
         for number, batch in enumerate(x.split(BATCH)):
@@ -195,7 +204,7 @@ def scores(model: CifarResNet, x: Tensor, panel: Panel, positions: Positions) ->
     return panel.scores
 
 
-def agreement(model: CifarResNet, x: Tensor, positions: Positions) -> dict[str, dict[str, float]]:
+def agreement(model: nn.Module, x: Tensor, positions: Positions) -> dict[str, dict[str, float]]:
     """Spearman's rho of the scores from a few positions and from all: mean over groups, and least."""
     full, few = (
         scores(model, x, Panel({name: criterion() for name, criterion in ALONE.items()}), k) for k in (None, positions)
@@ -209,7 +218,7 @@ def agreement(model: CifarResNet, x: Tensor, positions: Positions) -> dict[str, 
     return agreed
 
 
-def memory(model: CifarResNet, criterion: Criterion) -> int:
+def memory(model: nn.Module, criterion: Criterion) -> int:
     """Bytes of all states, at every site."""
     observation = pruner_of(model, criterion, None, None).observation()
     every = (s for by_key in observation.scores.values() for sites in by_key.values() for s in sites)
@@ -218,7 +227,8 @@ def memory(model: CifarResNet, criterion: Criterion) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default=None)
+    parser.add_argument("--network", choices=("resnet56", "vit"), default="resnet56")
+    parser.add_argument("--weights", default=None, help="of ResNet-56")
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -235,7 +245,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_memory()
     torch.manual_seed(0)
-    model = CifarResNet(56, weights=args.weights).eval().to(args.device)
+    model = network(args.network, args.weights).eval().to(args.device)
     if args.data is None:
         x = torch.randn(max(args.images, args.batches * BATCH), 3, 32, 32)
     else:
@@ -249,7 +259,7 @@ def main() -> None:
     plain = copy.deepcopy(model)
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"{args.threads} threads"
     print(
-        f"ResNet-56, batches of {BATCH}, {device}, {read(args.positions, args.batches * BATCH)}; medians of "
+        f"{args.network}, batches of {BATCH}, {device}, {read(args.positions, args.batches * BATCH)}; medians of "
         f"{args.repeats} epochs of {args.batches} batches: seconds plain and observed, their ratio (least, most); "
         "cpu: the ratio of processor times"
     )
@@ -266,7 +276,8 @@ def main() -> None:
             row = times(plain, model, batches, pruner, args.repeats)
             rows[name + extra] = row
             row["bytes"] = memory(model, made[name])
-            bar = f"{GPU_BAR if on_gpu else BARS[name]:.2f}" if name in BARS and not extra else ""
+            has_bar = args.network == "resnet56" and name in BARS and not extra
+            bar = f"{GPU_BAR if on_gpu else BARS[name]:.2f}" if has_bar else ""
             spread = f"({row['least']:.3f}, {row['most']:.3f})"
             print(
                 f"{name + extra:<28}{row['plain']:>8.2f}{row['observed']:>10.2f}{row['ratio']:>8.3f}{spread:>16}{bar:>7}"

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actprune.core.hooks import decomposed, is_composite
+from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import module_stack
 from actprune.graph.weak import ByTensor
 

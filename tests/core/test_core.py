@@ -10,7 +10,8 @@ from actprune import Budget
 from actprune.core.calling import call, device_of, undisturbed
 from actprune.core.errors import ActPruneError, BudgetError, ConfigError, DataError, ObservationError, SurgeryError, TraceError
 from actprune.core.files import atomic_path
-from actprune.core.hooks import watch_inputs, watch_operands
+from actprune.core.hooks import watch_inputs
+from actprune.core.operands import watch_operands
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord
 from actprune.core.stack import module_stack

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 from torch.profiler import profile
 
-from actprune.core.hooks import listening, watch_inputs, watch_operands
+from actprune.core.hooks import listening, watch_inputs
 from actprune.core.layers import runs_torch_forward
+from actprune.core.operands import watch_operands
 
 
 class Calls(nn.Module):

@@ -16,7 +16,8 @@ import actprune
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import LeastSquares
 from actprune.core.errors import ConfigError, ObservationError, TraceError
-from actprune.core.hooks import watch_inputs, watch_operands
+from actprune.core.hooks import watch_inputs
+from actprune.core.operands import watch_operands
 from actprune.core.views import Criterion, Statistic
 from actprune.pruning.batches import observe_pairs
 from actprune.statistics import output_sensitivity

@@ -25,8 +25,8 @@ from actprune.capacity.maps import CONVOLUTIONS, LAYERS, NORMS
 from actprune.capacity.rules import JOINED, RULES, Unbounded
 from actprune.core.calling import Example, call, undisturbed
 from actprune.core.errors import TraceError
-from actprune.core.hooks import decomposed, is_composite
 from actprune.core.layers import runs_torch_forward
+from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import module_stack
 from actprune.graph.rules import bind
 

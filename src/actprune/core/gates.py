@@ -19,7 +19,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from actprune.core.errors import ObservationError
-from actprune.core.hooks import OPERANDS, Watcher, watch_inputs, watch_operands
+from actprune.core.hooks import Watcher, watch_inputs
+from actprune.core.operands import OPERANDS, watch_operands
 
 _OPERANDS = {operator.replace("_", ""): place for operator, place in OPERANDS.items()}
 """The same by the names of nodes, in lower case."""

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
-from actprune.core.hooks import CONTRACTIONS
+from actprune.core.operands import CONTRACTIONS
 
 
 class Made(IntEnum):

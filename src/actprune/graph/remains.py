@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actprune.core.hooks import CONTRACTIONS, named_arguments
+from actprune.core.operands import CONTRACTIONS, named_arguments
 from actprune.graph.ids import FREE, Ids
 from actprune.graph.made import PICKS
 

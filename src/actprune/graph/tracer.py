@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from actprune.core.calling import Example, call, once_and_twice, undisturbed
 from actprune.core.copied import NONE, Copies, is_copied, led_by, named_alike
 from actprune.core.errors import ActPruneError, TraceError
-from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import numbers
+from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
 from actprune.core.values import Listing, deciding, opaque

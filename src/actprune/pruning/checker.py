@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from actprune.core.hooks import decomposed, is_composite
 from actprune.core.numbers import LIFTED, numbers
+from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import Frame
 from actprune.core.values import NUMBER, Listing, deciding, opaque, with_values
 from actprune.graph import Graph

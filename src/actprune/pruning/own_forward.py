@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from actprune.compensation.patches import Conv, n_positions, patches_at
-from actprune.core.hooks import Operands
 from actprune.core.layers import runs_torch_forward
+from actprune.core.operands import Operands
 from actprune.statistics import at_positions
 
 _ROUNDING = 2e-2

@@ -22,6 +22,7 @@ from actprune.compensation import Layer
 from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 from actprune.graph import Site
+from actprune.pruning.lies import Lies, lies
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.updates import Make, Part, Updates
 from actprune.statistics import at_positions
@@ -50,10 +51,9 @@ class Hand:
     """Of ``maps`` of units with several channels, see ``Site``."""
 
 
-Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
-"""Shape, type and device of what is read."""
 _Ready = tuple[Hand, Tensor | None, Tensor | None, Tensor]
-"""Who reads next; where in the activations, (n, C, k), for ``few``; where that is written, on a CPU; the rows' ids, (n,)."""
+"""Who reads next; where in the activations, (n, C, k), or which rows of channels, (n * k,), for ``few``; where that is written,
+on a CPU; the rows' ids, (n,)."""
 
 
 class Reads:
@@ -73,9 +73,9 @@ class Reads:
         self.folded: list[tuple[Layer, Part]] = []
         self._make, self._sampling, self._updates = make, sampling, updates
         self._hands: dict[tuple[int, torch.device], list[Hand]] = {}
-        self.usual: tuple[Kind, list[Hand]] | None = None
+        self.usual: tuple[Lies, list[Hand]] | None = None
         """How the last batch was read, where the next one may be expected to lie so, too."""
-        self._expected: Kind | None = None
+        self._expected: Lies | None = None
         self._ready: list[_Ready] = []
 
     @property
@@ -83,45 +83,53 @@ class Reads:
         """Whether any statistic takes the samples' classes."""
         return any(statistic.needs_labels for _, _, statistics in self.entries for _, statistic in statistics)
 
-    def get_ready(self, ids: Tensor) -> None:
-        """Expect what was read in the batch before, of these samples, (N,) on the CPU."""
+    def get_ready(self, ids: Tensor | None) -> None:
+        """Expect what was read in the batch before, of these samples, (N,) on the CPU; None: nothing like it."""
         self.expect_nothing()
-        if self.usual is None or not len(ids):
+        expected = None if ids is None or self.usual is None else self.usual[0].of(len(ids))
+        if ids is None or self.usual is None or expected is None:
             return
-        (shape, dtype, device), hands = self.usual
-        channels, positions = shape[1], math.prod(shape[2:])
-        for hand in hands:
+        device, channels = expected.device, expected.channels
+        for hand in self.usual[1]:
             places, there = None, self._sampling.on(device, ids)
             if hand.how == "few":
-                places = self._sampling.flat(ids, channels, positions, device)
-                there = self._sampling.draw(ids, positions, device)[1]
+                places = self._sampling.rows_of(ids, expected) if expected.in_rows else self._sampling.flat(ids, expected)
+                there = self._sampling.draw(ids, expected.positions, device)[1]
             room = None
             if device.type == "cpu":
-                k = 1 if hand.how == "mean" else positions if places is None else places.shape[2]
-                room = self._updates.arena.room((len(there), channels, k), torch.float32 if hand.how == "mean" else dtype)
+                k = 1 if hand.how == "mean" else expected.positions if places is None else self._sampling.k
+                in_rows = places is not None and expected.in_rows
+                shape = (len(there), k, channels) if in_rows else (len(there), channels, k)
+                room = self._updates.arena.room(shape, torch.float32 if hand.how == "mean" else expected.dtype)
                 if room is None:
                     return
             self._ready.append((hand, places, room, there))
-        self._expected = (len(ids), *shape[1:]), dtype, device
+        self._expected = expected
 
     def expect_nothing(self) -> None:
         """Forget what was got ready."""
         self._expected, self._ready = None, []
 
     def takes(self, x: Tensor) -> bool:
-        """Hand x (N, C, *positions) to the statistics if it is what was expected, once."""
-        if self._expected != (x.shape, x.dtype, x.device) or x.requires_grad or not x.is_contiguous():
+        """Hand x to the statistics if it is what was expected, once."""
+        expected = self._expected
+        if expected is None or x.requires_grad or not expected.are(x):
             return False
         self._expected = None
         self._tell_layers(x)
         for hand, places, room, ids in self._ready:
-            if places is not None:
-                read = torch.take(x, places, out=room)
-            elif hand.how == "mean":
-                read = torch.mean(x.view(*x.shape[:2], -1), 2, keepdim=True, dtype=torch.float32, out=room)
+            if places is None:
+                maps = expected.maps(x)
+                if hand.how == "mean":
+                    read = torch.mean(maps, 2, keepdim=True, dtype=torch.float32, out=room)
+                else:
+                    read = maps.clone() if room is None else room.copy_(maps)
+            elif expected.in_rows:
+                shape = (len(ids), -1, expected.channels)
+                out = None if room is None else room.view(-1, expected.channels)
+                read = torch.index_select(expected.rows(x), 0, places, out=out).view(shape).transpose(1, 2)
             else:
-                maps = x.view(*x.shape[:2], -1)
-                read = maps.clone() if room is None else room.copy_(maps)
+                read = torch.take(expected.flat(x), places, out=room)
             self._updates.add(hand.parts, read, ids)
         return True
 
@@ -146,7 +154,7 @@ class Reads:
         return hands
 
     def hand_over(
-        self, x: Tensor, ids: Tensor, labels: Tensor | None = None, as_read: bool = False, several: bool = False
+        self, x: Tensor, ids: Tensor, labels: Tensor | None = None, read: Tensor | None = None, several: bool = False
     ) -> None:
         """Hand one batch to the statistics.
 
@@ -154,14 +162,14 @@ class Reads:
             x: (N, C, *positions) activations.
             ids: (N,) of the samples.
             labels: (N,) their classes, where ``needs_labels``.
-            as_read: x lies as the place reads it, so that the next batch may be expected to lie so, too.
+            read: what the place was given, where the next batch may be expected to lie so, too.
             several: the last of the positions counts rows of a sample.
         """
-        shape, maps = tuple(x.shape), x
+        maps, lie = x, None if read is None else lies(read, x)
         self._tell_layers(x)
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
         hands = self._hands_of(x.shape[2], x.device)
-        plain = as_read and x.is_contiguous()
+        plain = lie is not None
         for hand in hands:
             if hand.how == "maps":
                 given, there = _maps(hand, maps, several), self._sampling.on(x.device, ids)
@@ -177,7 +185,7 @@ class Reads:
                 of_rows = labels if len(there) == len(ids) else labels[self._sampling.rows(ids).to(labels.device)]
             for part in hand.parts if len(there) else ():
                 self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
-        self.usual = ((shape, x.dtype, x.device), hands) if plain else None
+        self.usual = (lie, hands) if lie is not None and plain else None
 
     def _divided(self, space: int, device: torch.device) -> list[Hand]:
         """Who gets what of maps of one size."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from actprune.core.errors import ObservationError
-from actprune.core.hooks import Watcher, watch_inputs, watch_operands
+from actprune.core.hooks import Watcher, watch_inputs
+from actprune.core.operands import watch_operands
 from actprune.graph import Graph, Site
 
 Units = Mapping[str, Collection[int]]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.tensors import sent
+from actprune.pruning.lies import Lies
 from actprune.statistics import Density, every_second, position_bits, sample_positions
 
 Drawn = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +30,8 @@ class Sampling:
         self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._drawn: dict[tuple[int, int, torch.device], Drawn] = {}
         self._there: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._flat: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._flat: dict[tuple[tuple[int, int, int], int, int, torch.device], Tensor] = {}
+        self._rows_of: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._numbers: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -61,17 +63,29 @@ class Sampling:
             self._drawn[id(ids), seen, device] = known
         return known
 
-    def flat(self, ids: Tensor, channels: int, positions: int, device: torch.device) -> Tensor:
-        """Where what is read of (N, C, P) activations lies among all their elements, (n, C, k)."""
-        known = self._flat.get((channels, positions, device))
+    def flat(self, ids: Tensor, lie: Lies) -> Tensor:
+        """Where what is read of (N, C, P) activations lies in memory, from their first element on, (n, C, k)."""
+        channels, positions, device = lie.channels, lie.positions, lie.device
+        known = self._flat.get((lie.steps, channels, positions, device))
         if known is None:
             rows, _, drawn = self.draw(ids, positions, device)
-            if (channels, positions, device) not in self._maps:
-                maps = torch.arange(channels, device="cpu") * positions
-                self._maps[channels, positions, device] = sent(maps.view(1, -1, 1), device)
-            samples = drawn + rows * (channels * positions)
-            known = samples.unsqueeze(1) + self._maps[channels, positions, device]
-            self._flat[channels, positions, device] = known
+            step, apart, between = lie.steps
+            if (channels, apart, device) not in self._maps:
+                maps = torch.arange(channels, device="cpu") * apart
+                self._maps[channels, apart, device] = sent(maps.view(1, -1, 1), device)
+            samples = drawn * between + rows * step
+            known = samples.unsqueeze(1) + self._maps[channels, apart, device]
+            self._flat[lie.steps, channels, positions, device] = known
+        return known
+
+    def rows_of(self, ids: Tensor, lie: Lies) -> Tensor:
+        """Which rows of channels are read of activations that lie in such rows, (n * k,)."""
+        step, _, between = (each // lie.between_rows for each in lie.steps)
+        known = self._rows_of.get((step, between, lie.positions, lie.device))
+        if known is None:
+            rows, _, drawn = self.draw(ids, lie.positions, lie.device)
+            known = (drawn * between + rows * step).flatten()
+            self._rows_of[step, between, lie.positions, lie.device] = known
         return known
 
     def halves(self, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from actprune.core.hooks import named_arguments
+from actprune.core.operands import named_arguments
 from actprune.graph.state import TraceState
 
 Rule: TypeAlias = Callable[[TraceState, SimpleNamespace, Any], None]
