@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+Looks = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+"""Shape, stride, type and device of a tensor."""
+
 
 @dataclass(frozen=True)
 class Lies:
@@ -23,6 +26,8 @@ class Lies:
     positions: int
     steps: tuple[int, int, int]
     """From one sample, channel, position to the next."""
+    is_all: bool
+    """Whether the tensor has nothing else, in this order."""
 
     @property
     def in_rows(self) -> bool:
@@ -51,9 +56,10 @@ class Lies:
         """The activations, (N, C, P)."""
         return x.as_strided((self.samples, self.channels, self.positions), self.steps)
 
-    def are(self, x: Tensor) -> bool:
-        """Whether a tensor lies like this."""
-        return x.shape == self.shape and x.stride() == self.stride and x.dtype == self.dtype and x.device == self.device
+    @property
+    def looks(self) -> Looks:
+        """What tells a tensor that lies like this."""
+        return self.shape, self.stride, self.dtype, self.device
 
     def of(self, samples: int) -> Lies | None:
         """The same with another number of samples, where it is plain how they would lie."""
@@ -75,7 +81,8 @@ def lies(
     if step is None or step == 0 < positions - 1:
         return None
     steps = (x.stride(0), x.stride(1), step)
-    return Lies(tuple(read.shape), read.stride(), x.dtype, x.device, len(x), x.shape[1], positions, steps)
+    is_all = read.is_contiguous() and x.is_contiguous() and read.numel() == x.numel()
+    return Lies(tuple(read.shape), read.stride(), x.dtype, x.device, len(x), x.shape[1], positions, steps, is_all)
 
 
 def _even(shape: Sequence[int], stride: Sequence[int]) -> int | None:

@@ -22,7 +22,7 @@ from actprune.compensation import Layer
 from actprune.core.tensors import sent
 from actprune.core.views import Statistic
 from actprune.graph import Site
-from actprune.pruning.lies import Lies, lies
+from actprune.pruning.lies import Lies, Looks, lies
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.updates import Make, Part, Updates
 from actprune.statistics import at_positions
@@ -51,9 +51,19 @@ class Hand:
     """Of ``maps`` of units with several channels, see ``Site``."""
 
 
-_Ready = tuple[Hand, Tensor | None, Tensor | None, Tensor]
-"""Who reads next; where in the activations, (n, C, k), or which rows of channels, (n * k,), for ``few``; where that is written,
-on a CPU; the rows' ids, (n,)."""
+@dataclass(frozen=True)
+class _Ready:
+    """What is known of a read before it comes."""
+
+    hand: Hand
+    places: Tensor | None
+    """For ``few``, where in memory, (n, C, k)."""
+    rows: Tensor | None
+    """The same where channels lie in rows: which of them, (n * k,)."""
+    room: Tensor | None
+    """Where it is written, on a CPU."""
+    ids: Tensor
+    """(n,) of the samples."""
 
 
 class Reads:
@@ -75,7 +85,7 @@ class Reads:
         self._hands: dict[tuple[int, torch.device], list[Hand]] = {}
         self.usual: tuple[Lies, list[Hand]] | None = None
         """How the last batch was read, where the next one may be expected to lie so, too."""
-        self._expected: Lies | None = None
+        self._expected: tuple[Looks, Lies] | None = None
         self._ready: list[_Ready] = []
 
     @property
@@ -91,20 +101,24 @@ class Reads:
             return
         device, channels = expected.device, expected.channels
         for hand in self.usual[1]:
-            places, there = None, self._sampling.on(device, ids)
+            places = rows = None
+            there, shape = self._sampling.on(device, ids), (len(ids), channels, expected.positions)
             if hand.how == "few":
-                places = self._sampling.rows_of(ids, expected) if expected.in_rows else self._sampling.flat(ids, expected)
                 there = self._sampling.draw(ids, expected.positions, device)[1]
+                n, k = len(there), self._sampling.k
+                if expected.in_rows:
+                    rows, shape = self._sampling.rows_of(ids, expected), (n, k, channels)
+                else:
+                    places, shape = self._sampling.flat(ids, expected), (n, channels, k)
+            elif hand.how == "mean":
+                shape = (len(ids), channels, 1)
             room = None
             if device.type == "cpu":
-                k = 1 if hand.how == "mean" else expected.positions if places is None else self._sampling.k
-                in_rows = places is not None and expected.in_rows
-                shape = (len(there), k, channels) if in_rows else (len(there), channels, k)
                 room = self._updates.arena.room(shape, torch.float32 if hand.how == "mean" else expected.dtype)
                 if room is None:
                     return
-            self._ready.append((hand, places, room, there))
-        self._expected = expected
+            self._ready.append(_Ready(hand, places, rows, room, there))
+        self._expected = expected.looks, expected
 
     def expect_nothing(self) -> None:
         """Forget what was got ready."""
@@ -112,25 +126,27 @@ class Reads:
 
     def takes(self, x: Tensor) -> bool:
         """Hand x to the statistics if it is what was expected, once."""
-        expected = self._expected
-        if expected is None or x.requires_grad or not expected.are(x):
+        if self._expected is None:
+            return False
+        looks, expected = self._expected
+        if (x.shape, x.stride(), x.dtype, x.device) != looks or x.requires_grad:
             return False
         self._expected = None
         self._tell_layers(x)
-        for hand, places, room, ids in self._ready:
-            if places is None:
-                maps = expected.maps(x)
-                if hand.how == "mean":
-                    read = torch.mean(maps, 2, keepdim=True, dtype=torch.float32, out=room)
-                else:
-                    read = maps.clone() if room is None else room.copy_(maps)
-            elif expected.in_rows:
-                shape = (len(ids), -1, expected.channels)
+        for ready in self._ready:  # few calls: see above
+            room = ready.room
+            if ready.places is not None:
+                read = torch.take(x if expected.is_all else expected.flat(x), ready.places, out=room)
+            elif ready.rows is not None:
                 out = None if room is None else room.view(-1, expected.channels)
-                read = torch.index_select(expected.rows(x), 0, places, out=out).view(shape).transpose(1, 2)
+                rows = torch.index_select(expected.rows(x), 0, ready.rows, out=out)
+                read = rows.view(len(ready.ids), -1, expected.channels).transpose(1, 2)
+            elif ready.hand.how == "mean":
+                read = torch.mean(expected.maps(x), 2, keepdim=True, dtype=torch.float32, out=room)
             else:
-                read = torch.take(expected.flat(x), places, out=room)
-            self._updates.add(hand.parts, read, ids)
+                maps = expected.maps(x)
+                read = maps.clone() if room is None else room.copy_(maps)
+            self._updates.add(ready.hand.parts, read, ready.ids)
         return True
 
     def together(self, x: Tensor) -> list[Hand] | None:
