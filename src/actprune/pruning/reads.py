@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,8 +52,7 @@ class Hand:
     """Of ``maps`` of units with several channels, see ``Site``."""
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(NamedTuple):
     """What is known of a read before it comes."""
 
     hand: Hand
