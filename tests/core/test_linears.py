@@ -116,7 +116,7 @@ def test_weights_may_be_moved_and_replaced():
         if len(heard) == 3:
             model.b, model.a = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 6))
 
-    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [listen], (2, 0): []}}):
+    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [listen], (2, 0): [lambda x: None]}}):
         for x in inputs:
             model(x)
     assert all(a is b for a, b in zip(heard, inputs, strict=True))
@@ -135,7 +135,9 @@ def test_weights_that_are_made_in_the_forward_are_heard_operator_by_operator():
     assert model.by_operator == 3
 
 
-def test_a_forward_that_fails_or_leaves_calls_out_is_told_anew():
+def test_a_forward_that_fails_is_not_the_last_and_one_that_differs_is_told(caplog):
+    """Failed ones before and after the calls are known; then one leaves a call out, and all are looked at from there on."""
+
     class Turns(Bare):
         does = "all"
 
@@ -147,26 +149,153 @@ def test_a_forward_that_fails_or_leaves_calls_out_is_told_anew():
             return y if self.does == "half" else F.linear(y.relu(), self.b)
 
     model, x, heard = Turns(), torch.randn(3, 6), []
-    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [], (1, 0): [heard.append]}}):
-        for does, by_operator in (
-            ("all", 1),
-            ("all", 1),
-            ("half", 1),
-            ("all", 2),
-            ("fail", 2),
-            ("half", 3),
-            ("all", 4),
-            ("all", 4),
-        ):
-            model.does = does
-            if does == "fail":
+    plan = ["fail 1", "all 2", "all 2", "fail 2", "all 2", "half 2", "all 3", "half 4", "all 5"]
+    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [lambda x: None], (1, 0): [heard.append]}}):
+        for turn in plan:
+            assert not caplog.records or turn in plan[6:]
+            model.does, by_operator = turn.split()
+            if model.does == "fail":
                 with pytest.raises(ValueError, match="no"):
                     model(x)
             else:
                 model(x)
-            assert model.by_operator == by_operator
+            assert model.by_operator == int(by_operator)
     assert len(heard) == 5
     assert _get_current_dispatch_mode() is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the model: it multiplies by other weights than in its first forward")
+
+
+def test_a_failure_inside_a_handler_of_another_is_told_from_it():
+    class Tries(Bare):
+        def forward(self, x):
+            self.note()
+            return F.linear(x, self.a)
+
+    model, x, heard = Tries(), torch.randn(3, 6), []
+    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [heard.append]}}):
+        try:
+            raise ValueError
+        except ValueError:
+            model(x)
+        model(x)
+    assert len(heard) == 2
+    assert model.by_operator == 1
+
+
+class Plain(torch.Tensor):
+    """A subclass that leaves everything as it is."""
+
+
+class Compares(torch.Tensor):
+    """Asks which function it is, as quantised weights do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out + 1 if func is F.linear else out
+
+
+def test_calls_with_subclasses_are_looked_at_and_count_alike():
+    class First(Bare):
+        def forward(self, x):
+            self.note()
+            y = F.linear(x.as_subclass(Plain), self.a).as_subclass(torch.Tensor)
+            return F.linear(y, self.a)
+
+    model, x = First(), torch.randn(3, 6)
+    expected = F.linear(x, model.a).detach()
+    heard = heard_by(hear_operands, model, "", [(1, 0)], [x, x, x])[1, 0]
+    torch.testing.assert_close(heard, [expected] * 3)
+
+
+def test_who_compares_functions_with_linear_finds_it():
+    class Asks(Bare):
+        def forward(self, x):
+            return F.linear(x.as_subclass(Compares), self.a).as_subclass(torch.Tensor)
+
+    model, x = Asks(), torch.randn(3, 6)
+    plain = model(x)
+    with hear_operands(model, {"": {(0, 0): [lambda x: None]}}):
+        torch.testing.assert_close(model(x), plain)
+        torch.testing.assert_close(model(x), plain)
+
+
+@pytest.mark.parametrize("transform", ["inside", "gradients", "ensemble"])
+def test_transforms_of_functions_run_as_before(transform):
+    class Net(Bare):
+        def forward(self, x):
+            self.note()
+            if transform == "inside":
+                return torch.vmap(lambda row: F.linear(row.unsqueeze(0), self.a))(x)
+            return F.linear(x, self.a)
+
+    def run():
+        if transform == "gradients":
+            return torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())({"a": model.a.detach()})
+        if transform == "ensemble":
+            many = {"a": torch.stack((model.a, 2 * model.a)).detach()}
+            return torch.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(many)
+        return model(x)
+
+    model, x = Net(), torch.randn(3, 6)
+    plain = run()
+    with hear_operands(model, {"": {(0, 0): [lambda x: None]}}):
+        model(x)
+        torch.testing.assert_close(run(), plain)
+        torch.testing.assert_close(run(), plain)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "none", "shared"])
+def test_parameters_of_all_kinds(kind):
+    class Net(Bare):
+        def __init__(self):
+            super().__init__()
+            self.child = nn.Linear(2, 2)
+            if kind == "sparse":
+                self.child.weight = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+            elif kind == "meta":
+                self.child.to("meta")
+            elif kind == "shared":
+                self.child.weight = self.a
+
+        def forward(self, x):
+            self.note()
+            weight = self.a
+            if kind == "none":
+                self.a = None
+            out = F.linear(x, weight)
+            self.a = weight
+            return out
+
+    model, heard = Net(), []
+    xs = [torch.randn(3, 6) for _ in range(4)]
+    with torch.no_grad(), hear_operands(model, {"": {(0, 0): [heard.append]}}):
+        for k, x in enumerate(xs):
+            model(x)
+            if kind == "shared" and k == 1:
+                model.a = nn.Parameter(torch.randn(6, 6))
+    assert all(a is b for a, b in zip(heard, xs, strict=kind != "none"))
+    assert model.by_operator == (4 if kind == "none" else 1)
+
+
+def test_recordings_may_end_in_any_order():
+    model, x, plain = Bare(), torch.randn(3, 6), F.linear
+    heard = [], []
+    first, second = (hear_operands(model, {"": {(0, 0): [each.append]}}) for each in heard)
+    with torch.no_grad():
+        first.__enter__()
+        model(x)
+        second.__enter__()
+        model(x)
+        model(x)
+        first.__exit__(None, None, None)
+        model(x)
+        assert F.linear is not plain
+        second.__exit__(None, None, None)
+        assert F.linear is plain
+        model(x)
+    assert [len(each) for each in heard] == [3, 3]
 
 
 def test_what_children_do_with_the_same_weight_is_theirs():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import Mean
@@ -47,6 +48,27 @@ def test_what_is_got_ready_is_read_as_what_is_not(name, monkeypatch):
     monkeypatch.setattr("actprune.pruning.observe.hear_operands", watch_operands)
     other = observed(model, example, 3, sizes, left_out=(1, 3))
     torch.testing.assert_close(ready, other, rtol=1e-6, atol=1e-7)
+
+
+class Halves(nn.Module):
+    """A layer reads half of the channels of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).relu().chunk(2, 1)
+        return self.head(self.b(first * second.sigmoid() + first).relu().mean((2, 3)) + self.b(first).mean((2, 3)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (1, 6, 6), (6, 1, 6), (1, 1, 8)])
+def test_one_sample_tells_nothing_of_how_many_lie(sizes, monkeypatch):
+    torch.manual_seed(0)
+    model, example = Halves().eval(), torch.randn(2, 3, 8, 8)
+    ready = observed(model, example, 2, sizes)
+    monkeypatch.setattr(Reads, "takes", lambda self, x: False)
+    torch.testing.assert_close(ready, observed(model, example, 2, sizes), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +117,10 @@ def test_views_find_every_element_where_it_lies(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_number_of_samples_is_expected_where_it_would_lie_alike(layout):
-    more, fewer = torch.randn(4, 5, 3, 2), torch.randn(3, 5, 3, 2)
+    more, fewer, one = torch.randn(4, 5, 3, 2), torch.randn(3, 5, 3, 2), torch.randn(1, 5, 3, 2)
     other = lies(*LAYOUTS[layout](more)).of(3)
+    of_one = lies(*LAYOUTS[layout](one)).of(3)
+    assert of_one is None or other is None or of_one.stride != other.stride or of_one.is_all == other.is_all
     if layout in {"images", "channels last", "tokens", "numbers", "a part of the channels", "every second image"}:
         assert other == lies(*LAYOUTS[layout](fewer))
     else:
@@ -109,5 +133,6 @@ def test_what_is_no_view_or_uneven_does_not_lie_anywhere():
     assert lies(x, x.double()) is None
     assert lies(x[..., :3], x[..., :3]) is None
     assert lies(x[:0], x[:0]) is None
+    assert lies(x.as_subclass(type("Other", (torch.Tensor,), {})), x) is None
     one = torch.randn(1, 5, 1, 1).expand(4, 5, 6, 6)
     assert lies(one, one) is None

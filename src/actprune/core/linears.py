@@ -8,63 +8,78 @@ with which parameter it is called for which contraction, and from then on the ca
 from __future__ import annotations
 
 import functools
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actprune.core.hooks import Watcher
 from actprune.core.operands import Operands, following
+from actprune.core.switches import Switch
+from actprune.core.tensors import is_ordinary
+
+_LOG = logging.getLogger(__name__)
 
 _Watchers = Mapping[tuple[int, int], list[Watcher]]
-_PLAIN = (Tensor, nn.Parameter)
+_Linear = Callable[..., Tensor]
+_Owners = Mapping[int, list[tuple[nn.Module, str]]]
+"""Address of memory -> which parameters lie there: modules and names."""
 
 
 class _Weight(NamedTuple):
     """A parameter, or a view of one, wherever it lies when it is asked for."""
 
-    owner: nn.Module
-    name: str
-    offset: int  # in bytes, of the parameter's own start
+    places: tuple[tuple[nn.Module, str, int], ...]
+    """Who owns it, by which name, and how many bytes behind the parameter's start; several of one that is shared."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     def is_now(self, weight: Tensor) -> bool:
-        """Whether a tensor is it."""
-        whole = self.owner._parameters.get(self.name)
-        return (
-            whole is not None
-            and weight.shape == self.shape
-            and weight.stride() == self.stride
-            and weight.data_ptr() == whole.data_ptr() + self.offset
-        )
+        """Whether an ordinary tensor is it."""
+        if weight.shape != self.shape or weight.stride() != self.stride:
+            return False
+        there = weight.data_ptr()
+        wholes = ((owner._parameters.get(name), offset) for owner, name, offset in self.places)
+        return any(is_ordinary(whole) and there == whole.data_ptr() + offset for whole, offset in wholes)
+
+
+class _Call(NamedTuple):
+    """A call that is heard."""
+
+    weight: _Weight
+    before: int
+    """How many calls with this weight come before in a forward."""
+    watchers: list[Watcher]
 
 
 class _Heard:
     """A module some of whose contractions are heard."""
 
-    def __init__(self, watchers: _Watchers, weights: Mapping[int, tuple[nn.Module, str]]) -> None:
-        self.watchers, self.weights = watchers, weights
-        self.calls: list[tuple[_Weight, int, list[Watcher]]] = []
-        """Weight, how many calls with it came before in a forward, who hears; empty while that is not known of all."""
+    def __init__(self, path: str, watchers: _Watchers, owners: _Owners) -> None:
+        self.path, self.watchers, self.owners = path, watchers, owners
+        self.calls: list[_Call] | None = None
+        """Those that are to be heard; None while that is not known of all."""
+        self.varies = False
+        """Whether forwards differ, so that every one is looked at."""
 
-    def start(self) -> _ByWeight | _ByOperator:
+    def start(self) -> _ByOperator | _ByWeight:
         """Follow one forward."""
-        return _ByWeight(self) if self.calls else _ByOperator(self)
+        return _ByOperator(self) if self.calls is None else _ByWeight(self, self.calls)
 
-    def weight(self, weight: Any) -> _Weight | None:
-        """Which part of which parameter a tensor is."""
-        if type(weight) not in _PLAIN or not weight.numel():
-            return None
-        try:
-            owner, name = self.weights[weight.untyped_storage().data_ptr()]
-            offset = weight.data_ptr() - owner._parameters[name].data_ptr()  # type: ignore[union-attr]
-        except (KeyError, RuntimeError, NotImplementedError):  # made in the forward; without memory of its own
-            return None
-        return _Weight(owner, name, offset, tuple(weight.shape), weight.stride())
+    def weight(self, weight: Tensor) -> _Weight | None:
+        """Which part of which parameter an ordinary tensor is; None of one that was made in the forward."""
+        places = tuple(
+            (owner, name, weight.data_ptr() - whole.data_ptr())
+            for owner, name in self.owners.get(weight.untyped_storage().data_ptr(), ())
+            if is_ordinary(whole := owner._parameters.get(name))
+        )
+        return _Weight(places, tuple(weight.shape), weight.stride()) if places else None
 
 
 class _ByOperator(Operands):
@@ -74,49 +89,57 @@ class _ByOperator(Operands):
         super().__init__(heard.watchers)
         self._heard, self._thread = heard, get_ident()
         self._given: Tensor | None = None
+        self._was_given = False
+        self._came: Counter[_Weight] = Counter()
         self._calls: dict[int, tuple[_Weight, int]] = {}
 
-    def linear(self, plain: Callable[..., Tensor], x: Any, weight: Any, bias: Any) -> Tensor:
-        if self._suspended or get_ident() != self._thread or type(x) not in _PLAIN:
+    def linear(self, plain: _Linear, x: Any, weight: Any, bias: Any) -> Tensor:
+        if self._suspended or get_ident() != self._thread or not is_ordinary(x) or not is_ordinary(weight):
             return plain(x, weight, bias)
-        first, self._given = self.ordinal, x
+        first, self._given, self._was_given = self.ordinal, x, False
         try:
             out = plain(x, weight, bias)
         finally:
             self._given = None
-        if self.ordinal == first + 1 and (found := self._heard.weight(weight)) is not None:
-            before = sum(other == found for other, _ in self._calls.values())
-            self._calls[first] = found, before
+        if (found := self._heard.weight(weight)) is not None:
+            if self._was_given and self.ordinal == first + 1:
+                self._calls[first] = found, self._came[found]
+            self._came[found] += 1
         return out
 
     def read(self, x: Tensor, operand: int) -> Tensor:
         """What ``F.linear`` was given, before it was reshaped or cast, so that every forward is heard alike."""
         given = self._given
-        is_given = given is not None and operand == 0 and given.shape[-1:] == x.shape[-1:] and given.numel() == x.numel()
-        return given if given is not None and is_given else x
+        if given is None or operand or given.dim() < 2 or given.shape[-1:] != x.shape[-1:] or given.numel() != x.numel():
+            return x
+        self._was_given = True
+        return given
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        if not self._suspended and all(operand == 0 and n in self._calls for n, operand in self.watchers):
-            self._heard.calls = [(*self._calls[n], watchers) for (n, _), watchers in self.watchers.items()]
+        heard, failed = self._heard, bool(exception[0])
+        if self._suspended or failed or heard.varies:
+            return
+        if all(operand == 0 and n in self._calls for n, operand in heard.watchers):
+            heard.calls = [_Call(*self._calls[n], watchers) for (n, _), watchers in heard.watchers.items()]
 
 
 class _ByWeight:
     """Hears what ``F.linear`` is given by the weight it is called with."""
 
-    def __init__(self, heard: _Heard) -> None:
-        self._heard, self._thread = heard, get_ident()
+    def __init__(self, heard: _Heard, calls: list[_Call]) -> None:
+        self._heard, self._calls, self._thread = heard, calls, get_ident()
         self._suspended = 0
-        self._came = [0] * len(heard.calls)
-        self._waiting = len(heard.calls)
+        self._came = [0] * len(calls)
+        self._waiting = len(calls)
 
-    def linear(self, plain: Callable[..., Tensor], x: Any, weight: Any, bias: Any) -> Tensor:
-        if not self._suspended and get_ident() == self._thread and type(weight) in _PLAIN:
-            for k, (wanted, before, watchers) in enumerate(self._heard.calls):
-                if wanted.is_now(weight):
-                    if self._came[k] == before:
+    def linear(self, plain: _Linear, x: Any, weight: Any, bias: Any) -> Tensor:
+        if not self._suspended and get_ident() == self._thread and is_ordinary(x) and is_ordinary(weight):
+            for k, call in enumerate(self._calls):
+                if call.weight.is_now(weight):
+                    if self._came[k] == call.before:
                         self._waiting -= 1
-                        for watcher in watchers:
+                        for watcher in call.watchers:
                             watcher(x)
                     self._came[k] += 1
         return plain(x, weight, bias)
@@ -125,14 +148,54 @@ class _ByWeight:
         pass
 
     def __exit__(self, *exception: Any) -> None:
-        if self._waiting:  # it failed, or runs otherwise than before: the next forward tells anew
-            self._heard.calls = []
+        if self._waiting and not exception[0]:
+            self._heard.calls, self._heard.varies = None, True
+            _LOG.warning(
+                "%s: it multiplies by other weights than in its first forward, so that this forward was not heard there, or in "
+                "part; from now on every operator is looked at, which takes longer",
+                self._heard.path or "the model",
+            )
 
     def suspend(self) -> None:
         self._suspended += 1
 
     def resume(self) -> None:
         self._suspended -= 1
+
+
+_RECORDINGS: list[list[_ByOperator | _ByWeight]] = []
+"""What follows forwards now, of every recording that is on."""
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
+    plain = F.linear
+
+    @functools.wraps(plain)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        call: _Linear = plain
+        for running in tuple(_RECORDINGS):
+            for innermost in running[-1:]:  # other threads call, too
+                call = functools.partial(innermost.linear, call)
+        if is_ordinary(input) and is_ordinary(weight) and not torch._C._len_torch_function_stack():
+            return call(input, weight, bias)
+        # who is asked by torch_function may compare with F.linear
+        before, F.linear = F.linear, plain  # type: ignore[assignment]
+        try:
+            return call(input, weight, bias)
+        finally:
+            F.linear = before  # type: ignore[assignment]
+
+    F.linear = linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if F.linear is linear:  # else somebody put another around it, and it hears nothing any more
+            F.linear = plain  # type: ignore[assignment]
+
+
+_LINEAR = Switch(_replaced)
+"""``F.linear`` tells recordings what it is given."""
 
 
 @contextmanager
@@ -143,30 +206,21 @@ def hear_operands(model: nn.Module, watchers: Mapping[str, _Watchers]) -> Iterat
         model: the model.
         watchers: module path -> (which contraction, 0 for its first factor or 1 for its second) -> watchers.
 
-    Of an ``F.linear`` they hear what it is given, (..., channels), where ``watch_operands`` hands over its rows.
+    Of an ``F.linear`` they hear what it is given, (..., channels), where ``watch_operands`` hands over its rows. A module that
+    calls it with other weights than in its first forward loses the first forward that differs, and the log says so.
     """
     if not watchers:
         yield
         return
-    weights = {
-        p.untyped_storage().data_ptr(): (owner, name)
-        for owner in model.modules()
-        for name, p in owner._parameters.items()
-        if type(p) is nn.Parameter and p.numel() and not p.is_meta
-    }
-    starts = {path: _Heard(of_module, weights).start for path, of_module in watchers.items()}
-    plain = F.linear
-    with following(model, starts) as running:
-
-        @functools.wraps(plain)
-        def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            if running and isinstance(running[-1], _ByOperator | _ByWeight):
-                return running[-1].linear(plain, input, weight, bias)
-            return plain(input, weight, bias)
-
-        F.linear = linear  # type: ignore[assignment]
+    owners = defaultdict(list)
+    for owner in model.modules():
+        for name, p in owner._parameters.items():
+            if is_ordinary(p) and p.numel() and not p.is_meta:
+                owners[p.untyped_storage().data_ptr()].append((owner, name))
+    starts = {path: _Heard(path, of_module, owners).start for path, of_module in watchers.items()}
+    with _LINEAR.turned(), following(model, starts) as running:
+        _RECORDINGS.append(running)
         try:
             yield
         finally:
-            if F.linear is linear:  # else somebody put another around it, and it hears nothing any more
-                F.linear = plain  # type: ignore[assignment]
+            _RECORDINGS[:] = [each for each in _RECORDINGS if each is not running]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,9 @@ class Running(Protocol):
         """The other module is done."""
 
 
+AnyRunning = TypeVar("AnyRunning", bound=Running)
+
+
 @contextmanager
 def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, int], list[Watcher]]]) -> Iterator[None]:
     """Watch operands of contractions that a module runs outside its children.
@@ -172,9 +176,9 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, i
 
 
 @contextmanager
-def following(model: nn.Module, starts: Mapping[str, Callable[[], Running]]) -> Iterator[list[Running]]:
+def following(model: nn.Module, starts: Mapping[str, Callable[[], AnyRunning]]) -> Iterator[list[AnyRunning]]:
     """Start one follower per forward of the module at each path; the list has those that are running, the innermost last."""
-    running: list[Running] = []
+    running: list[AnyRunning] = []
     if not starts:
         yield running
         return
@@ -188,11 +192,11 @@ def following(model: nn.Module, starts: Mapping[str, Callable[[], Running]]) -> 
         yield running
 
 
-def _follow(module: nn.Module, start: Callable[[], Running] | None, running: list[Running], stack: ExitStack) -> None:
-    entered: list[Running | None] = []
+def _follow(module: nn.Module, start: Callable[[], AnyRunning] | None, running: list[AnyRunning], stack: ExitStack) -> None:
+    entered: list[tuple[Running | None, BaseException | None]] = []
 
     def enter(*_: Any) -> None:
-        entered.append(running[-1] if running else None)
+        entered.append((running[-1] if running else None, sys.exc_info()[1]))
         if running:
             running[-1].suspend()
         if start is not None:
@@ -202,9 +206,12 @@ def _follow(module: nn.Module, start: Callable[[], Running] | None, running: lis
     def leave(*_: Any) -> None:
         if not entered:
             return
+        around, before = entered.pop()
         if start is not None:
-            running.pop().__exit__(None, None, None)
-        if (around := entered.pop()) is not None:
+            error = sys.exc_info()[1]  # a hook is not told of it
+            error = None if error is before else error
+            running.pop().__exit__(None if error is None else type(error), error, None)
+        if around is not None:
             around.resume()
 
     # before other hooks, which may run contractions of their own: so the trace numbered them (a spectral norm, for one)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def is_ordinary(x: object) -> TypeGuard[Tensor]:
+    """Whether x is a tensor whose elements lie in memory: of no subclass, dense, not wrapped by ``torch.func``."""
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        and x.layout is torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def writes(x: Tensor) -> int | None:

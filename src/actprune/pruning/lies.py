@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from actprune.core.tensors import is_ordinary
+
 Looks = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 """Shape, stride, type and device of a tensor."""
 
@@ -74,14 +76,15 @@ def lies(
     x: Tensor,  # (N, C, *positions), perhaps a view of it
 ) -> Lies | None:
     """How activations lie in what was read; None where they are no view, or positions are not evenly apart."""
-    if not x.numel() or x.data_ptr() != read.data_ptr() or x.dtype != read.dtype:
+    if not is_ordinary(read) or not x.numel() or x.data_ptr() != read.data_ptr() or x.dtype != read.dtype:
         return None
     step = _even(x.shape[2:], x.stride()[2:])
     positions = math.prod(x.shape[2:])
     if step is None or step == 0 < positions - 1:
         return None
     steps = (x.stride(0), x.stride(1), step)
-    is_all = read.is_contiguous() and x.is_contiguous() and read.numel() == x.numel()
+    same = read.is_contiguous() and x.is_contiguous() and read.numel() == x.numel()
+    is_all = same and read.stride(0) == math.prod(read.shape[1:])  # of one sample a part may count as contiguous
     return Lies(tuple(read.shape), read.stride(), x.dtype, x.device, len(x), x.shape[1], positions, steps, is_all)
 
 

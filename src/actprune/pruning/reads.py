@@ -96,11 +96,14 @@ class Reads:
     def get_ready(self, ids: Tensor | None) -> None:
         """Expect what was read in the batch before, of these samples, (N,) on the CPU; None: nothing like it."""
         self.expect_nothing()
-        expected = None if ids is None or self.usual is None else self.usual[0].of(len(ids))
-        if ids is None or self.usual is None or expected is None:
+        if ids is None or self.usual is None:
+            return
+        lie, hands = self.usual
+        expected = lie.of(len(ids))
+        if expected is None:
             return
         device, channels = expected.device, expected.channels
-        for hand in self.usual[1]:
+        for hand in hands:
             places = rows = None
             there, shape = self._sampling.on(device, ids), (len(ids), channels, expected.positions)
             if hand.how == "few":
