@@ -166,6 +166,32 @@ def test_a_forward_that_fails_is_not_the_last_and_one_that_differs_is_told(caplo
     assert record.getMessage().startswith("the model: it multiplies by other weights than in its first forward")
 
 
+@pytest.mark.parametrize("watch", [hear_operands, watch_operands])
+@pytest.mark.parametrize("where", ["", "child"])
+def test_an_interrupted_forward_leaves_no_mode_behind(watch, where):
+    class Outer(Bare):
+        def __init__(self):
+            super().__init__()
+            self.child = Bare()
+            self.child.forward = self.inner
+
+        def inner(self, x):
+            if where:
+                raise KeyboardInterrupt
+            return x
+
+        def forward(self, x):
+            y = self.child(F.linear(x, self.a))
+            raise KeyboardInterrupt(str(y.shape))
+
+    model, x = Outer(), torch.randn(3, 6)
+    places = {(0, 0): [lambda x: None]}
+    with pytest.raises(KeyboardInterrupt), watch(model, {"": places, "child": places}):
+        model(x)
+    assert _get_current_dispatch_mode() is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_a_failure_inside_a_handler_of_another_is_told_from_it():
     class Tries(Bare):
         def forward(self, x):

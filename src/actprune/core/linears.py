@@ -90,7 +90,7 @@ class _ByOperator(Operands):
         self._heard, self._thread = heard, get_ident()
         self._given: Tensor | None = None
         self._was_given = False
-        self._came: Counter[_Weight] = Counter()
+        self._came: Counter[tuple[object, ...]] = Counter()
         self._calls: dict[int, tuple[_Weight, int]] = {}
 
     def linear(self, plain: _Linear, x: Any, weight: Any, bias: Any) -> Tensor:
@@ -102,9 +102,10 @@ class _ByOperator(Operands):
         finally:
             self._given = None
         if (found := self._heard.weight(weight)) is not None:
+            same = (weight.data_ptr(), found.shape, found.stride)
             if self._was_given and self.ordinal == first + 1:
-                self._calls[first] = found, self._came[found]
-            self._came[found] += 1
+                self._calls[first] = found, self._came[same]
+            self._came[same] += 1
         return out
 
     def read(self, x: Tensor, operand: int) -> Tensor:
@@ -161,6 +162,9 @@ class _ByWeight:
 
     def resume(self) -> None:
         self._suspended -= 1
+
+    def abandon(self) -> None:
+        pass
 
 
 _RECORDINGS: list[list[_ByOperator | _ByWeight]] = []

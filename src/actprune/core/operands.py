@@ -142,6 +142,11 @@ class Operands(TorchDispatchMode):
             self.__enter__()
             self._is_out = False
 
+    def abandon(self) -> None:
+        """The forward was broken off, and no hook was told."""
+        if _get_current_dispatch_mode() is self:
+            self.__exit__(KeyboardInterrupt, None, None)
+
 
 class Running(Protocol):
     """What follows one forward of a module: a context around it, suspended while another module runs inside."""
@@ -155,6 +160,9 @@ class Running(Protocol):
 
     def resume(self) -> None:
         """The other module is done."""
+
+    def abandon(self) -> None:
+        """Nothing more comes of this forward, which did not end."""
 
 
 AnyRunning = TypeVar("AnyRunning", bound=Running)
@@ -189,7 +197,11 @@ def following(model: nn.Module, starts: Mapping[str, Callable[[], AnyRunning]]) 
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as its caller's own
                 continue
             _follow(module, wanted.get(id(module)), running, stack)
-        yield running
+        try:
+            yield running
+        finally:
+            while running:  # after Ctrl-C, of which hooks are not told
+                running.pop().abandon()
 
 
 def _follow(module: nn.Module, start: Callable[[], AnyRunning] | None, running: list[AnyRunning], stack: ExitStack) -> None:
