@@ -93,8 +93,8 @@ class _ByOperator(Operands):
         self._came: Counter[tuple[object, ...]] = Counter()
         self._calls: dict[int, tuple[_Weight, int]] = {}
 
-    def linear(self, plain: _Linear, x: Any, weight: Any, bias: Any) -> Tensor:
-        if self._suspended or get_ident() != self._thread or not is_ordinary(x) or not is_ordinary(weight):
+    def linear(self, plain: _Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._suspended or get_ident() != self._thread:
             return plain(x, weight, bias)
         first, self._given, self._was_given = self.ordinal, x, False
         try:
@@ -134,8 +134,8 @@ class _ByWeight:
         self._came = [0] * len(calls)
         self._waiting = len(calls)
 
-    def linear(self, plain: _Linear, x: Any, weight: Any, bias: Any) -> Tensor:
-        if not self._suspended and get_ident() == self._thread and is_ordinary(x) and is_ordinary(weight):
+    def linear(self, plain: _Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._suspended and get_ident() == self._thread:
             for k, call in enumerate(self._calls):
                 if call.weight.is_now(weight):
                     if self._came[k] == call.before:
@@ -178,11 +178,12 @@ def _replaced() -> Iterator[None]:
     @functools.wraps(plain)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         call: _Linear = plain
-        for running in tuple(_RECORDINGS):
-            for innermost in running[-1:]:  # other threads call, too
-                call = functools.partial(innermost.linear, call)
-        if is_ordinary(input) and is_ordinary(weight) and not torch._C._len_torch_function_stack():
-            return call(input, weight, bias)
+        if is_ordinary(input) and is_ordinary(weight):
+            for running in tuple(_RECORDINGS):
+                for innermost in running[-1:]:  # other threads call, too
+                    call = functools.partial(innermost.linear, call)
+            if not torch._C._len_torch_function_stack():
+                return call(input, weight, bias)
         # who is asked by torch_function may compare with F.linear
         before, F.linear = F.linear, plain  # type: ignore[assignment]
         try:

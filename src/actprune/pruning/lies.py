@@ -36,23 +36,18 @@ class Lies:
         """Whether a position's channels lie next to each other."""
         return self.steps[1] == 1 < self.positions
 
-    @property
-    def between_rows(self) -> int:
-        """From one row of channels to the next, whichever sample has it."""
-        sample, _, position = self.steps
-        return math.gcd(sample, position)
-
     def rows(self, x: Tensor) -> Tensor:
-        """All rows of channels, (R, C)."""
-        sample, _, position = self.steps
-        last = (self.samples - 1) * sample + (self.positions - 1) * position
-        return x.as_strided((last // self.between_rows + 1, self.channels), (self.between_rows, 1))
+        """The C elements from each one on, as they lie in memory, (last first element of a row + 1, C)."""
+        return x.as_strided((self._last(1) + 1, self.channels), (1, 1))
 
     def flat(self, x: Tensor) -> Tensor:
         """All elements from the first one on, as they lie in memory."""
-        sizes = (self.samples, self.channels, self.positions)
-        last = sum((n - 1) * step for n, step in zip(sizes, self.steps, strict=True))
-        return x.as_strided((last + 1,), (1,))
+        return x.as_strided((self._last(self.channels) + 1,), (1,))
+
+    def _last(self, channels: int) -> int:
+        """Where the last element of so many channels lies."""
+        sizes = (self.samples, channels, self.positions)
+        return sum((n - 1) * step for n, step in zip(sizes, self.steps, strict=True))
 
     def maps(self, x: Tensor) -> Tensor:
         """The activations, (N, C, P)."""

@@ -59,7 +59,7 @@ class _Ready(NamedTuple):
     places: Tensor | None
     """For ``few``, where in memory, (n, C, k)."""
     rows: Tensor | None
-    """The same where channels lie in rows: which of them, (n * k,)."""
+    """The same where channels lie in rows: where each row begins, (n * k,)."""
     room: Tensor | None
     """Where it is written, on a CPU."""
     ids: Tensor
@@ -110,7 +110,7 @@ class Reads:
                 there = self._sampling.draw(ids, expected.positions, device)[1]
                 n, k = len(there), self._sampling.k
                 if expected.in_rows:
-                    rows, shape = self._sampling.rows_of(ids, expected), (n, k, channels)
+                    rows, shape = self._sampling.firsts(ids, expected).flatten(), (n, k, channels)
                 else:
                     places, shape = self._sampling.flat(ids, expected), (n, channels, k)
             elif hand.how == "mean":
@@ -184,11 +184,10 @@ class Reads:
             read: what the place was given, where the next batch may be expected to lie so, too.
             several: the last of the positions counts rows of a sample.
         """
-        maps, lie = x, None if read is None else lies(read, x)
+        maps, plain = x, read is not None
         self._tell_layers(x)
         x = x.flatten(2) if x.dim() > 3 else x if x.dim() == 3 else x.unsqueeze(2)
         hands = self._hands_of(x.shape[2], x.device)
-        plain = lie is not None
         for hand in hands:
             if hand.how == "maps":
                 given, there = _maps(hand, maps, several), self._sampling.on(x.device, ids)
@@ -204,7 +203,8 @@ class Reads:
                 of_rows = labels if len(there) == len(ids) else labels[self._sampling.rows(ids).to(labels.device)]
             for part in hand.parts if len(there) else ():
                 self._updates.update(part, given, there, of_rows if part.statistic.needs_labels else None)
-        self.usual = (lie, hands) if lie is not None and plain else None
+        lie = lies(read, maps) if read is not None and plain else None
+        self.usual = None if lie is None else (lie, hands)
 
     def _divided(self, space: int, device: torch.device) -> list[Hand]:
         """Who gets what of maps of one size."""

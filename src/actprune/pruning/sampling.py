@@ -31,7 +31,7 @@ class Sampling:
         self._drawn: dict[tuple[int, int, torch.device], Drawn] = {}
         self._there: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._flat: dict[tuple[tuple[int, int, int], int, int, torch.device], Tensor] = {}
-        self._rows_of: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self._firsts: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._numbers: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -65,27 +65,23 @@ class Sampling:
 
     def flat(self, ids: Tensor, lie: Lies) -> Tensor:
         """Where what is read of (N, C, P) activations lies in memory, from their first element on, (n, C, k)."""
-        channels, positions, device = lie.channels, lie.positions, lie.device
-        known = self._flat.get((lie.steps, channels, positions, device))
+        known = self._flat.get((lie.steps, lie.channels, lie.positions, lie.device))
         if known is None:
-            rows, _, drawn = self.draw(ids, positions, device)
-            step, apart, between = lie.steps
-            if (channels, apart, device) not in self._maps:
-                maps = torch.arange(channels, device="cpu") * apart
-                self._maps[channels, apart, device] = sent(maps.view(1, -1, 1), device)
-            samples = drawn * between + rows * step
-            known = samples.unsqueeze(1) + self._maps[channels, apart, device]
-            self._flat[lie.steps, channels, positions, device] = known
+            apart = (lie.channels, lie.steps[1], lie.device)
+            if apart not in self._maps:
+                maps = torch.arange(lie.channels, device="cpu") * lie.steps[1]
+                self._maps[apart] = sent(maps.view(1, -1, 1), lie.device)
+            known = self.firsts(ids, lie).unsqueeze(1) + self._maps[apart]
+            self._flat[lie.steps, lie.channels, lie.positions, lie.device] = known
         return known
 
-    def rows_of(self, ids: Tensor, lie: Lies) -> Tensor:
-        """Which rows of channels are read of activations that lie in such rows, (n * k,)."""
-        step, _, between = (each // lie.between_rows for each in lie.steps)
-        known = self._rows_of.get((step, between, lie.positions, lie.device))
+    def firsts(self, ids: Tensor, lie: Lies) -> Tensor:
+        """The same of the first channel, (n, k)."""
+        sample, _, position = lie.steps
+        known = self._firsts.get((sample, position, lie.positions, lie.device))
         if known is None:
             rows, _, drawn = self.draw(ids, lie.positions, lie.device)
-            known = (drawn * between + rows * step).flatten()
-            self._rows_of[step, between, lie.positions, lie.device] = known
+            known = self._firsts[sample, position, lie.positions, lie.device] = drawn * position + rows * sample
         return known
 
     def halves(self, ids: Tensor) -> Tensor:
