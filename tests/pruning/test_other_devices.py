@@ -1,0 +1,58 @@
+"""Observation where the network is, on a device other than the CPU: no waiting, the same numbers; on any machine."""
+
+import pytest
+import torch
+
+from actprune import Budget, Pruner, criteria
+from actprune.compensation import LeastSquares, Mean
+from actprune.core import linears
+from actprune.pruning import Panel, lies
+from pretended import NAME, Device, Pretended, needs_pretending, put
+from processes import apart
+from zoo import build
+
+torch.set_num_threads(1)
+
+SETTINGS = {
+    "streams": (Mean(), {
+        "entropy": criteria.Entropy(), "rms": criteria.RMS(), "variance": criteria.Variance(), "zeros": criteria.ZeroRate(),
+        "rademacher": criteria.Rademacher(estimate="monte_carlo"),
+    }),
+    "labels": (Mean(), {"labels": criteria.LabelInformation(classes=3), "states": criteria.StateEntropy()}),
+    "second moments": (LeastSquares(), {"flap": criteria.FLAP(), "gram": criteria.Reconstruction()}),
+}  # fmt: skip
+
+
+def observed(pruner, model, batches, labels, after_first=lambda: None):
+    """All statistics, of the second and following batches for themselves."""
+    with pruner.observe() as observation, torch.no_grad():
+        for number, (x, y) in enumerate(zip(batches, labels, strict=True)):
+            observation.begin_batch(range(4 * number, 4 * number + len(x)), y)
+            model(x)
+            if not number:
+                after_first()
+    return observation._statistics()
+
+
+@needs_pretending
+@apart
+@pytest.mark.parametrize("positions", [3, None])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["ConvBn", "AttentionPacked", "CrossAttention", "Flatten"])
+def test_nobody_waits_for_a_device_and_the_numbers_are_the_same(name, setting, positions, monkeypatch):
+    """After the first batch, which brings states to the device, no batch has the host read anything back."""
+    for module in (linears, lies):
+        monkeypatch.setattr(module, "is_ordinary", lambda x: isinstance(x, torch.Tensor))  # as tensors of a real device are
+    model, example = build(name)
+    torch.manual_seed(0)
+    batches, labels = torch.randn(14, *example.shape[1:]).split(4), (torch.arange(14) % 3).split(4)
+    compensation, panel = SETTINGS[setting]
+    pruner = Pruner(model.eval(), example, Panel(panel), Budget(params=0.9), compensation=compensation, positions=positions)
+    on_cpu = [statistic.compute() for statistic in observed(pruner, model, batches, labels)]
+    with Device() as device:
+        there = [[Pretended(x) for x in part] for part in (batches, labels)]
+        statistics = observed(pruner, put(model), *there, after_first=device.waits.clear)
+        assert not device.waits, "".join(device.waits[0])
+        for statistic, expected in zip(statistics, on_cpu, strict=True):
+            assert statistic.device.type == NAME
+            torch.testing.assert_close(statistic.compute().inside, expected, rtol=1e-5, atol=1e-6)
