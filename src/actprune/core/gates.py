@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map_only
 
 from actprune.core.errors import ObservationError
 from actprune.core.hooks import Watcher, watch_inputs
-from actprune.core.operands import OPERANDS, watch_operands
+from actprune.core.operands import OPERANDS, Ordinal, watch_operands
 
 _OPERANDS = {operator.replace("_", ""): place for operator, place in OPERANDS.items()}
 """The same by the names of nodes, in lower case."""
 
-Place = tuple[str, int | None, int]
+Place = tuple[str, Ordinal | None, int]
 """Module path; None for the module's own input, else which of its contractions; which factor of it."""
 
 
@@ -78,7 +78,7 @@ class Gates:
     def recording(self) -> Iterator[None]:
         """Inside the block forward passes are recorded; gradients must be enabled."""
         inputs: dict[str, Watcher] = {path: partial(self._input, (path, None, op)) for path, o, op in self.places if o is None}
-        operands: dict[str, dict[tuple[int, int], list[Watcher]]] = {}
+        operands: dict[str, dict[tuple[Ordinal, int], list[Watcher]]] = {}
         for path, ordinal, operand in self.places:
             if ordinal is not None:
                 seen: dict[int, tuple[Tensor, int]] = {}

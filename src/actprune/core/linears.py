@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actprune.core.hooks import Watcher
-from actprune.core.operands import Operands, following
+from actprune.core.operands import Operands, Watchers, by_call, following
 from actprune.core.switches import Switch
 from actprune.core.tensors import is_ordinary
 
@@ -204,12 +204,12 @@ _LINEAR = Switch(_replaced)
 
 
 @contextmanager
-def hear_operands(model: nn.Module, watchers: Mapping[str, _Watchers]) -> Iterator[None]:
+def hear_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterator[None]:
     """Call watchers with operands of contractions that a module runs outside its children; what they return is ignored.
 
     Args:
         model: the model.
-        watchers: module path -> (which contraction, 0 for its first factor or 1 for its second) -> watchers.
+        watchers: module path -> which contraction and factor -> watchers.
 
     Of an ``F.linear`` they hear what it is given, (..., channels), where ``watch_operands`` hands over its rows. A module that
     calls it with other weights than in its first forward loses the first forward that differs, and the log says so.
@@ -222,7 +222,9 @@ def hear_operands(model: nn.Module, watchers: Mapping[str, _Watchers]) -> Iterat
         for name, p in owner._parameters.items():
             if is_ordinary(p) and p.numel() and not p.is_meta:
                 owners[p.untyped_storage().data_ptr()].append((owner, name))
-    starts = {path: _Heard(path, of_module, owners).start for path, of_module in watchers.items()}
+    starts = {
+        path: [_Heard(path, of_call, owners).start for of_call in by_call(of_module)] for path, of_module in watchers.items()
+    }
     with _LINEAR.turned(), following(model, starts) as running:
         _RECORDINGS.append(running)
         try:

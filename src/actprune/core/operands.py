@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,37 @@ IN_PARTS = frozenset({
     "dist", "nansum", "count_nonzero", "aminmax",
 })  # fmt: skip
 """Operators that compute every position by itself and reduce: what PyTorch's own decompositions run is looked at instead."""
+
+
+class InCall(NamedTuple):
+    """A contraction of one of the calls of a module that differ."""
+
+    number: int
+    """How many contractions the call runs before it."""
+    call: int
+    """Which call of the module in a forward of the model."""
+    calls: int
+    """How many there are in one."""
+
+
+Ordinal: TypeAlias = int | InCall
+"""Which of the contractions that a module's forward runs outside its children; a number where this is so in all calls."""
+Watchers: TypeAlias = Mapping[tuple[Ordinal, int], list[Watcher]]
+"""Which contraction, 0 for its first factor or 1 for its second -> who hears it."""
+
+
+def by_call(watchers: Watchers) -> list[dict[tuple[int, int], list[Watcher]]]:
+    """The watchers of every call of a module, by number alone; of one call where all are alike."""
+    found: list[dict[tuple[int, int], list[Watcher]]] = [
+        {} for _ in range(max((which.calls for which, _ in watchers if isinstance(which, InCall)), default=1))
+    ]
+    for (which, operand), heard in watchers.items():
+        for call, of_call in enumerate(found):
+            if not isinstance(which, InCall):
+                of_call[which, operand] = heard
+            elif call == which.call:
+                of_call[which.number, operand] = heard
+    return found
 
 
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,30 +200,36 @@ AnyRunning = TypeVar("AnyRunning", bound=Running)
 
 
 @contextmanager
-def watch_operands(model: nn.Module, watchers: Mapping[str, Mapping[tuple[int, int], list[Watcher]]]) -> Iterator[None]:
+def watch_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterator[None]:
     """Watch operands of contractions that a module runs outside its children.
 
     Args:
         model: the model.
-        watchers: module path -> (which contraction, 0 for its first factor or 1 for its second) -> watchers.
+        watchers: module path -> which contraction and factor -> watchers.
 
     Fused attention counts as the two products that it was when the model was traced, and is taken apart only where one of
     them is watched.
     """
-    with following(model, {path: partial(Operands, of_module) for path, of_module in watchers.items()}):
+    starts = {path: [partial(Operands, of_call) for of_call in by_call(of_module)] for path, of_module in watchers.items()}
+    with following(model, starts):
         yield
 
 
 @contextmanager
-def following(model: nn.Module, starts: Mapping[str, Callable[[], AnyRunning]]) -> Iterator[list[AnyRunning]]:
-    """Start one follower per forward of the module at each path; the list has those that are running, the innermost last."""
+def following(model: nn.Module, starts: Mapping[str, Sequence[Callable[[], AnyRunning]]]) -> Iterator[list[AnyRunning]]:
+    """Start one follower per forward of the module at each path; the list has those that are running, the innermost last.
+
+    Where a path has several starts its calls take turns, the first one in every forward of the model.
+    """
     running: list[AnyRunning] = []
     if not starts:
         yield running
         return
-    wanted = {id(model.get_submodule(path)): start for path, start in starts.items()}
+    wanted = {id(model.get_submodule(path)): _Turns(of_path) for path, of_path in starts.items()}
     with ExitStack() as stack:
         stack.enter_context(EVERY_MODULE.turned())
+        if any(len(turns.starts) > 1 for turns in wanted.values()):
+            stack.callback(model.register_forward_pre_hook(Live(partial(_begin, wanted.values()))).remove)
         for module in model.modules():  # whichever runs inside another counts for itself, also out of a list
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as its caller's own
                 continue
@@ -202,6 +239,24 @@ def following(model: nn.Module, starts: Mapping[str, Callable[[], AnyRunning]]) 
         finally:
             while running:  # after Ctrl-C, of which hooks are not told
                 running.pop().abandon()
+
+
+class _Turns:
+    """Who follows the next call of a module."""
+
+    def __init__(self, starts: Sequence[Callable[[], Any]]) -> None:
+        self.starts = starts
+        self.calls = 0
+
+    def __call__(self) -> Any:
+        start = self.starts[self.calls % len(self.starts)]
+        self.calls += 1
+        return start()
+
+
+def _begin(all_turns: Iterable[_Turns], *_: Any) -> None:
+    for turns in all_turns:
+        turns.calls = 0
 
 
 def _follow(module: nn.Module, start: Callable[[], AnyRunning] | None, running: list[AnyRunning], stack: ExitStack) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actprune.core.copied import Copies
+from actprune.core.operands import Ordinal
 from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
 
@@ -22,7 +23,7 @@ class Site:
     """Path of the module that reads, with ``#k`` where it reads more than once."""
     module: str
     """Path of the module to hook."""
-    ordinal: int | None
+    ordinal: Ordinal | None
     """None: the module's own input is what is read; else which contraction inside the module's forward reads it."""
     operand: int
     """Argument position of the activation."""
@@ -52,7 +53,7 @@ class Consumer:
     """Path of the batch norm that alone reads the output."""
     site: str
     """Name of the site at which this consumer reads."""
-    ordinal: int | None
+    ordinal: Ordinal | None
     operand: int
     dim: int
 

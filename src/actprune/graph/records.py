@@ -16,6 +16,8 @@ class Contraction:
 
     module: str
     """Path of the innermost module that was running."""
+    call: int
+    """How many calls of the module were made before this one."""
     ordinal: int
     """How many contractions this call of the module had run before this one."""
     operand: int

@@ -328,6 +328,7 @@ class TraceState(Naming, Splits):
         argument, dim, reads = operand
         contraction = Contraction(
             module=self.stack[-1],
+            call=self.frames[-1].call,
             ordinal=self.frames[-1].contractions,
             operand=argument,
             dim=dim,

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from actprune.core.layers import runs_torch_forward
+from actprune.core.operands import InCall, Ordinal
 from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
 from actprune.graph.graph import Apart, Consumer, Follower, Graph, Site
 from actprune.graph.grouping import group
+from actprune.graph.records import Contraction
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.state import Column, TraceState
 
@@ -170,9 +172,10 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
     Both directions of a recurrent layer that is followed as a whole share one.
     """
     sites: list[Site | None] = []
+    ordinals = _ordinals(state.contractions)
     latest: dict[str, Site] = {}
     seen: dict[str, int] = defaultdict(int)
-    for contraction, ids in zip(state.contractions, reads, strict=True):
+    for contraction, ids, ordinal in zip(state.contractions, reads, ordinals, strict=True):
         if ids is None or contraction.training or not contraction.observed:
             sites.append(None)
             continue
@@ -189,10 +192,23 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
         dim = (-1 if last else 1 - cast(Tensor, module.weight).dim()) if own else contraction.dim
         positions = np.arange(len(ids))
         _, extents = state.flattened.get(id(contraction.reads), (None, ()))
-        ordinal = None if own else contraction.ordinal
-        latest[path] = Site(name, path, ordinal, contraction.operand, dim, positions, extents)
+        latest[path] = Site(name, path, None if own else ordinal, contraction.operand, dim, positions, extents)
         sites.append(latest[path])
     return sites
+
+
+def _ordinals(contractions: list[Contraction]) -> list[Ordinal]:
+    """Which contraction of its module each is, and of which call where these run different ones."""
+    calls: dict[str, dict[int, list[tuple[object, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for c in contractions:
+        if not c.training:
+            calls[c.module][c.call].append((c.operand, c.dim, c.weight))
+    differ = {}
+    for path, of_path in calls.items():
+        n = max(of_path) + 1
+        if len({tuple(of_path[call]) for call in range(n)}) > 1:
+            differ[path] = n
+    return [InCall(c.ordinal, c.call, differ[c.module]) if c.module in differ else c.ordinal for c in contractions]
 
 
 def _once(sites: list[Site | None]) -> list[Site | None]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actprune.core.errors import ObservationError
 from actprune.core.hooks import Watcher, watch_inputs
-from actprune.core.operands import watch_operands
+from actprune.core.operands import Ordinal, watch_operands
 from actprune.graph import Graph, Site
 
 Units = Mapping[str, Collection[int]]
@@ -95,7 +95,7 @@ class Replacement:
     @contextmanager
     def _watching(self, watch: _Watch) -> Iterator[None]:
         inputs: dict[str, list[Watcher]] = defaultdict(list)
-        operands: dict[str, dict[tuple[int, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
+        operands: dict[str, dict[tuple[Ordinal, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
         for place in self._places:
             site = place.site
             if site.ordinal is None:

@@ -15,6 +15,7 @@ from actprune.compensation import Compensation, Layer, Mean
 from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher
+from actprune.core.operands import Ordinal
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph
 from actprune.pruning.folded import layer_of, statistic_of
@@ -51,11 +52,11 @@ class Wiring:
         """Index of a consumer -> its layer and the statistic of its input."""
         self.inputs: dict[str, list[Watcher]] = defaultdict(list)
         """Module path -> who hears its first argument."""
-        self.operands: dict[str, dict[tuple[int, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
+        self.operands: dict[str, dict[tuple[Ordinal, int], list[Watcher]]] = defaultdict(lambda: defaultdict(list))
         """Module path -> which contraction, which operand -> who hears it."""
         self.gates: dict[str, dict[Place, dict[int, Reads]]] = defaultdict(lambda: defaultdict(dict))
         """What is differentiated -> place -> dimension of channels -> its reads."""
-        self.reads: dict[tuple[str, int | None, int, int], Reads] = {}
+        self.reads: dict[tuple[str, Ordinal | None, int, int], Reads] = {}
         """Module path, contraction, operand, dimension of channels -> its reads."""
         self.where: dict[int, str] = {}
         """Identity of a statistic -> what it observes, in words."""
@@ -101,7 +102,7 @@ class Wiring:
             self._like[key, size] = made
         return made
 
-    def _read_at(self, module: str, ordinal: int | None, operand: int, dim: int) -> Reads:
+    def _read_at(self, module: str, ordinal: Ordinal | None, operand: int, dim: int) -> Reads:
         """What is read at one place, watched from the first time on that it is asked for."""
         at = (module, ordinal, operand, dim)
         if at not in self.reads:
@@ -136,7 +137,7 @@ class Wiring:
             else:
                 self._at(*place, partial(self._channels, consumer, layer, statistic, compensation))
 
-    def _at(self, module: str, ordinal: int | None, operand: int, watcher: Watcher) -> None:
+    def _at(self, module: str, ordinal: Ordinal | None, operand: int, watcher: Watcher) -> None:
         if ordinal is None:
             self.inputs[module].append(watcher)
         else:
