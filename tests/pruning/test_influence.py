@@ -132,13 +132,13 @@ def test_a_random_share_is_the_mean_over_draws(found):
 def test_draws_of_neighbouring_seeds_have_nothing_in_common():
     """Nor have units alone with any of the draws."""
     (group,) = trace(nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(1, 5)).unlocked
-    orders = [drawn_order(torch.zeros(40), seed, stream, group) for seed in range(4) for stream in range(5)]
+    orders = [drawn_order([0] * 40, seed, stream, group) for seed in range(4) for stream in range(5)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     alike = torch.tensor(orders)[:, None] == torch.tensor(orders)
     assert alike.sum(-1).fill_diagonal_(0).max() < 10  # of 40 places; 1 on average
     assert alike.double().mean() == pytest.approx(1 / len(orders) + 1 / 40, abs=0.01)
     drawn = next(r for r in removal_rows({"0": {RANDOM: [0.0] * 40}}, [group], Removals(draws=2, seed=5)) if r[0][2] == 0.25)
-    wanted = [frozenset(drawn_order(torch.zeros(40), 5, 1 + draw, group)[:10]) for draw in range(2)]
+    wanted = [frozenset(drawn_order([0] * 40, 5, 1 + draw, group)[:10]) for draw in range(2)]
     assert [choice[group.name] for choice in drawn[1]] == wanted
 
 

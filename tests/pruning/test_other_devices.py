@@ -1,12 +1,22 @@
-"""Observation where the network is, on a device other than the CPU: no waiting, the same numbers; on any machine."""
+"""Observation where the network is, on a device other than the CPU: no waiting, the same numbers; on any machine.
+
+And what a default device does to a network that is on the CPU: nothing.
+"""
+
+import contextlib
+import copy
+import dataclasses
 
 import pytest
 import torch
 
+import actprune
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import LeastSquares, Mean
 from actprune.core import linears
 from actprune.pruning import Panel, lies
+from actprune.pruning.agreement import agreement
+from foreign import network
 from pretended import NAME, Device, Pretended, needs_pretending, put
 from processes import apart
 from zoo import build
@@ -56,3 +66,66 @@ def test_nobody_waits_for_a_device_and_the_numbers_are_the_same(name, setting, p
         for statistic, expected in zip(statistics, on_cpu, strict=True):
             assert statistic.device.type == NAME
             torch.testing.assert_close(statistic.compute().inside, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def nowhere():
+    """Tensors that are made without a word about their device have no elements."""
+
+    @contextlib.contextmanager
+    def default():
+        torch.set_default_device("meta")
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
+
+    return default
+
+
+SCORERS = [
+    criteria.Entropy(), criteria.Entropy(range="unit"), criteria.StateEntropy(), criteria.Rademacher(),
+    criteria.Rademacher(estimate="monte_carlo"), criteria.Variance(), criteria.HRank(), criteria.FLAP(), criteria.Wanda(),
+    criteria.Reconstruction(), criteria.LabelInformation(classes=3), criteria.Taylor(), criteria.Sensitivity(),
+    criteria.Magnitude(), criteria.FPGM(), criteria.Random(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compensation", [Mean(), LeastSquares()])
+@pytest.mark.parametrize("criterion", SCORERS, ids=lambda criterion: repr(criterion)[:40])
+def test_the_default_device_changes_nothing(criterion, compensation, nowhere):
+    torch.manual_seed(0)
+    net, x = network().eval(), torch.randn(24, 3, 8, 8)
+    pairs = list(zip(x.split(8), (torch.arange(24) % 3).split(8), strict=True))
+    said = []
+    for default in (contextlib.nullcontext, nowhere):
+        model = copy.deepcopy(net)
+        with default():
+            actprune.prune(model, x[:2], pairs, criterion=criterion, budget=Budget(params=0.6), compensation=compensation)
+            said.append(model(x))
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("name", ["AttentionPacked", "CrossAttention", "GluChunk", "Shuffle", "Dense", "Flatten"])
+def test_the_default_device_changes_nothing_of_other_kinds_of_networks(name, nowhere):
+    net, x = build(name)
+    said = []
+    for default in (contextlib.nullcontext, nowhere):
+        model = copy.deepcopy(net.eval())
+        with default():
+            actprune.prune(model, x, [x, x], criterion=criteria.Entropy(), budget=Budget(params=0.8))
+            said.append(model(x))
+    assert torch.equal(*said)
+
+
+def test_the_default_device_changes_nothing_of_an_analysis(nowhere):
+    torch.manual_seed(0)
+    model, x = network().eval(), torch.randn(24, 3, 8, 8)
+    pairs = list(zip(x.split(8), (torch.arange(24) % 3).split(8), strict=True))
+    panel = {"entropy": criteria.Entropy(), "ranks": criteria.HRank(), "l1": criteria.Magnitude()}
+    found = []
+    for default in (contextlib.nullcontext, nowhere):
+        with default():
+            influence = actprune.analyze(model, x[:2], pairs, pairs, criteria=panel)
+            found.append((dataclasses.replace(influence, seconds_before=0), agreement(influence)))
+    assert repr(found[0]) == repr(found[1])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actprune.core.ranks import spearman
+from actprune.core.tensors import on_cpu
 from actprune.pruning.influence import GroupInfluence, Influence
 
 EFFECT = "effect"
@@ -51,6 +52,7 @@ class Agreement:
         return math.sqrt(max(2 * self.halves / (1 + self.halves), 0.0)) if self.halves > -1 else math.nan
 
 
+@on_cpu
 def agreement(influence: Influence, seed: int = 0) -> Agreement:
     """Correlate what an analysis found.
 

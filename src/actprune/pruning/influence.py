@@ -22,6 +22,7 @@ from actprune.compensation import Compensation
 from actprune.core.budget import Budget
 from actprune.core.calling import Example, call, device_of, undisturbed
 from actprune.core.errors import ConfigError, ObservationError
+from actprune.core.tensors import listed
 from actprune.core.views import Criterion
 from actprune.criteria import Random
 from actprune.graph import Group
@@ -230,21 +231,21 @@ class _Measure:
         Returns:
             (choices + 1, 2) over all samples; (choices + 1, 2, 2) over every other sample and those between; their number.
         """
-        sums, n = torch.zeros(len(choices) + 1, 2, 2, dtype=torch.float64), 0
+        sums, n = torch.zeros(len(choices) + 1, 2, 2, dtype=torch.float64, device="cpu"), 0
         for inputs, targets in self.pairs:
             if limit is not None and n >= limit:
                 break
             self.replacement.choose({})
             with prefixed(self.model, list(first), partial(call, self.model, inputs)) as (plain, forward):
                 whole = self._judged(plain, targets)
-                half = (torch.arange(len(whole)) + n) % 2
+                half = (listed(range(len(whole))) + n) % 2
                 n += len(whole)
                 sums[0].index_add_(0, half, whole)
                 for number, units in enumerate(choices, start=1):
                     self.replacement.choose(units)
                     sums[number].index_add_(0, half, self._judged(forward(), targets))
         self.replacement.choose({})
-        return sums.sum(1) / n, sums / torch.tensor([n - n // 2, max(n // 2, 1)]).view(2, 1), n
+        return sums.sum(1) / n, sums / torch.tensor([n - n // 2, max(n // 2, 1)], device="cpu").view(2, 1), n
 
     def _judged(self, outputs: Any, targets: Any) -> Tensor:
         device = device_of(self.model)
@@ -254,7 +255,7 @@ class _Measure:
 def _group(
     group: Group, scores: Mapping[str, Sequence[float]], pruner: Pruner, removals: Removals, measure: _Measure
 ) -> dict[str, Any]:
-    alone = sorted(drawn_order(torch.zeros(group.size), removals.seed, ALONE, group)[: removals.n_units])
+    alone = sorted(drawn_order([0] * group.size, removals.seed, ALONE, group)[: removals.n_units])
     rows = removal_rows({group.name: scores}, [group], removals)
     reads = measure.replacement.reads(group.name)
     single, halves, n_alone = measure([{group.name: [unit]} for unit in alone], reads)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from actprune.core.checks import is_whole
 from actprune.core.errors import ConfigError
+from actprune.core.tensors import on_cpu
 from actprune.graph import Group
 from actprune.statistics.counter import uniform
 
@@ -63,7 +63,7 @@ def removal_rows(
     for name in dict.fromkeys(name for g in groups for name in scores[g.name]):
         scored = [g for g in groups if name in scores[g.name]]
         drawn = name == RANDOM
-        values = [torch.zeros(g.size) if drawn else torch.tensor(scores[g.name][name], dtype=torch.float64) for g in scored]
+        values = [[0] * g.size if drawn else scores[g.name][name] for g in scored]
         rankings = [
             {g.name: drawn_order(x, removals.seed, stream, g) for g, x in zip(scored, values, strict=True)}
             for stream in range(_TIES, _TIES + (removals.draws if drawn else 1))
@@ -79,7 +79,8 @@ def removal_rows(
     return rows
 
 
-def drawn_order(values: Tensor, seed: int, stream: int, group: Group) -> list[int]:
+@on_cpu
+def drawn_order(values: Sequence[float], seed: int, stream: int, group: Group) -> list[int]:
     """Units from the lowest value up, equal ones in a drawn order that depends on seed, stream, group and unit alone."""
     drawn = uniform(seed * _STREAMS + stream, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
-    return drawn[values[drawn].argsort(stable=True)].tolist()
+    return drawn[torch.tensor(values, dtype=torch.float64)[drawn].argsort(stable=True)].tolist()

@@ -31,7 +31,7 @@ class _Place:
 
     group: str
     site: Site
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    total: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     """(C,) sums over samples and positions, float64, or complex of twice that."""
     n: int = 0
     """Samples times positions seen."""
