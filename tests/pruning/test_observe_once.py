@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from actprune import Budget, Pruner, criteria
-from actprune.compensation import Mean
+from actprune.compensation import LeastSquares, Mean
+from actprune.core.errors import ObservationError
 from actprune.pruning import Panel
 from actprune.statistics import Histogram
 from zoo import build
@@ -133,3 +134,15 @@ def test_ranks_are_merged_where_the_network_is_though_one_of_them_saw_nothing(mo
     monkeypatch.setattr("actprune.statistics.reduce.unpack", lambda *_: None)
     observation.reduce()
     assert met == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("compensation", [Mean(), LeastSquares()])
+def test_a_layer_that_runs_twice_names_the_batch_that_was_not_finite(compensation):
+    model, example = build("SharedTwice")
+    pruner = Pruner(model.eval(), example, criteria.Magnitude(), Budget(params=0.9), compensation=compensation)
+    with pruner.observe() as observation, torch.no_grad():
+        for batch in range(4):
+            observation.begin_batch(range(2 * batch, 2 * batch + 2))
+            model(torch.full_like(example, torch.nan) if batch == 2 else torch.randn_like(example))
+    with pytest.raises(ObservationError, match="first in batch 2"):
+        pruner.plan(observation)

@@ -95,6 +95,7 @@ class Observation:
         x, ids = self._rows.samples(x, consumer.dim, consumer.module)
         if len(ids):
             layer.sees(x)
+            statistic.batch = self._updates.batch
             compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
     def begin_batch(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:

@@ -97,7 +97,7 @@ class Accumulator(Statistic):
     ) -> None:
         """Accumulate one batch, or several in a row: ``sizes`` says how many samples each has, ``batches`` their numbers.
 
-        By default one batch, numbered by the updates so far.
+        By default one batch, numbered by ``batch`` or else by the updates so far.
 
         Raises:
             ObservationError: the shapes are not those above with this statistic's U, and (N,); or labels are missing.
@@ -126,7 +126,8 @@ class Accumulator(Statistic):
             witness = self.accumulate(x.float(), sample_ids.to(x.device, non_blocking=True))
             if witness.device.type == "cpu" and math.isfinite(witness.sum()):
                 return  # free to ask on a CPU; a device would wait for the answer
-            self._report(~torch.isfinite(witness), x.float(), sizes or [len(x)], batches or [self.update_count - 1])
+            number = self.update_count - 1 if self.batch is None else self.batch
+            self._report(~torch.isfinite(witness), x.float(), sizes or [len(x)], batches or [number])
 
     def _report(self, bad: Tensor, x: Tensor, sizes: Sequence[int], batches: Sequence[int]) -> None:
         """Note which units (U,) had a NaN or Inf, or sums that are, and in which batch the first one was."""
