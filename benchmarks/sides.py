@@ -1,4 +1,4 @@
-"""The two sides of the prunability table: one model pruned with actprune and checked, the same one with Torch-Pruning."""
+"""Sides of the prunability table: one model pruned with actprune and checked, by what it does, and with Torch-Pruning."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import actprune
+from actprune import criteria
+from actprune.compensation import LeastSquares, Mean
 from actprune.core.calling import call
 from actprune.core.plan import Plan
 from actprune.graph import Graph
@@ -183,6 +185,31 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
         "cut_seconds": cut,
         "locks": dict(locks),
     }
+
+
+def observed(build: Any, example: Any, _plans: int) -> dict[str, Any]:
+    """Observe three batches and prune by what was seen: by entropy with means folded, by RMS with layers refitted."""
+    torch.manual_seed(0)
+    original = build().eval()
+    inputs = example if isinstance(example, list) else _training_example(example)
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    n = len(inputs) if isinstance(inputs, list) else len(tensors[0])
+    size = sum(p.numel() for p in original.parameters())
+    left, finite = [], True
+    for criterion, compensation in ((criteria.Entropy(), Mean()), (criteria.RMS(), LeastSquares())):
+        model = copy.deepcopy(original)
+        pruner = actprune.Pruner(model, inputs, criterion, actprune.Budget(params=0.8), compensation=compensation)
+        with pruner.observe() as observation, torch.no_grad():
+            for batch in range(3):
+                observation.begin_batch(range(n * batch, n * batch + n))
+                call(model, inputs)
+        plan = pruner.plan(observation)
+        if plan is not None:
+            pruner.execute(plan)
+        said = outputs(model, inputs)
+        finite &= all(bool(x.isfinite().all()) for x in said if x.is_floating_point())
+        left.append(pruner.params / size)
+    return {"prunes": finite and max(left) <= 0.8, "left": left}
 
 
 def peer(build: Any, example: Any, _plans: int) -> dict[str, Any]:
