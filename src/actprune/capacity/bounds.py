@@ -26,7 +26,14 @@ from actprune.capacity.measure import NetworkCapacity
 from actprune.core.calling import device_of, evaluating
 from actprune.core.errors import ConfigError, ObservationError
 
-ZETA = float(torch.special.zeta(torch.tensor(1.5, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)))
+
+def _zeta(q: float) -> float:
+    """zeta(3/2, q), of Hurwitz."""
+    s, at = torch.tensor([1.5, q], dtype=torch.float64, device="cpu")
+    return float(torch.special.zeta(s, at))
+
+
+ZETA = _zeta(1.0)
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,7 @@ def psi(m: float) -> float:
     """zeta(3/2, 1)^(1/3) zeta(3/2, 1 + 1/m)^(2/3), 0 at 0."""
     if m == 0:
         return 0.0
-    at = torch.special.zeta(torch.tensor(1.5, dtype=torch.float64), torch.tensor(1 + 1 / m, dtype=torch.float64))
-    return ZETA ** (1 / 3) * float(at) ** (2 / 3)
+    return ZETA ** (1 / 3) * _zeta(1 + 1 / m) ** (2 / 3)
 
 
 def harmonic(n: int) -> float:

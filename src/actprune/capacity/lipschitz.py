@@ -75,7 +75,7 @@ def on_grid(layer: LinearMap) -> Tensor:
     """The kernel (out, in / groups, *size) on the grid of positions it wraps around; taps that meet there add up."""
     size = layer.input_shape[1:]
     grid = layer.weight.new_zeros(*layer.weight.shape[:2], *size)
-    taps = torch.cartesian_prod(*(torch.arange(k) for k in layer.weight.shape[2:])).reshape(-1, layer.spatial)
+    taps = torch.cartesian_prod(*(torch.arange(k, device="cpu") for k in layer.weight.shape[2:])).reshape(-1, layer.spatial)
     for tap in taps.tolist():
         place = tuple(t * d % n for t, d, n in zip(tap, layer.dilation, size, strict=True))
         grid[(..., *place)] += layer.weight[(..., *tap)]
@@ -84,7 +84,7 @@ def on_grid(layer: LinearMap) -> Tensor:
 
 def off_grid(grid: Tensor, layer: LinearMap) -> Tensor:
     """The kernel that ``on_grid`` laid out, where no two of its taps meet."""
-    taps = [torch.arange(k) * d for k, d in zip(layer.weight.shape[2:], layer.dilation, strict=True)]
+    taps = [torch.arange(k, device="cpu") * d for k, d in zip(layer.weight.shape[2:], layer.dilation, strict=True)]
     index: tuple[Any, ...] = (..., *torch.meshgrid(*taps, indexing="ij"))
     return grid[index]
 

@@ -89,7 +89,7 @@ def _product(a: SimpleNamespace, out: Tensor) -> Pairs:
     if a.name == "div":
         if a.is_live(a.other):
             raise Unbounded("divides by an activation")
-        return [(a.input, _largest(1 / torch.as_tensor(a.other)) * _repeats(a.input, out))]
+        return [(a.input, _largest(1 / torch.as_tensor(a.other, device="cpu")) * _repeats(a.input, out))]
     live = [x for x in (a.input, a.other) if a.is_live(x)]
     if len(live) > 1:
         raise Unbounded("multiplies two activations")
@@ -206,12 +206,12 @@ def _repeats(x: Tensor, out: Tensor) -> float:
 
 
 def _largest(value: Any) -> float:
-    return float(torch.as_tensor(value).detach().abs().max())
+    return float(torch.as_tensor(value, device="cpu").detach().abs().max())
 
 
 def reflected(a: SimpleNamespace, out: Tensor) -> Pairs:
     """Reflecting and replicating padding: the square root of how often the most used position appears."""
-    index = torch.arange(a.input[0, 0].numel(), dtype=torch.float64).reshape(1, 1, *a.input.shape[2:])
+    index = torch.arange(a.input[0, 0].numel(), dtype=torch.float64, device="cpu").reshape(1, 1, *a.input.shape[2:])
     mode = "reflect" if "reflection" in a.name else "replicate"
     copies = F.pad(index, list(a.padding), mode=mode).flatten().long()
     return [(a.input, math.sqrt(int(copies.bincount().max())))]

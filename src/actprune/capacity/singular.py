@@ -79,9 +79,9 @@ def _cycle(normal: Callable[[Tensor], Tensor], v: Tensor) -> tuple[float, Tensor
             break
         below.append(beta)
         basis.append(image / beta)
-    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if below:
-        off = torch.tensor(below, dtype=torch.float64)
+        off = torch.tensor(below, dtype=torch.float64, device="cpu")
         small += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(small)
     top = known.T @ vectors[:, -1].to(known)
@@ -90,4 +90,4 @@ def _cycle(normal: Callable[[Tensor], Tensor], v: Tensor) -> tuple[float, Tensor
 
 def _drawn(shape: Sequence[int], like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(torch.Size(shape).numel(), generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(torch.Size(shape).numel(), generator=generator, dtype=torch.float64, device="cpu").to(like)

@@ -66,7 +66,7 @@ def drawn_samples(loader: DataLoader[Any], n: int | None, seed: int) -> list[Any
     Returns:
         Batches of images and labels, in the order of the draw; all where n is None or more than there are.
     """
-    drawn = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist()  # type: ignore[arg-type]
+    drawn = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed), device="cpu")[:n].tolist()  # type: ignore[arg-type]
     alike = {name: getattr(loader, name) for name in ("batch_size", "num_workers", "collate_fn")}
     return first_samples(DataLoader(Subset(loader.dataset, drawn), **alike), None)
 

@@ -32,7 +32,7 @@ def pads_zeros(module: nn.Module, weight: Tensor) -> bool:
 def taps_seen(module: nn.Module, space: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Which taps meet the map, not its padding: patterns (M, taps) and the share of output positions of each (M,), float64."""
     assert isinstance(module, Conv)
-    seen = windows(torch.ones(1, 1, *space, dtype=torch.uint8), module)[0, 0].flatten(len(space)).flatten(0, -2)
+    seen = windows(torch.ones(1, 1, *space, dtype=torch.uint8, device="cpu"), module)[0, 0].flatten(len(space)).flatten(0, -2)
     patterns, counts = torch.unique(seen, dim=0, return_counts=True)
     return patterns.double(), counts.double() / len(seen)
 

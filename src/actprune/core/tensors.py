@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeGuard, TypeVar
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
 
 
 def is_ordinary(x: object) -> TypeGuard[Tensor]:
@@ -30,17 +25,6 @@ def writes(x: Tensor) -> int | None:
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """What a CPU holds, on a device; the host does not wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def on_cpu(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Let a function that runs no model make its tensors on the CPU, whatever PyTorch's default device is."""
-
-    @functools.wraps(function)
-    def there(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        with torch.device("cpu"):
-            return function(*args, **kwargs)
-
-    return there
 
 
 def listed(numbers: Tensor | range) -> Tensor:

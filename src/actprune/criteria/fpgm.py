@@ -22,7 +22,7 @@ class FPGM(Criterion):
 
     def score(self, view: GroupView) -> Tensor:
         """Sum of distances to all other units."""
-        gram = torch.zeros(view.size, view.size, dtype=torch.float64)
+        gram = torch.zeros(view.size, view.size, dtype=torch.float64, device="cpu")
         for part in view.slices():
             rows = part.detach().double()
             rows = rows - rows.mean(0)  # distances stay, cancellation below shrinks

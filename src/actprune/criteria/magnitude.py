@@ -34,7 +34,7 @@ class Magnitude(Criterion):
 
     def score(self, view: GroupView) -> Tensor:
         """The norm."""
-        total = torch.zeros(view.size, dtype=torch.float64)
+        total = torch.zeros(view.size, dtype=torch.float64, device="cpu")
         for part in view.slices():
             total += torch.linalg.vector_norm(part.detach().double(), ord=self.p, dim=1).pow(self.p).cpu()
         return total.pow(1 / self.p)

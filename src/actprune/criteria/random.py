@@ -22,4 +22,4 @@ class Random(Criterion):
     def score(self, view: GroupView) -> Tensor:
         """Draw from the counter keyed by seed, group and unit."""
         name = int.from_bytes(hashlib.blake2b(view.name.encode(), digest_size=7).digest(), "big")
-        return uniform(view.seed, torch.tensor(name), torch.arange(view.size))
+        return uniform(view.seed, torch.tensor(name, device="cpu"), torch.arange(view.size, device="cpu"))

@@ -65,7 +65,7 @@ class Reconstruction(Criterion):
         if not readers:
             return None
         layers = [_Shrinking(reader, self.ridge) for reader in readers]
-        left, order, rises = torch.arange(view.size), [], []
+        left, order, rises = torch.arange(view.size, device="cpu"), [], []
         while len(left) > 1:
             gone: list[int] = []
             while len(gone) < min(_PENDING, len(left) - 1):
@@ -76,20 +76,22 @@ class Reconstruction(Criterion):
                 for layer in layers:
                     layer.remove(gone[-1])
             order += left[gone].tolist()
-            staying = torch.ones(len(left), dtype=torch.bool).index_fill_(0, torch.tensor(gone), False).nonzero().flatten()
+            stays = torch.ones(len(left), dtype=torch.bool, device="cpu")
+            stays[gone] = False
+            staying = stays.nonzero().flatten()
             left = left[staying]
             for layer in layers:
                 layer.settle(staying)
-        scores = torch.empty(view.size, dtype=torch.float64)
+        scores = torch.empty(view.size, dtype=torch.float64, device="cpu")
         scores[order + left.tolist()] = _rising(rises) / view.cost
         return scores
 
 
 def _rising(rises: list[float]) -> Tensor:
     """Scores in the order of removal, float64 (U,), of the U - 1 rises: ties, and rises that fall, keep that order."""
-    highest = torch.tensor([0.0, *rises], dtype=torch.float64).cummax(0).values
+    highest = torch.tensor([0.0, *rises], dtype=torch.float64, device="cpu").cummax(0).values
     last = 2 * highest[-1] + 1e-12
-    return torch.cat([highest[1:], last.view(1)]) + _STEP * last * torch.arange(len(highest))
+    return torch.cat([highest[1:], last.view(1)]) + _STEP * last * torch.arange(len(highest), device="cpu")
 
 
 class _Shrinking:
@@ -150,11 +152,11 @@ class _Shrinking:
         cross = new @ other.mT
         self._inverse_blocks -= new @ new.mT
         self._square_blocks -= cross + cross.mT
-        self._inverse_blocks[unit], self._square_blocks[unit] = torch.eye(self._k), 0
+        self._inverse_blocks[unit], self._square_blocks[unit] = torch.eye(self._k, device="cpu"), 0
 
     def settle(self, staying: Tensor) -> None:
         """Bring both matrices up to date, and drop what left; ``staying``: the other units, ascending."""
-        taken = torch.arange(self._k) + self._k * staying.unsqueeze(1)
+        taken = torch.arange(self._k, device="cpu") + self._k * staying.unsqueeze(1)
         taken = taken.flatten().to(self._inverse.device)
         v, half = self._v[taken], self._half[taken]
         self._inverse = self._inverse[taken][:, taken].addmm_(v, v.T, alpha=-1)

@@ -41,10 +41,10 @@ def threshold_complexity(
     """Rademacher complexity of {1[a >= t_k]} (``symmetric``: of both signs of it) on ``n`` samples, float64 (U,)."""
     length = min(n, WALK_STEPS)
     times = (sizes.cpu() * (length / n)).round().long()
-    steps = torch.arange(length)
-    total = torch.zeros(len(times), dtype=torch.float64)
+    steps = torch.arange(length, device="cpu")
+    total = torch.zeros(len(times), dtype=torch.float64, device="cpu")
     at_once = max(1, _NUMBERS_AT_ONCE // (length + times.numel()))
-    for numbers in torch.arange(replicates).split(at_once):
+    for numbers in torch.arange(replicates, device="cpu").split(at_once):
         if n <= WALK_STEPS:
             drawn = signs(hashed(0, numbers.unsqueeze(1), steps), 1, seed, torch.float64).squeeze(2)
         else:

@@ -325,7 +325,7 @@ class _Operand(NamedTuple):
     def one(self, probe: tuple[float, ...]) -> Tensor:
         """One element of it."""
         number = probe[self.place % len(probe)] if self.value is None else self.value
-        return torch.tensor([number > 0 if self.dtype == torch.bool else number]).to(self.dtype)
+        return torch.tensor([number > 0 if self.dtype == torch.bool else number], device="cpu").to(self.dtype)
 
 
 def _operand(x: Tensor, known: Constant | None, place: int) -> _Operand:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from actprune.core.ranks import spearman
-from actprune.core.tensors import on_cpu
 from actprune.pruning.influence import GroupInfluence, Influence
 
 EFFECT = "effect"
@@ -52,7 +51,6 @@ class Agreement:
         return math.sqrt(max(2 * self.halves / (1 + self.halves), 0.0)) if self.halves > -1 else math.nan
 
 
-@on_cpu
 def agreement(influence: Influence, seed: int = 0) -> Agreement:
     """Correlate what an analysis found.
 
@@ -62,15 +60,15 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
     """
     names = (EFFECT, *influence.criteria)
     groups = [group for group in influence.groups if group.size >= LEAST]
-    found = torch.stack([_of_group(group, names) for group in groups]) if groups else torch.zeros(0, len(names), len(names))
+    found = torch.stack([*(_of_group(group, names) for group in groups), _nothing(names)])[:-1]
     known = ~found.isnan()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(max(len(groups), 1), (_RESAMPLES, len(groups)), generator=generator)
+    drawn = torch.randint(max(len(groups), 1), (_RESAMPLES, len(groups)), generator=generator, device="cpu")
     # how often each group was drawn: all resamples of all matrices at once would be gigabytes
-    times = torch.zeros(drawn.shape, dtype=found.dtype).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=found.dtype))
+    times = found.new_zeros(drawn.shape).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=found.dtype))
     means = torch.tensordot(times, found.nan_to_num(), 1) / torch.tensordot(times, known.to(found.dtype), 1)
     means = means.masked_fill(known.sum(0) < 2, math.nan)  # one group says nothing of others
-    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype, device="cpu"), dim=0)
     return Agreement(
         names=names,
         mean=(found.nansum(0) / known.sum(0)).tolist(),
@@ -83,16 +81,21 @@ def agreement(influence: Influence, seed: int = 0) -> Agreement:
 
 
 def _halves(groups: Sequence[GroupInfluence]) -> float:
-    pairs = [torch.tensor(group.unit_loss_halves, dtype=torch.float64) for group in groups if group.unit_loss_halves]
+    both = [group.unit_loss_halves for group in groups if group.unit_loss_halves]
+    pairs = [torch.tensor(pair, dtype=torch.float64, device="cpu") for pair in both]
     known = [rho for rho in (spearman(*pair) for pair in pairs) if not math.isnan(rho)]
     return sum(known) / len(known) if known else math.nan
 
 
+def _nothing(names: Sequence[str]) -> Tensor:
+    return torch.full((len(names), len(names)), math.nan, dtype=torch.float64, device="cpu")
+
+
 def _of_group(group: GroupInfluence, names: Sequence[str]) -> Tensor:
-    scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in group.scores.items()}
-    alone = torch.tensor(list(group.units))
-    effect = torch.tensor(group.unit_loss, dtype=torch.float64)
-    matrix = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    scores = {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in group.scores.items()}
+    alone = torch.tensor(list(group.units), device="cpu")
+    effect = torch.tensor(group.unit_loss, dtype=torch.float64, device="cpu")
+    matrix = _nothing(names)
     for i, one in enumerate(names):
         for j, other in enumerate(names[: i + 1]):
             if not {one, other} <= {EFFECT, *scores}:

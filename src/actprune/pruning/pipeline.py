@@ -22,7 +22,7 @@ from actprune.core.errors import BudgetError, ConfigError, ObservationError
 from actprune.core.plan import Plan
 from actprune.core.record import SurgeryRecord, carry, parts_of, record_of, whole_record
 from actprune.core.signals import held
-from actprune.core.tensors import on_cpu, real
+from actprune.core.tensors import real
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
@@ -170,7 +170,6 @@ class Pruner:
         """The target of what the graph counts: units of a group that can no longer be cut are left anyway."""
         return self.target(due) - (self.units - self.graph.units if self.budget.unit == "units" else 0)
 
-    @on_cpu
     def check_budget(self) -> None:
         """Fail now if the whole budget cannot be reached; where it is only a limit, if no unit may leave.
 
@@ -189,7 +188,7 @@ class Pruner:
         may = [group for group in self.graph.unlocked if self._may_score(group)]
         if not may:
             self._tell_unscored([group.name for group in self.graph.unlocked])
-        anything = {g.name: torch.arange(g.size, dtype=torch.float64) for g in may}
+        anything = {g.name: torch.arange(g.size, dtype=torch.float64, device="cpu") for g in may}
         select(self.graph, anything, self.budget.unit, self._target_now(1.0), self.selection, self._original_widths)
 
     def _may_score(self, group: Group) -> bool:
@@ -210,7 +209,6 @@ class Pruner:
         density = enough(expected) if isinstance(self.positions, str) else Density(self.positions)
         return Observation(self.model, self.graph, self.criterion, self.compensation, density)
 
-    @on_cpu
     def scores(self, observation: Observation | None) -> dict[str, Tensor]:
         """Group name -> (U,) float64 scores of every unlocked group; groups that the criterion cannot score are left out.
 
@@ -275,7 +273,6 @@ class Pruner:
                 slices.append(real(tensor[index].reshape(group.size, -1)))
         return slices
 
-    @on_cpu
     def plan(self, observation: Observation | None, due: float = 1.0) -> Plan | None:
         """Decide what leaves now.
 

@@ -34,7 +34,7 @@ def readers_of(model: nn.Module, graph: Graph, observation: Observation, group: 
         width = weight.shape[1] * weight.shape[2]
         if len(covariance) == width:
             taps = weight.shape[2]
-            columns = (torch.from_numpy(channels).unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
+            columns = (torch.from_numpy(channels).unsqueeze(2) * taps + torch.arange(taps, device="cpu")).flatten(1)
             weight = weight.flatten(1)
         else:
             # moments of channels only: every tap is an output of its own

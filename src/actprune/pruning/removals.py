@@ -9,7 +9,6 @@ import torch
 
 from actprune.core.checks import is_whole
 from actprune.core.errors import ConfigError
-from actprune.core.tensors import on_cpu
 from actprune.graph import Group
 from actprune.statistics.counter import uniform
 
@@ -79,8 +78,8 @@ def removal_rows(
     return rows
 
 
-@on_cpu
 def drawn_order(values: Sequence[float], seed: int, stream: int, group: Group) -> list[int]:
     """Units from the lowest value up, equal ones in a drawn order that depends on seed, stream, group and unit alone."""
-    drawn = uniform(seed * _STREAMS + stream, torch.tensor(int(group.classes[0])), torch.arange(group.size)).argsort()
-    return drawn[torch.tensor(values, dtype=torch.float64)[drawn].argsort(stable=True)].tolist()
+    counters = torch.tensor(int(group.classes[0]), device="cpu"), torch.arange(group.size, device="cpu")
+    drawn = uniform(seed * _STREAMS + stream, *counters).argsort()
+    return drawn[torch.tensor(values, dtype=torch.float64, device="cpu")[drawn].argsort(stable=True)].tolist()

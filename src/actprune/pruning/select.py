@@ -257,6 +257,6 @@ def normalise(scores: Tensor, how: str) -> Tensor:
         return (scores - scores.mean()) / deviation if deviation > 0 else torch.zeros_like(scores)
     if how == "rank":
         ranks = torch.empty_like(scores)
-        ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), dtype=scores.dtype)
+        ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), dtype=scores.dtype, device="cpu")
         return (ranks + 1) / len(scores)
     return scores

@@ -30,7 +30,7 @@ def is_plain(statistic: Statistic) -> bool:
 
 class _Bare(Statistic):
     def compute(self) -> Tensor:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
 
 
 _OF_METRICS = frozenset(vars(_Bare()))

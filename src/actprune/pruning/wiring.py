@@ -16,7 +16,6 @@ from actprune.core.errors import ObservationError
 from actprune.core.gates import Place
 from actprune.core.hooks import Watcher
 from actprune.core.operands import Ordinal
-from actprune.core.tensors import on_cpu
 from actprune.core.views import Criterion, Statistic
 from actprune.graph import Consumer, Graph
 from actprune.pruning.folded import layer_of, statistic_of
@@ -62,7 +61,6 @@ class Wiring:
         self.where: dict[int, str] = {}
         """Identity of a statistic -> what it observes, in words."""
 
-    @on_cpu
     def of_criterion(self, graph: Graph, criterion: Criterion) -> None:
         """Have every site of every group seen.
 
@@ -112,7 +110,6 @@ class Wiring:
             self._at(module, ordinal, operand, partial(self._watch, self.reads[at]))
         return self.reads[at]
 
-    @on_cpu
     def of_compensation(self, graph: Graph, compensation: Compensation, needs_readers: bool) -> None:
         """Have every layer that reads units seen; ``needs_readers``: the criterion reads what is observed there."""
         cuttable = np.zeros(graph.n_classes + 1, dtype=bool)

@@ -88,12 +88,12 @@ class Blocks:
         for members in alike.values():
             pieces = tuple(piece for piece, _ in members)
             self._stacks.append(_Stack(pieces, tuple(number_of[id(p.param)] for p in pieces), *pieces[0].extent))
-            owners += [torch.arange(start, start + piece.extent[1]) for piece, start in members]
+            owners += [torch.arange(start, start + piece.extent[1], device="cpu") for piece, start in members]
         owner = torch.cat(owners)
         self._owner = owner.to(device)
         self._splits = [len(stack.pieces) * stack.units for stack in self._stacks]
         self._parts = _parts_of(owner, first).to(device)
-        lengths = torch.cat([torch.full((group.size,), group.row_length) for group in groups])
+        lengths = torch.cat([torch.full((group.size,), group.row_length, device="cpu") for group in groups])
         self.weights = lengths.to(device, self._dtype).sqrt()
         """sqrt(n) of every unit, (G,)."""
 
@@ -143,8 +143,8 @@ def _parts_of(
     """For every unit the places of its parts, (G, most parts of a unit), filled up with M."""
     counts = torch.bincount(owner, minlength=units)
     order = owner.argsort(stable=True)
-    column = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner[order]]
-    table = torch.full((units, int(counts.max())), len(owner))
+    column = torch.arange(len(owner), device="cpu") - (counts.cumsum(0) - counts)[owner[order]]
+    table = torch.full((units, int(counts.max())), len(owner), device="cpu")
     table[owner[order], column] = order
     return table
 
@@ -171,8 +171,8 @@ def check(groups: Sequence[RowGroup]) -> None:
                     f"of shape {tuple(piece.param.shape)}; after surgery call "
                     "optimizer.regroup(unit_groups(model, graph)) with the new graph"
                 )
-            marks = owned.setdefault(id(piece.param), torch.zeros(piece.param.shape, dtype=torch.int16))
-            marks.index_put_(piece.where(marks.device), torch.ones((), dtype=marks.dtype), accumulate=True)
+            marks = owned.setdefault(id(piece.param), torch.zeros(piece.param.shape, dtype=torch.int16, device="cpu"))
+            marks.index_put_(piece.where(marks.device), torch.ones((), dtype=marks.dtype, device="cpu"), accumulate=True)
     twice = sum(int((marks > 1).sum()) for marks in owned.values())
     if twice:
         raise ConfigError(

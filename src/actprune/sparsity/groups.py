@@ -41,7 +41,7 @@ class Piece:
     @cached_property
     def whole(self) -> bool:
         """Whether the units cut the whole parameter into consecutive equal parts."""
-        consecutive = torch.arange(self.param.shape[self.dim])
+        consecutive = torch.arange(self.param.shape[self.dim], device="cpu")
         return not self.within and torch.equal(self.positions.flatten().cpu(), consecutive)
 
     @cached_property
@@ -75,7 +75,7 @@ class Piece:
         index: list[Tensor] = [self.positions] * self.param.ndim
         index[self.dim] = self.positions[(..., *[None] * len(others))]
         for place, dim in enumerate(others):
-            positions = chosen.get(dim, torch.arange(self.param.shape[dim]))
+            positions = chosen.get(dim, torch.arange(self.param.shape[dim], device="cpu"))
             index[dim] = positions[(..., *[None] * (len(others) - 1 - place))]
         return tuple(i.to(device) for i in index)
 
@@ -118,7 +118,7 @@ def input_groups(params: Iterable[Tensor]) -> tuple[RowGroup, ...]:
         if param.ndim < 2:
             continue
         dim = 1 if param.shape[1] > 1 else 0
-        positions = torch.arange(param.shape[dim]).unsqueeze(1)
+        positions = torch.arange(param.shape[dim], device="cpu").unsqueeze(1)
         groups.append(RowGroup(f"{number}.dim{dim}", (Piece(param, dim, positions),)))
     return tuple(groups)
 
@@ -135,7 +135,7 @@ def unit_groups(model: nn.Module, graph: Graph, frozen: bool = False) -> tuple[R
     for number, group in enumerate(graph.groups):
         for (name, dim), array in group.members.items():
             if name in params and not group.locked:
-                claims.setdefault(id(params[name]), []).append((dim, torch.as_tensor(array), number))
+                claims.setdefault(id(params[name]), []).append((dim, torch.as_tensor(array, device="cpu"), number))
 
     pieces: list[list[Piece]] = [[] for _ in graph.groups]
     for param in {id(p): p for p in params.values()}.values():
@@ -164,7 +164,7 @@ def _claimed(positions: Tensor, earlier: Sequence[Tensor]) -> bool:
 
 def _rest(size: int, taken: Sequence[Tensor]) -> Tensor:
     """Positions in range(size) that nobody took."""
-    free = torch.ones(size, dtype=torch.bool)
+    free = torch.ones(size, dtype=torch.bool, device="cpu")
     for positions in taken:
         free[positions.flatten()] = False
     return free.nonzero().flatten()

@@ -57,7 +57,7 @@ def _of_group(model: nn.Module, group: Group) -> list[Place]:
     layers: dict[str, Place] = {}
     for (name, dim), positions in group.members.items():
         path, _, leaf = name.rpartition(".")
-        module, index = model.get_submodule(path), torch.as_tensor(positions)
+        module, index = model.get_submodule(path), torch.as_tensor(positions, device="cpu")
         if isinstance(module, _BatchNorm):
             norms[path] = Place(group.name, path, 1, index)
         elif leaf == "weight" and dim == _out_dim(module):
@@ -124,7 +124,7 @@ class Sensitivities:
         """
         sizes = [int(place.positions.max()) + 1 for place in self.places]
         device = next((total.device for total in self._totals if total is not None), torch.device("cpu"))
-        totals = [torch.zeros(n) if t is None else t[:n] for t, n in zip(self._totals, sizes, strict=True)]
+        totals = [torch.zeros(n, device="cpu") if t is None else t[:n] for t, n in zip(self._totals, sizes, strict=True)]
         flat = torch.cat([*(total.to(device) for total in totals), torch.tensor(self._counts, device=device).float()])
         self._totals, self._counts = [None] * len(self.places), [0] * len(self.places)
         flat = flat if reduce is None else reduce(flat)

@@ -29,9 +29,9 @@ class Activity(Accumulator):
 
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
-        self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("positives", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n_values", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("positives", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Count a batch's zeros and positive values."""

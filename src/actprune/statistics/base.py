@@ -52,11 +52,12 @@ class Accumulator(Statistic):
     def __init__(self, n_units: int) -> None:
         if n_units < 1:
             raise ConfigError(f"a statistic needs n_units >= 1, got {n_units}")
-        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        with torch.device("cpu"):  # where a metric believes to be is PyTorch's default device
+            super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.n_units = n_units
-        self.add_state("n_samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("nonfinite", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("first_nonfinite", torch.full((n_units,), torch.inf, dtype=torch.float64))
+        self.add_state("n_samples", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("nonfinite", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("first_nonfinite", torch.full((n_units,), torch.inf, dtype=torch.float64, device="cpu"))
 
     def add_state(
         self,

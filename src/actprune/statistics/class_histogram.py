@@ -63,11 +63,11 @@ class ClassHistogram(Accumulator):
         self.fine_bins = FINENESS * bins
         self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
         extent, rows = n_units if range == "unit" else 1, n_units * classes
-        self.add_state("counts", torch.zeros(rows, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("zeros", torch.zeros(rows, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outside", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("low", torch.full((extent,), torch.inf, dtype=torch.float64), dist_reduce_fx="min")
-        self.add_state("high", torch.full((extent,), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("counts", torch.zeros(rows, self.fine_bins, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("zeros", torch.zeros(rows, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("outside", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("low", torch.full((extent,), torch.inf, dtype=torch.float64, device="cpu"), dist_reduce_fx="min")
+        self.add_state("high", torch.full((extent,), -torch.inf, dtype=torch.float64, device="cpu"), dist_reduce_fx="max")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Count one batch; ``sample_ids`` are the labels."""

@@ -56,10 +56,10 @@ class Gram(Accumulator):
 
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
-        self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("reference", torch.full((n_units,), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
-        self.add_state("shifted", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("products", torch.zeros(n_units, n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n_values", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("reference", torch.full((n_units,), -torch.inf, dtype=torch.float64, device="cpu"), dist_reduce_fx="max")
+        self.add_state("shifted", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("products", torch.zeros(n_units, n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch's products about the reference."""

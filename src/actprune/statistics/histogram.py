@@ -74,10 +74,10 @@ class Histogram(Accumulator):
         self._sites: Tensor | None = None
         self._known: tuple[object, Window, dict[int, list[Block]]] | None = None
         extent = n_units if range == "unit" else 1
-        self.add_state("counts", torch.zeros(n_units, self.fine_bins, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("low", torch.full((extent,), torch.inf, dtype=torch.float64), dist_reduce_fx="min")
-        self.add_state("high", torch.full((extent,), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("counts", torch.zeros(n_units, self.fine_bins, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("zeros", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("low", torch.full((extent,), torch.inf, dtype=torch.float64, device="cpu"), dist_reduce_fx="min")
+        self.add_state("high", torch.full((extent,), -torch.inf, dtype=torch.float64, device="cpu"), dist_reduce_fx="max")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Count one batch; the window follows the range."""

@@ -91,9 +91,9 @@ class LinearRademacher(Accumulator):
         check_pool(pool)
         self.replicates, self.pool, self.seed = replicates, pool, seed
         self.whole_maps = self.means_do = pool == "gap"  # the mean of a few positions is not the mean of the map
-        self.add_state("signed", torch.zeros(n_units, replicates, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("n_terms", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("signed", torch.zeros(n_units, replicates, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("n_terms", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch's signed sums and squares."""

@@ -32,8 +32,8 @@ class MapRank(Accumulator):
 
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
-        self.add_state("n_maps", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("ranks", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n_maps", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("ranks", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add the ranks of a batch's maps, (N, U, M, *extents)."""

@@ -108,8 +108,8 @@ class Sensitivity(Accumulator):
         check_mode(mode)
         self.mode = mode
         self.differentiates = "outputs" if mode == "full" else "output_sum"
-        self.add_state("n_values", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n_values", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch of sensitivities."""

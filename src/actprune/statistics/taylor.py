@@ -29,7 +29,7 @@ class GateTaylor(Accumulator):
 
     def __init__(self, n_units: int) -> None:
         super().__init__(n_units)
-        self.add_state("squares", torch.zeros(n_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(n_units, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def accumulate(self, x: Tensor, sample_ids: Tensor) -> Tensor:
         """Add a batch of contributions a dL/da."""

@@ -97,7 +97,7 @@ def _plan(model: nn.Module, record: SurgeryRecord) -> Plan:
     for path in record.biases:
         module = model.get_submodule(path)
         weight = lookup(model, f"{path}.weight" if path else "weight")
-        biases[path] = torch.zeros(int(getattr(module, "out_channels", weight.shape[0])))  # type: ignore[arg-type]
+        biases[path] = torch.zeros(int(getattr(module, "out_channels", weight.shape[0])), device="cpu")  # type: ignore[arg-type]
     return Plan(
         removed=removed,
         groups={},
