@@ -64,3 +64,32 @@ def test_files_hold_one_idea(module):
     lines = (PACKAGE / module).read_text().splitlines()
     assert len(lines) <= LONGEST
     assert ast.get_docstring(ast.parse("\n".join(lines))), "a module begins with what it is about"
+
+
+MAKE = {
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] != "models"], ids=str)
+def test_new_tensors_are_told_where_to_be(path):
+    """PyTorch's default device is for what users write; models are made where they say."""
+    made = [
+        node
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "torch"
+    ]
+    silent = [node for node in made if node.func.attr in MAKE and "device" not in {keyword.arg for keyword in node.keywords}]
+    assert not silent, [f"line {node.lineno}: {ast.unparse(node)}" for node in silent]

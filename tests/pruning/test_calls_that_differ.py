@@ -1,12 +1,13 @@
 """A module that runs other products in one call than in the next: each of them is told apart, as if two modules ran them."""
 
 import copy
+import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-import actprune
 from actprune import Budget, Pruner, criteria
 from actprune.compensation import Mean
 from actprune.core.operands import InCall
@@ -53,6 +54,50 @@ class Deepens(nn.Module):
         return self.head(self.second(self.first(self.embed(x), False), True))
 
 
+class Slices(nn.Module):
+    """Multiplies by the part of its weight that is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.n = nn.Parameter(torch.randn(5, 12)), 6
+
+    def forward(self, x, second):
+        return F.linear(x, self.weight[:, self.n :] if second else self.weight[:, : self.n])
+
+
+class Parts(nn.Module):
+    """Calls that look alike and read other units."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.memory, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(5, 4)
+        self.first = Slices()
+        self.second = self.first
+
+    def forward(self, x):
+        y, m = torch.relu(self.embed(x)), 10 * torch.relu(self.memory(x))
+        return self.head(torch.tanh(self.first(y, False) + self.second(m, True)))
+
+
+class Product(nn.Module):
+    def forward(self, x, weight):
+        return x @ weight
+
+
+class Computed(Parts):
+    """Weights that the caller makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.randn(6, 5)) for _ in range(2))
+        self.first = Product()
+        self.second = self.first
+
+    def forward(self, x):
+        y, m = torch.relu(self.embed(x)), 10 * torch.relu(self.memory(x))
+        return self.head(torch.tanh(self.first(y, self.one.tanh()) + self.second(m, self.two.tanh())))
+
+
 def apart(model):
     """The same network with a module for each call."""
     other = copy.deepcopy(model)
@@ -64,7 +109,7 @@ PANEL = {"rms": criteria.RMS(), "zeros": criteria.ZeroRate(), "taylor": criteria
 
 
 def seen(model, batches):
-    """What was seen: (module, ordinal, operand, statistic) -> its value."""
+    """What criteria and compensation saw: (module, ordinal, operand, statistic) -> its value."""
     pruner = Pruner(model, batches[0], Panel(PANEL), Budget(params=0.95), compensation=Mean(), positions=None)
     with pruner.observe() as observation, torch.no_grad():
         for number, x in enumerate(batches):
@@ -76,25 +121,24 @@ def seen(model, batches):
         for key, statistics in observation.scores[group.name].items():
             for site, statistic in zip(group.sites, statistics, strict=True):
                 found[site.module, site.ordinal, site.operand, key] = statistic.compute()
+    for number, (_, statistic) in observation.folds.items():
+        consumer = pruner.graph.consumers[number]
+        found[consumer.module, consumer.ordinal, consumer.operand, "fold"] = statistic.compute()
     return found
 
 
-@pytest.mark.parametrize("net", [Attends, Deepens])
-def test_every_call_is_seen_for_itself(net):
+@pytest.mark.parametrize(("net", "places"), [(Attends, 18), (Deepens, 12), (Parts, 6), (Computed, 6)])
+def test_every_call_is_seen_for_itself(net, places):
     torch.manual_seed(0)
     model, batches = net().eval(), torch.randn(12, 5, 8).split(4)
-    ours = seen(model, batches)
-    expected = seen(apart(model), batches)
-    calls = [which for _, which, _, _ in ours if isinstance(which, InCall)]
-    assert {which.call for which in calls} == {0, 1}
-    compared = 0
-    for (_, which, operand, key), value in ours.items():
+    expected, compared = seen(apart(model), batches), 0
+    for (_, which, operand, key), value in seen(model, batches).items():
         if isinstance(which, InCall):
-            at = (("first", "second")[which.call], which.number, operand, key)
-            if at in expected and expected[at].shape == value.shape:
-                torch.testing.assert_close(value, expected[at], rtol=1e-5, atol=1e-7)
-                compared += 1
-    assert compared >= 2 * len(PANEL)
+            assert which.n_calls == 2
+            there = expected[("first", "second")[which.call], which.number, operand, key]
+            torch.testing.assert_close(value, there, rtol=1e-5, atol=1e-7)
+            compared += 1
+    assert compared == places  # times statistics, with those of compensation
 
 
 def fail(*_):
@@ -149,8 +193,101 @@ def test_each_call_is_given_its_own_means():
     assert said[0].std((0, 1)).max() < 1e-6  # of every input the same, for nothing else is read
 
 
-def test_such_a_network_is_pruned_and_repaired():
+def test_such_a_network_is_pruned_in_steps():
     torch.manual_seed(0)
     model, x = Attends().eval(), torch.randn(24, 5, 8)
-    actprune.prune(model, x[:2], x.split(6), criterion=criteria.Entropy(), budget=Budget(params=0.7))
+    pruner = Pruner(model, x[:2], criteria.Entropy(), Budget(params=0.5), compensation=Mean())
+    for due in (0.5, 1.0):
+        with pruner.observe() as observation, torch.no_grad():
+            observation.begin_batch(range(24))
+            model(x)
+        pruner.execute(pruner.plan(observation, due))
+    assert pruner.params <= 0.5 * pruner.params_before
     assert model(x).isfinite().all()
+
+
+class Gated(nn.Module):
+    """Runs nothing unless it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x, on):
+        return torch.tanh(F.linear(x, self.weight)) if on else x
+
+
+class Loops(nn.Module):
+    """An encoder and a decoder, which calls one module as often as it is told to."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.embed, self.head, self.gate = nn.Linear(8, 6), nn.Linear(6, 4), Gated()
+        self.calls = calls
+
+    def encode(self, x):
+        return self.gate(self.embed(x), False)
+
+    def decode(self, y):
+        for on in self.calls:
+            y = self.gate(y, on)
+        return self.head(y)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+def gate_reads(model, batches, run):
+    """Mean and variance of what the gate read, and what was logged."""
+    pruner = Pruner(model, batches[0], criteria.Variance(), Budget(params=0.95), positions=None, compensation=None)
+    with pruner.observe() as observation, torch.no_grad():
+        for number, x in enumerate(batches):
+            observation.begin_batch(range(4 * number, 4 * number + 4))
+            run(model, x, observation)
+    return [
+        statistic.compute()
+        for group in pruner.graph.unlocked
+        for site, statistic in zip(group.sites, *observation.scores[group.name].values(), strict=True)
+        if site.module == "gate"
+    ]
+
+
+def lone_call(model, x, observation):
+    with observation.paused():
+        model.encode(x)
+    model.decode(model.encode(x))
+    model.encode(x)
+
+
+@pytest.mark.parametrize("calls", [(True,), (True, False), (False, True, False)])
+@pytest.mark.parametrize(
+    "run", [lambda model, x, _: model(x), lambda model, x, _: model.forward(x), lone_call], ids=["called", "forward", "lone"]
+)
+def test_calls_that_run_nothing_count(calls, run, caplog):
+    torch.manual_seed(0)
+    model, batches = Loops(calls), torch.randn(12, 5, 8).split(4)
+    with caplog.at_level(logging.WARNING):
+        (found,) = gate_reads(model, batches, run)
+    with torch.no_grad():
+        read = model.embed(torch.cat(batches)).double().flatten(0, 1)
+    torch.testing.assert_close(found, torch.stack([read.mean(0), read.var(0, correction=0)], 1), rtol=1e-5, atol=1e-7)
+    lone = "gate runs more often than the" in caplog.text  # the last encode() of a batch is one call more
+    assert lone == (run is lone_call)
+    assert "other weights" not in caplog.text
+
+
+def test_calls_beyond_those_of_the_trace_are_not_taken_for_them(caplog):
+    torch.manual_seed(0)
+    model, batches = Loops((True, False)), torch.randn(12, 5, 8).split(4)
+
+    def longer(model, x, _):
+        model.calls = (True, False, True, True, True)
+        model(x)
+        model.calls = (True, False)
+
+    with caplog.at_level(logging.WARNING):
+        (found,) = gate_reads(model, batches, longer)
+    with torch.no_grad():
+        read = model.embed(torch.cat(batches)).double().flatten(0, 1)
+    torch.testing.assert_close(found, torch.stack([read.mean(0), read.var(0, correction=0)], 1), rtol=1e-5, atol=1e-7)
+    assert caplog.text.count("gate runs more often than the 3 times that the trace saw") == 1

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import actprune
-from actprune import Budget, Pruner, criteria
+from actprune import Budget, Pruner, criteria, trace
+from actprune.capacity import measure, psi
 from actprune.compensation import LeastSquares, Mean
 from actprune.core import linears
 from actprune.pruning import Panel, lies
 from actprune.pruning.agreement import agreement
+from actprune.sparsity import GroupLasso, ProxSGD, unit_groups
 from foreign import network
 from pretended import NAME, Device, Pretended, needs_pretending, put
 from processes import apart
@@ -34,14 +36,14 @@ SETTINGS = {
 
 
 def observed(pruner, model, batches, labels, after_first=lambda: None):
-    """All statistics, of the second and following batches for themselves."""
+    """An observation; what it waits for after the first batch is told apart."""
     with pruner.observe() as observation, torch.no_grad():
         for number, (x, y) in enumerate(zip(batches, labels, strict=True)):
             observation.begin_batch(range(4 * number, 4 * number + len(x)), y)
             model(x)
             if not number:
                 after_first()
-    return observation._statistics()
+    return observation
 
 
 @needs_pretending
@@ -58,14 +60,37 @@ def test_nobody_waits_for_a_device_and_the_numbers_are_the_same(name, setting, p
     batches, labels = torch.randn(14, *example.shape[1:]).split(4), (torch.arange(14) % 3).split(4)
     compensation, panel = SETTINGS[setting]
     pruner = Pruner(model.eval(), example, Panel(panel), Budget(params=0.9), compensation=compensation, positions=positions)
-    on_cpu = [statistic.compute() for statistic in observed(pruner, model, batches, labels)]
+    on_cpu = [statistic.compute() for statistic in observed(pruner, model, batches, labels)._statistics()]
     with Device() as device:
         there = [[Pretended(x) for x in part] for part in (batches, labels)]
-        statistics = observed(pruner, put(model), *there, after_first=device.waits.clear)
+        statistics = observed(pruner, put(model), *there, after_first=device.waits.clear)._statistics()
         assert not device.waits, "".join(device.waits[0])
         for statistic, expected in zip(statistics, on_cpu, strict=True):
             assert statistic.device.type == NAME
             torch.testing.assert_close(statistic.compute().inside, expected, rtol=1e-5, atol=1e-6)
+
+
+class Weighted(criteria.Variance):
+    """A user's criterion, which makes tensors where PyTorch's default is."""
+
+    def score(self, view):
+        ((statistic,),) = view.statistics.values()
+        return statistic.compute()[:, 1] * torch.arange(1, view.size + 1)
+
+
+@needs_pretending
+@apart
+def test_what_users_write_finds_its_default_device():
+    model, example = build("ConvBn")
+    pruner = Pruner(model.eval(), example, Weighted(), Budget(params=0.9), compensation=None, positions=3)
+    batches = torch.randn(8, *example.shape[1:]).split(4)
+    on_cpu = pruner.scores(observed(pruner, model, batches, [None, None]))
+    with Device():
+        put(model)
+        torch.set_default_device(NAME)
+        there = [Pretended(x) for x in batches]
+        scores = pruner.scores(observed(pruner, model, there, [None, None]))
+    torch.testing.assert_close({name: scores[name] for name in on_cpu}, on_cpu, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -129,3 +154,28 @@ def test_the_default_device_changes_nothing_of_an_analysis(nowhere):
             influence = actprune.analyze(model, x[:2], pairs, pairs, criteria=panel)
             found.append((dataclasses.replace(influence, seconds_before=0), agreement(influence)))
     assert repr(found[0]) == repr(found[1])
+
+
+def stepped(model, x):
+    optimizer = ProxSGD(model.parameters(), lr=0.05, penalty=GroupLasso(0.05), groups=unit_groups(model, trace(model, x[:2])))
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.arange(len(x), device="cpu") % 3).backward()
+        optimizer.step()
+    return model(x)
+
+
+def bounded(model, x):
+    return measure(model.eval(), copy.deepcopy(model), x[:2]), psi(3.0)
+
+
+@pytest.mark.parametrize("run", [stepped, bounded])
+def test_the_default_device_changes_nothing_of_sparsity_and_capacity(run, nowhere):
+    torch.manual_seed(0)
+    net, x = network(), torch.randn(24, 3, 8, 8)
+    said = []
+    for default in (contextlib.nullcontext, nowhere):
+        model = copy.deepcopy(net)
+        with default():
+            said.append(run(model, x))
+    assert repr(said[0]) == repr(said[1])

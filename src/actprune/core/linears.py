@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actprune.core.followers import following
 from actprune.core.hooks import Watcher
-from actprune.core.operands import Operands, Watchers, by_call, following
+from actprune.core.operands import OfCall, Operands, Watchers, by_call
 from actprune.core.switches import Switch
 from actprune.core.tensors import is_ordinary
 
 _LOG = logging.getLogger(__name__)
 
-_Watchers = Mapping[tuple[int, int], list[Watcher]]
 _Linear = Callable[..., Tensor]
 _Owners = Mapping[int, list[tuple[nn.Module, str]]]
 """Address of memory -> which parameters lie there: modules and names."""
@@ -61,7 +61,7 @@ class _Call(NamedTuple):
 class _Heard:
     """A module some of whose contractions are heard."""
 
-    def __init__(self, path: str, watchers: _Watchers, owners: _Owners) -> None:
+    def __init__(self, path: str, watchers: OfCall, owners: _Owners) -> None:
         self.path, self.watchers, self.owners = path, watchers, owners
         self.calls: list[_Call] | None = None
         """Those that are to be heard; None while that is not known of all."""
@@ -204,18 +204,25 @@ _LINEAR = Switch(_replaced)
 
 
 @contextmanager
-def hear_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterator[None]:
+def hear_operands(
+    model: nn.Module, watchers: Mapping[str, Watchers], is_on: Callable[[], bool] = lambda: True
+) -> Iterator[Callable[[], None]]:
     """Call watchers with operands of contractions that a module runs outside its children; what they return is ignored.
 
     Args:
         model: the model.
         watchers: module path -> which contraction and factor -> watchers.
+        is_on: whether a forward that begins is heard.
+
+    Yields:
+        What to call where a forward of the model begins, if that may be called by another way than ``model(...)``: it matters
+        for modules whose calls differ.
 
     Of an ``F.linear`` they hear what it is given, (..., channels), where ``watch_operands`` hands over its rows. A module that
     calls it with other weights than in its first forward loses the first forward that differs, and the log says so.
     """
     if not watchers:
-        yield
+        yield lambda: None
         return
     owners = defaultdict(list)
     for owner in model.modules():
@@ -225,9 +232,9 @@ def hear_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterato
     starts = {
         path: [_Heard(path, of_call, owners).start for of_call in by_call(of_module)] for path, of_module in watchers.items()
     }
-    with _LINEAR.turned(), following(model, starts) as running:
-        _RECORDINGS.append(running)
+    with _LINEAR.turned(), following(model, starts, is_on) as followers:
+        _RECORDINGS.append(followers.running)
         try:
-            yield
+            yield followers.restart
         finally:
-            _RECORDINGS[:] = [each for each in _RECORDINGS if each is not running]
+            _RECORDINGS[:] = [each for each in _RECORDINGS if each is not followers.running]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from actprune.core.hooks import Live, Watcher
-from actprune.core.switches import EVERY_MODULE
+from actprune.core.followers import following
+from actprune.core.hooks import Watcher
 
 CONTRACTIONS = frozenset({
     "convolution", "mm", "bmm", "addmm", "baddbmm", "_sparse_addmm", "mv", "dot", "vdot", "_grouped_mm", "deform_conv2d",
@@ -34,35 +34,34 @@ IN_PARTS = frozenset({
 """Operators that compute every position by itself and reduce: what PyTorch's own decompositions run is looked at instead."""
 
 
-class InCall(NamedTuple):
-    """A contraction of one of the calls of a module that differ."""
+@dataclass(frozen=True)
+class InCall:
+    """A contraction of one call of a module whose calls run different ones."""
 
     number: int
     """How many contractions the call runs before it."""
     call: int
     """Which call of the module in a forward of the model."""
-    calls: int
+    n_calls: int
     """How many there are in one."""
 
 
 Ordinal: TypeAlias = int | InCall
-"""Which of the contractions that a module's forward runs outside its children; a number where this is so in all calls."""
+"""Which of the contractions that a module's forward runs outside its children; a number is that in every call."""
 Watchers: TypeAlias = Mapping[tuple[Ordinal, int], list[Watcher]]
 """Which contraction, 0 for its first factor or 1 for its second -> who hears it."""
+OfCall: TypeAlias = Mapping[tuple[int, int], list[Watcher]]
+"""The same of one call."""
 
 
-def by_call(watchers: Watchers) -> list[dict[tuple[int, int], list[Watcher]]]:
-    """The watchers of every call of a module, by number alone; of one call where all are alike."""
-    found: list[dict[tuple[int, int], list[Watcher]]] = [
-        {} for _ in range(max((which.calls for which, _ in watchers if isinstance(which, InCall)), default=1))
-    ]
+def by_call(watchers: Watchers) -> list[OfCall]:
+    """The watchers of one module: of all calls, or where these differ of each, and then of those that nobody knows."""
+    n_calls = max((which.n_calls for which, _ in watchers if isinstance(which, InCall)), default=0)
+    found: list[dict[tuple[int, int], list[Watcher]]] = [{} for _ in range(n_calls + 1)]
     for (which, operand), heard in watchers.items():
-        for call, of_call in enumerate(found):
-            if not isinstance(which, InCall):
-                of_call[which, operand] = heard
-            elif call == which.call:
-                of_call[which.number, operand] = heard
-    return found
+        number, call = (which.number, which.call) if isinstance(which, InCall) else (which, 0)
+        found[call][number, operand] = heard
+    return list(found)
 
 
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def decomposed(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs
 class Operands(TorchDispatchMode):
     """Inside one module's forward: hands over an operand of the k-th contraction it runs itself."""
 
-    def __init__(self, watchers: Mapping[tuple[int, int], list[Watcher]]) -> None:
+    def __init__(self, watchers: OfCall) -> None:
         super().__init__()
         self.watchers = watchers
         self.ordinal = 0
@@ -179,26 +178,6 @@ class Operands(TorchDispatchMode):
             self.__exit__(KeyboardInterrupt, None, None)
 
 
-class Running(Protocol):
-    """What follows one forward of a module: a context around it, suspended while another module runs inside."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *exception: Any) -> Any: ...
-
-    def suspend(self) -> None:
-        """Another module runs from here on."""
-
-    def resume(self) -> None:
-        """The other module is done."""
-
-    def abandon(self) -> None:
-        """Nothing more comes of this forward, which did not end."""
-
-
-AnyRunning = TypeVar("AnyRunning", bound=Running)
-
-
 @contextmanager
 def watch_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterator[None]:
     """Watch operands of contractions that a module runs outside its children.
@@ -213,74 +192,3 @@ def watch_operands(model: nn.Module, watchers: Mapping[str, Watchers]) -> Iterat
     starts = {path: [partial(Operands, of_call) for of_call in by_call(of_module)] for path, of_module in watchers.items()}
     with following(model, starts):
         yield
-
-
-@contextmanager
-def following(model: nn.Module, starts: Mapping[str, Sequence[Callable[[], AnyRunning]]]) -> Iterator[list[AnyRunning]]:
-    """Start one follower per forward of the module at each path; the list has those that are running, the innermost last.
-
-    Where a path has several starts its calls take turns, the first one in every forward of the model.
-    """
-    running: list[AnyRunning] = []
-    if not starts:
-        yield running
-        return
-    wanted = {id(model.get_submodule(path)): _Turns(of_path) for path, of_path in starts.items()}
-    with ExitStack() as stack:
-        stack.enter_context(EVERY_MODULE.turned())
-        if any(len(turns.starts) > 1 for turns in wanted.values()):
-            stack.callback(model.register_forward_pre_hook(Live(partial(_begin, wanted.values()))).remove)
-        for module in model.modules():  # whichever runs inside another counts for itself, also out of a list
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it runs counts as its caller's own
-                continue
-            _follow(module, wanted.get(id(module)), running, stack)
-        try:
-            yield running
-        finally:
-            while running:  # after Ctrl-C, of which hooks are not told
-                running.pop().abandon()
-
-
-class _Turns:
-    """Who follows the next call of a module."""
-
-    def __init__(self, starts: Sequence[Callable[[], Any]]) -> None:
-        self.starts = starts
-        self.calls = 0
-
-    def __call__(self) -> Any:
-        start = self.starts[self.calls % len(self.starts)]
-        self.calls += 1
-        return start()
-
-
-def _begin(all_turns: Iterable[_Turns], *_: Any) -> None:
-    for turns in all_turns:
-        turns.calls = 0
-
-
-def _follow(module: nn.Module, start: Callable[[], AnyRunning] | None, running: list[AnyRunning], stack: ExitStack) -> None:
-    entered: list[tuple[Running | None, BaseException | None]] = []
-
-    def enter(*_: Any) -> None:
-        entered.append((running[-1] if running else None, sys.exc_info()[1]))
-        if running:
-            running[-1].suspend()
-        if start is not None:
-            running.append(start())
-            running[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        if not entered:
-            return
-        around, before = entered.pop()
-        if start is not None:
-            error = sys.exc_info()[1]  # a hook is not told of it
-            error = None if error is before else error
-            running.pop().__exit__(None if error is None else type(error), error, None)
-        if around is not None:
-            around.resume()
-
-    # before other hooks, which may run contractions of their own: so the trace numbered them (a spectral norm, for one)
-    stack.callback(module.register_forward_pre_hook(Live(enter), prepend=True).remove)
-    stack.callback(module.register_forward_hook(Live(leave), always_call=True).remove)

@@ -64,10 +64,15 @@ def _holders(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 @contextmanager
-def module_stack(model: nn.Module) -> Iterator[list[Frame]]:
-    """Yield the running calls, outermost first; after an exception the list stays as it was then."""
+def module_stack(model: nn.Module, calls: Counter[str] | None = None) -> Iterator[list[Frame]]:
+    """Yield the running calls, outermost first; after an exception the list stays as it was then.
+
+    Args:
+        model: the model.
+        calls: counts how often each module is called, from nothing on.
+    """
     stack = [Frame("")]
-    calls: Counter[str] = Counter()
+    calls = Counter() if calls is None else calls
     holders = dict(_holders(model))
 
     def enter(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,8 +35,6 @@ class Statistic(Metric):
     differentiates: str | None = None
     """What ``update`` is given as x. None: activations a. ``"loss"``: what each adds to its sample's loss to first order,
     a dL/da. ``"outputs"``: the mean over the network's C outputs of |dy_k/da|. ``"output_sum"``: |sum_k dy_k/da| / C."""
-    batch: int | None = None
-    """Number of the batch that updates belong to; None: each is a batch."""
     n_units: int
     """Units of the group at this site (U)."""
     n_samples: Tensor

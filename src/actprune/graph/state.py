@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -46,6 +47,8 @@ class TraceState(Naming, Splits):
     tensor_ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
     space: IdSpace = field(default_factory=IdSpace)
     contractions: list[Contraction] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each module was called in evaluation mode."""
     bindings: list[Binding] = field(default_factory=list)
     possible: list[Binding] = field(default_factory=list)
     """Attributes that equal a cuttable extent: they follow only where the cut model fails without it."""

@@ -273,7 +273,7 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _follow(model: nn.Module, example: Example, state: TraceState) -> None:
-    with module_stack(model) as state.frames:
+    with module_stack(model, None if state.training else state.calls) as state.frames:
         tracer = ChannelTracer(state)
         listing = Listing(functools.partial(state.reads.listed, state))
         with tracer, listing, Comparisons(state), Wholes(tracer) if wanted(model) else nullcontext():

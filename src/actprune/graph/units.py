@@ -16,7 +16,6 @@ from actprune.graph.cost import CostModel
 from actprune.graph.extents import Extents
 from actprune.graph.graph import Apart, Consumer, Follower, Graph, Site
 from actprune.graph.grouping import group
-from actprune.graph.records import Contraction
 from actprune.graph.rules.recurrent import is_recurrent
 from actprune.graph.state import Column, TraceState
 
@@ -172,7 +171,7 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
     Both directions of a recurrent layer that is followed as a whole share one.
     """
     sites: list[Site | None] = []
-    ordinals = _ordinals(state.contractions)
+    ordinals = _ordinals(state)
     latest: dict[str, Site] = {}
     seen: dict[str, int] = defaultdict(int)
     for contraction, ids, ordinal in zip(state.contractions, reads, ordinals, strict=True):
@@ -197,18 +196,17 @@ def _sites(state: TraceState, reads: list[NDArray[np.int64] | None]) -> list[Sit
     return sites
 
 
-def _ordinals(contractions: list[Contraction]) -> list[Ordinal]:
+def _ordinals(state: TraceState) -> list[Ordinal]:
     """Which contraction of its module each is, and of which call where these run different ones."""
     calls: dict[str, dict[int, list[tuple[object, ...]]]] = defaultdict(lambda: defaultdict(list))
-    for c in contractions:
+    for c in state.contractions:
         if not c.training:
-            calls[c.module][c.call].append((c.operand, c.dim, c.weight))
-    differ = {}
-    for path, of_path in calls.items():
-        n = max(of_path) + 1
-        if len({tuple(of_path[call]) for call in range(n)}) > 1:
-            differ[path] = n
-    return [InCall(c.ordinal, c.call, differ[c.module]) if c.module in differ else c.ordinal for c in contractions]
+            # what one weight reads in several calls is tied; parts of weights, and what is no weight, may be given anything
+            read = None if c.weight is not None or c.reads is None else c.reads.tobytes()
+            calls[c.module][c.call].append((c.operand, c.dim, c.weight, read))
+    n_calls = {path: max(state.calls[path], *(call + 1 for call in of_path)) for path, of_path in calls.items()}
+    differ = {path for path, n in n_calls.items() if len({tuple(calls[path][call]) for call in range(n)}) > 1}
+    return [InCall(c.ordinal, c.call, n_calls[c.module]) if c.module in differ else c.ordinal for c in state.contractions]
 
 
 def _once(sites: list[Site | None]) -> list[Site | None]:

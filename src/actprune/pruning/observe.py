@@ -32,7 +32,7 @@ from actprune.pruning.rows import Rows
 from actprune.pruning.sampling import Sampling
 from actprune.pruning.updates import Updates
 from actprune.pruning.wiring import Wiring
-from actprune.statistics import EVERYTHING, Density, all_reduce
+from actprune.statistics import EVERYTHING, Accumulator, Density, all_reduce
 
 
 class Observation:
@@ -62,6 +62,7 @@ class Observation:
         self._fused = Fused(self._sampling, self._rows, self._updates, lambda reads, x: self._see(reads, x, reads.dim))
         self._next_id = 0
         self._paused = self._began = False
+        self._forward_begins: Callable[[], None] = lambda: None
         nothing = partial(Reads, make=make, sampling=self._sampling, updates=self._updates)
         with GARBAGE.turned():
             self._wiring = Wiring(model, nothing, self._watch, self._channels)
@@ -95,7 +96,8 @@ class Observation:
         x, ids = self._rows.samples(x, consumer.dim, consumer.module)
         if len(ids):
             layer.sees(x)
-            statistic.batch = self._updates.batch
+            if isinstance(statistic, Accumulator):
+                statistic.batch = self._updates.batch
             compensation.observe(statistic, layer, x, self._sampling.on(x.device, ids))
 
     def begin_batch(self, sample_ids: Tensor | range, labels: Tensor | None = None) -> None:
@@ -121,6 +123,7 @@ class Observation:
         self._rows.begin(sample_ids if isinstance(sample_ids, range) else sample_ids.to("cpu", torch.int64), labels)
         self._next_id += len(self._rows.numbers)
         self._fused.begin()
+        self._forward_begins()
         ids = None if self._rows.leaves_out else self._rows.ids
         for reads in self._fused.others(self._wiring.reads.values()):
             reads.get_ready(ids)
@@ -213,7 +216,9 @@ class Observation:
             ears = stack.enter_context(listening(self._model, watchers))
             alone = ((path, each) for (path, k, *_), each in reads.items() if k is None and len(inputs[path]) == 1)
             self._fused.listen({id(each): ears[path] for path, each in alone})
-            stack.enter_context(hear_operands(self._model, self._wiring.operands))
+            self._forward_begins = stack.enter_context(
+                hear_operands(self._model, self._wiring.operands, lambda: not self._paused)
+            )
             try:
                 yield
             except BaseException:  # who handles it may need the memory

@@ -118,7 +118,7 @@ def _layers(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[_Layer]:
         module = modules[consumer.module]
         plain = isinstance(module, nn.Linear) or (isinstance(module, Conv) and reads_patches(module, module.weight))
         plain = plain and not module.weight.is_complex()
-        if plain and not consumer.ordinal and consumer.reads_own_weight and runs[consumer.weight] == 1:
+        if plain and consumer.ordinal in (None, 0) and consumer.reads_own_weight and runs[consumer.weight] == 1:
             yield _Layer(
                 consumer.module,
                 _norm(modules, consumer),

@@ -44,6 +44,8 @@ class Accumulator(Statistic):
     joinable: bool = False
     """Whether statistics of several sites can be updated as one, see ``joined``: every state has one entry per unit, or one per
     site; updates work in place."""
+    batch: int | None = None
+    """Number of the batch that updates belong to; None: each is a batch."""
     _is_bare: bool = False
     """Whether the states are those of others as well, see ``another``."""
     first_nonfinite: Tensor
