@@ -194,7 +194,6 @@ def observed(build: Any, example: Any, _plans: int) -> dict[str, Any]:
     inputs = example if isinstance(example, list) else _training_example(example)
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
     n = len(inputs) if isinstance(inputs, list) else len(tensors[0])
-    size = sum(p.numel() for p in original.parameters())
     left, finite = [], True
     for criterion, compensation in ((criteria.Entropy(), Mean()), (criteria.RMS(), LeastSquares())):
         model = copy.deepcopy(original)
@@ -208,7 +207,7 @@ def observed(build: Any, example: Any, _plans: int) -> dict[str, Any]:
             pruner.execute(plan)
         said = outputs(model, inputs)
         finite &= all(bool(x.isfinite().all()) for x in said if x.is_floating_point())
-        left.append(pruner.params / size)
+        left.append(pruner.params / pruner.params_before)
     return {"prunes": finite and max(left) <= 0.8, "left": left}
 
 

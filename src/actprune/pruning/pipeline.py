@@ -26,6 +26,7 @@ from actprune.core.tensors import real
 from actprune.core.views import Criterion, GroupView, Reader
 from actprune.graph import Graph, Group
 from actprune.pruning.arguments import as_optimizers, check_arguments, check_example, check_model, check_unchanged
+from actprune.pruning.biases import with_room_for_biases
 from actprune.pruning.ignoring import ignored
 from actprune.pruning.observe import Observation
 from actprune.pruning.plans import compensated, draft
@@ -299,6 +300,10 @@ class Pruner:
             )
         scores = self.scores(observation)
         units = self._units(scores, due)
+        counts = self.budget.unit == "params" and self.criterion.threshold is None
+        if counts and self.compensation is not None and observation is not None:
+            fewer = partial(self._units, scores, due)
+            units = with_room_for_biases(units, fewer, self._target_now(due), self.model, self.graph, observation.folds)
         if not units:
             return None
         plan = draft(self.model, self.graph, units)
@@ -306,14 +311,14 @@ class Pruner:
             plan = compensated(plan, self.model, self.graph, units, observation, self.compensation)
         return plan
 
-    def _units(self, scores: dict[str, Tensor], due: float) -> dict[str, list[int]]:
+    def _units(self, scores: dict[str, Tensor], due: float, room: int = 0) -> dict[str, list[int]]:
         unit, originals, threshold = self.budget.unit, self._original_widths, self.criterion.threshold
         if threshold is not None:
             return select_below(self.graph, scores, threshold, unit, self._target_now(1.0), self.selection, originals)
         selection = self.selection
         if selection.normalise is None and self.criterion.comparable:
             selection = dataclasses.replace(selection, normalise="none")
-        return select(self.graph, scores, unit, self._target_now(due), selection, originals)
+        return select(self.graph, scores, unit, self._target_now(due) - room, selection, originals)
 
     def execute(self, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> Transaction:
         """Cut the model and the optimizers' state; extend the record; trace anew.
