@@ -45,7 +45,7 @@ class Followers(Generic[AnyRunning]):
         """Of the forwards that have not ended, the innermost last."""
         self.turns = turns
 
-    def restart(self, *_: Any) -> None:
+    def restart(self) -> None:
         """The next call of every module is its first one in a forward of the model."""
         for turns in self.turns.values():
             turns.calls, turns.are_counted = 0, True
