@@ -3,7 +3,6 @@
 And what a default device does to a network that is on the CPU: nothing.
 """
 
-import contextlib
 import copy
 import dataclasses
 
@@ -93,19 +92,15 @@ def test_what_users_write_finds_its_default_device():
     torch.testing.assert_close({name: scores[name] for name in on_cpu}, on_cpu, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def nowhere():
-    """Tensors that are made without a word about their device have no elements."""
-
-    @contextlib.contextmanager
-    def default():
-        torch.set_default_device("meta")
-        try:
-            yield
-        finally:
-            torch.set_default_device(None)
-
-    return default
+def both_ways(run):
+    """What it says, and what it says where tensors that are made without a word about their device have no elements."""
+    said = [run()]
+    torch.set_default_device("meta")
+    try:
+        said.append(run())
+    finally:
+        torch.set_default_device(None)
+    return said
 
 
 SCORERS = [
@@ -118,42 +113,43 @@ SCORERS = [
 
 @pytest.mark.parametrize("compensation", [Mean(), LeastSquares()])
 @pytest.mark.parametrize("criterion", SCORERS, ids=lambda criterion: repr(criterion)[:40])
-def test_the_default_device_changes_nothing(criterion, compensation, nowhere):
+def test_the_default_device_changes_nothing(criterion, compensation):
     torch.manual_seed(0)
     net, x = network().eval(), torch.randn(24, 3, 8, 8)
     pairs = list(zip(x.split(8), (torch.arange(24) % 3).split(8), strict=True))
-    said = []
-    for default in (contextlib.nullcontext, nowhere):
+
+    def pruned():
         model = copy.deepcopy(net)
-        with default():
-            actprune.prune(model, x[:2], pairs, criterion=criterion, budget=Budget(params=0.6), compensation=compensation)
-            said.append(model(x))
-    assert torch.equal(*said)
+        actprune.prune(model, x[:2], pairs, criterion=criterion, budget=Budget(params=0.6), compensation=compensation)
+        return model(x)
+
+    assert torch.equal(*both_ways(pruned))
 
 
 @pytest.mark.parametrize("name", ["AttentionPacked", "CrossAttention", "GluChunk", "Shuffle", "Dense", "Flatten"])
-def test_the_default_device_changes_nothing_of_other_kinds_of_networks(name, nowhere):
+def test_the_default_device_changes_nothing_of_other_kinds_of_networks(name):
     net, x = build(name)
-    said = []
-    for default in (contextlib.nullcontext, nowhere):
+
+    def pruned():
         model = copy.deepcopy(net.eval())
-        with default():
-            actprune.prune(model, x, [x, x], criterion=criteria.Entropy(), budget=Budget(params=0.8))
-            said.append(model(x))
-    assert torch.equal(*said)
+        actprune.prune(model, x, [x, x], criterion=criteria.Entropy(), budget=Budget(params=0.8))
+        return model(x)
+
+    assert torch.equal(*both_ways(pruned))
 
 
-def test_the_default_device_changes_nothing_of_an_analysis(nowhere):
+def test_the_default_device_changes_nothing_of_an_analysis():
     torch.manual_seed(0)
     model, x = network().eval(), torch.randn(24, 3, 8, 8)
     pairs = list(zip(x.split(8), (torch.arange(24) % 3).split(8), strict=True))
     panel = {"entropy": criteria.Entropy(), "ranks": criteria.HRank(), "l1": criteria.Magnitude()}
-    found = []
-    for default in (contextlib.nullcontext, nowhere):
-        with default():
-            influence = actprune.analyze(model, x[:2], pairs, pairs, criteria=panel)
-            found.append((dataclasses.replace(influence, seconds_before=0), agreement(influence)))
-    assert repr(found[0]) == repr(found[1])
+
+    def found():
+        influence = actprune.analyze(model, x[:2], pairs, pairs, criteria=panel)
+        return repr((dataclasses.replace(influence, seconds_before=0), agreement(influence)))
+
+    one, other = both_ways(found)
+    assert one == other
 
 
 def stepped(model, x):
@@ -170,12 +166,8 @@ def bounded(model, x):
 
 
 @pytest.mark.parametrize("run", [stepped, bounded])
-def test_the_default_device_changes_nothing_of_sparsity_and_capacity(run, nowhere):
+def test_the_default_device_changes_nothing_of_sparsity_and_capacity(run):
     torch.manual_seed(0)
     net, x = network(), torch.randn(24, 3, 8, 8)
-    said = []
-    for default in (contextlib.nullcontext, nowhere):
-        model = copy.deepcopy(net)
-        with default():
-            said.append(run(model, x))
-    assert repr(said[0]) == repr(said[1])
+    one, other = both_ways(lambda: repr(run(copy.deepcopy(net), x)))
+    assert one == other

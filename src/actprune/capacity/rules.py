@@ -89,7 +89,7 @@ def _product(a: SimpleNamespace, out: Tensor) -> Pairs:
     if a.name == "div":
         if a.is_live(a.other):
             raise Unbounded("divides by an activation")
-        return [(a.input, _largest(1 / torch.as_tensor(a.other, device="cpu")) * _repeats(a.input, out))]
+        return [(a.input, _largest(1 / _tensor(a.other)) * _repeats(a.input, out))]
     live = [x for x in (a.input, a.other) if a.is_live(x)]
     if len(live) > 1:
         raise Unbounded("multiplies two activations")
@@ -206,7 +206,12 @@ def _repeats(x: Tensor, out: Tensor) -> float:
 
 
 def _largest(value: Any) -> float:
-    return float(torch.as_tensor(value, device="cpu").detach().abs().max())
+    return float(_tensor(value).detach().abs().max())
+
+
+def _tensor(value: Any) -> Tensor:
+    """A number or a list as a tensor; a tensor where it is."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def reflected(a: SimpleNamespace, out: Tensor) -> Pairs:

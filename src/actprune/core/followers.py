@@ -85,13 +85,14 @@ class _Turns:
         return self._starts[min(call, self._n_calls)]()
 
 
-def _always() -> bool:
+def always() -> bool:
+    """Whatever begins."""
     return True
 
 
 @contextmanager
 def following(
-    model: nn.Module, starts: Mapping[str, Sequence[Callable[[], AnyRunning]]], is_on: Callable[[], bool] = _always
+    model: nn.Module, starts: Mapping[str, Sequence[Callable[[], AnyRunning]]], is_on: Callable[[], bool] = always
 ) -> Iterator[Followers[AnyRunning]]:
     """Start one follower per forward of modules.
 

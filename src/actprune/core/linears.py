@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actprune.core.followers import following
+from actprune.core.followers import always, following
 from actprune.core.hooks import Watcher
 from actprune.core.operands import OfCall, Operands, Watchers, by_call
 from actprune.core.switches import Switch
@@ -205,7 +205,7 @@ _LINEAR = Switch(_replaced)
 
 @contextmanager
 def hear_operands(
-    model: nn.Module, watchers: Mapping[str, Watchers], is_on: Callable[[], bool] = lambda: True
+    model: nn.Module, watchers: Mapping[str, Watchers], is_on: Callable[[], bool] = always
 ) -> Iterator[Callable[[], None]]:
     """Call watchers with operands of contractions that a module runs outside its children; what they return is ignored.
 

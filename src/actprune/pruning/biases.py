@@ -54,8 +54,7 @@ def biases_given(model: nn.Module, graph: Graph, gone: NDArray[np.bool_], folds:
     gone, given = np.append(gone, False), {}
     for number, (layer, _) in folds.items():
         consumer = graph.consumers[number]
-        has_place = consumer.bias is not None or consumer.batch_norm is not None or layer.weight.is_complex()
-        if not has_place and gone[consumer.reads].any() and takes_bias(model, consumer):
+        if gone[consumer.reads].any() and not layer.weight.is_complex() and takes_bias(model, consumer):
             whole = layer.weight.shape[1 - consumer.reads_dim]
             given[consumer.module] = whole if consumer.writes is None else int((~gone[consumer.writes]).sum())
     return sum(given.values())

@@ -27,7 +27,9 @@ def statistic_of(compensation: Compensation, means_do: bool, layer: Layer, n_cha
 
 
 def takes_bias(model: nn.Module, consumer: Consumer) -> bool:
-    """Whether a layer without a bias adds one once it is given one: a forward of its own may not ask for any."""
+    """Whether a layer is given a bias: nothing else takes a shift, and it adds one, which a forward of its own may not do."""
+    if consumer.bias is not None or consumer.batch_norm is not None:
+        return False
     module = model.get_submodule(consumer.module)
     own = consumer.reads_own_weight and runs_torch_forward(module)
     return own and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None

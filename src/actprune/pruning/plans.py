@@ -18,6 +18,7 @@ from actprune.core.errors import SurgeryError
 from actprune.core.plan import Plan, Positions
 from actprune.graph import Graph
 from actprune.pruning.apart import equal
+from actprune.pruning.biases import biases_given
 from actprune.pruning.folded import takes_bias
 from actprune.pruning.observe import Observation
 
@@ -108,7 +109,6 @@ def compensated(
             weights[owner].append(fold.weight)
     shifts: dict[str, Tensor] = {}
     new_biases: dict[str, Tensor] = {}
-    added = 0
     for number, found in biases.items():
         consumer = graph.consumers[number]
         bias = torch.stack(found).mean(0).cpu()
@@ -121,10 +121,8 @@ def compensated(
             shifts[mean] = shifts.get(mean, 0) - bias
         elif takes_bias(model, consumer):
             new_biases[consumer.module] = bias
-            out_dim = 1 - consumer.reads_dim
-            cut = plan.removed.get(consumer.weight, {}).get(out_dim, [])
-            added += len(bias) - len(cut)
         elif not weights[number]:
             _LOG.warning("%s: no mean is folded, for neither a bias nor a batch norm can take it", consumer.weight)
-    plan = dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=plan.params_after + added)
+    params_after = plan.params_after + biases_given(model, graph, gone, observation.folds)
+    plan = dataclasses.replace(plan, shifts=shifts, new_biases=new_biases, params_after=params_after)
     return mirrored(plan, model, graph.copies)
