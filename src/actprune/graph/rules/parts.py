@@ -19,29 +19,42 @@ _PART_WORDS = ("dim", "channel", "width", "hidden", "feature", "plane", "filter"
 
 @rule("slice")
 def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """A range of positions: halves, thirds and quarters leave evenly, other ranges need bounds that the module keeps."""
+    """A range of positions: halves, thirds and quarters leave evenly, other ranges need bounds that the module keeps.
+
+    Every ``step``-th position: neighbours leave together, so that each keeps its place among them.
+    """
     ids = list(t.ids(a.input))
     n, dim = a.input.shape[a.dim], a.dim
-    start, stop, _ = slice(a.start, a.end, a.step).indices(n)
-    if (whole := ids[dim]) is not None:
+    start, stop, step = slice(a.start, a.end, a.step).indices(n)
+    whole = ids[dim]
+    if whole is not None and step == 1:
         t.skips(whole[:start])
-    if out.shape[dim] != n and ids[dim] is not None:
-        parts = _parts(n, start, stop) if a.step == 1 else 0
-        evenly = parts == 2 or (parts and start > 0 and stop < n)
-        if evenly or a.step != 1 or not _bind_bounds(t, ids[dim], {start, stop} - {0, n}):
-            if parts:
-                rows = ids[dim].reshape(parts, -1)
-                t.tie_all(rows[:1], rows)
-                _bind_sizes(t, out.shape[dim], rows[0])
-            else:
-                t.skips(None)
-                t.set(out, [None if d == dim else column for d, column in enumerate(ids)])
-                t.lock_once_read(out, ids[dim], "slice of this dimension by position")
-                return
-        ids[dim] = ids[dim][slice(start, stop, a.step)]
+    if whole is not None and out.shape[dim] != n:
+        if step > 1 and start < step and stop == n and n % step == 0:
+            neighbours = whole.reshape(-1, step)
+            t.tie_all(neighbours[:, :1], neighbours)
+        elif step > 1 or not _is_part(t, whole, start, stop):
+            t.skips(None)
+            t.set(out, [None if d == dim else column for d, column in enumerate(ids)])
+            t.lock_once_read(out, whole, "slice of this dimension by position")
+            return
+        ids[dim] = whole[start:stop:step]
     t.set(out, ids)
     if out.shape[dim] == n:
         t.inherit(a.input, out)
+
+
+def _is_part(t: TraceState, ids: np.ndarray, start: int, stop: int) -> bool:
+    """Whether a range can follow a cut: its bounds are kept by a module, or it is one of a few equal parts."""
+    parts = _parts(len(ids), start, stop)
+    evenly = parts == 2 or (parts and start > 0 and stop < len(ids))
+    if not evenly and _bind_bounds(t, ids, {start, stop} - {0, len(ids)}):
+        return True
+    if parts:
+        rows = ids.reshape(parts, -1)
+        t.tie_all(rows[:1], rows)
+        _bind_sizes(t, stop - start, rows[0])
+    return bool(parts)
 
 
 def _parts(n: int, start: int, stop: int) -> int:
