@@ -52,6 +52,7 @@ ASKED = {
     "a parameter": lambda m, x, y: x.shape[1] != m.proj.weight.shape[0],
     "an attribute": lambda m, x, y: x.shape[1] != m.width,
     "among others": lambda m, x, y: x.shape[1] not in (y.shape[1], 1),
+    "beside a width that follows": lambda m, x, y: x.shape[1] != y.view(-1, m.width, *y.shape[2:]).shape[1],
 }
 X = torch.rand(2, 3, 4, 4, dtype=torch.float64)
 
