@@ -89,7 +89,9 @@ def test_a_start_that_follows_the_width_stays():
 
 
 def test_channels_of_maps():
-    build = lambda: nn.Sequential(nn.Conv2d(3, 12, 3), Picks(), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 12, 3), Picks(), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+
     graph = exact(build, torch.randn(2, 3, 7, 7).double())
     assert sorted(group.size for group in graph.unlocked) == [4, 6]
 

@@ -14,7 +14,7 @@ _COUNTING = {"arange", "range"}
 # positions along dimensions that stay, and how many of them are picked: no shape that is predicted tells
 _PLACES = {
     "topk": {"k"}, "select": {"index"}, "tril": {"diagonal"}, "triu": {"diagonal"}, "diagonal": {"offset"},
-    "slice": {"start", "step"}, "narrow_copy": {"start"}, "unfold": {"size", "step"}, "as_strided": {"storage_offset"},
+    "slice": {"start", "step"}, "narrow_copy": {"start"}, "unfold": {"size", "step"},
     "slice_scatter": {"start", "step"}, "select_scatter": {"index"}, "diagonal_scatter": {"offset"},
 }  # fmt: skip
 # their number stays where channels leave evenly, and says what is normalised together
@@ -48,6 +48,8 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
     if name in LIFTED:
         made: Tensor = args[0]
         return tuple(made.flatten().tolist()) if made.numel() <= _FEW and made.device.type == "cpu" else ()
+    if name == "as_strided":
+        return _strides(*args)
     if name in _MOVES:
         return tuple(n for place in _MOVES[name] for n in (*args, *[()] * place)[place])
     plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
@@ -56,3 +58,10 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
         return ()
     positions, names = _places(func)
     return (*(x for i, x in plain if i in positions), *(x for key, x in named if key in names))
+
+
+def _strides(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> tuple[float, ...]:
+    """Where a view begins and how far it steps: beside the steps of the tensor's own dimensions, if it has as many."""
+    steps = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
+    own = [step or 1 for step in x.stride()] if x.dim() == len(size) else [1] * len(size)
+    return (offset or 0, *(step / one for step, one in zip(steps, own, strict=True)))

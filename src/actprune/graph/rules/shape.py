@@ -8,6 +8,7 @@ from operator import is_
 from types import SimpleNamespace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actprune.graph.ids import FIXED, Ids, Joined, free
@@ -198,13 +199,39 @@ def _pad_attribute(t: TraceState, pad: list[int]) -> tuple[str, str] | None:
 
 @rule("as_strided")
 def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Other strides for the same shape keep the ids, anything else locks them."""
-    ids = t.ids(a.input)
-    if a.input.shape != out.shape:
-        for dim in ids:
-            t.lock(dim, "as_strided to another shape")
-        ids = [None] * out.dim()
-    t.set(out, ids)
+    """A dimension passes where one dimension of the result walks along it.
+
+    A rehearsed cut finds steps that do not follow; beside those of other dimensions, where there are more or fewer, it finds
+    none, so that only the outermost passes: on its extent no step depends.
+    """
+    x, ids = a.input, list(t.ids(a.input))
+    same = (x.shape, x.stride(), x.storage_offset()) == (out.shape, out.stride(), out.storage_offset())
+    result: list[Ids] = ids if same else [None] * out.dim()
+    for dim, column in enumerate(ids):
+        if column is None or same:
+            continue
+        walks = _walks(x, out, dim)
+        if walks is None or not (walks == dim if x.dim() == out.dim() else x.stride(dim) == max(x.stride())):
+            t.lock(column, "as_strided to another shape")
+        else:
+            result[walks] = column
+    t.set(out, result)
+
+
+def _walks(x: Tensor, view: Tensor, dim: int) -> int | None:
+    """The dimension of a view of ``x`` that walks along a dimension of ``x``, position by position; None: there is none."""
+    positions = np.full(x.untyped_storage().nbytes() // x.element_size(), -1)
+
+    def seen(tensor: Tensor) -> NDArray[np.int64]:
+        strides = [positions.itemsize * stride for stride in tensor.stride()]
+        return np.lib.stride_tricks.as_strided(positions[tensor.storage_offset() :], tensor.shape, strides)
+
+    def along(tensor: Tensor, d: int) -> NDArray[np.int64]:
+        return np.arange(tensor.shape[d]).reshape(-1, *[1] * (tensor.dim() - d - 1))
+
+    seen(x)[...] = along(x, dim)
+    same = (d for d, n in enumerate(view.shape) if n == x.shape[dim])
+    return next((d for d in same if (seen(view) == along(view, d)).all()), None)
 
 
 @rule("flip")

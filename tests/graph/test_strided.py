@@ -1,0 +1,80 @@
+"""Views by strides: windows that overlap along tokens pass heads and channels on; what a stride cannot follow stays."""
+
+import pytest
+import torch
+from torch import nn
+
+from actprune.pruning.verify import rehearse
+from masked import check_cuts
+
+
+class Windows(nn.Module):
+    """Attention of every token to the windows around it, cut out of the sequence by strides as Longformer does."""
+
+    def __init__(self, view, heads=4, dim=3, width=5):
+        super().__init__()
+        self.num_heads, self.head_dim, self.view = heads, dim, view
+        self.query, self.key, self.value = (nn.Linear(width, heads * dim) for _ in range(3))
+        self.out = nn.Linear(heads * dim, 2)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = (f(x).view(n, t, self.num_heads, self.head_dim).transpose(1, 2) for f in (self.query, self.key, self.value))
+        k, v = (self.view(z.reshape(n * self.num_heads, t, self.head_dim)) for z in (k, v))
+        q = q.reshape(n * self.num_heads, 1, t, self.head_dim)
+        y = ((q @ k.transpose(-1, -2) / 3).softmax(-1) @ v).mean(1)
+        return self.out(y.view(n, self.num_heads, t, self.head_dim).transpose(1, 2).flatten(2))
+
+
+def overlapping(z):
+    """Windows of 4 tokens, of which the next begins two later."""
+    z = z.view(z.shape[0], -1, 4, z.shape[-1])
+    size, stride = list(z.shape), list(z.stride())
+    size[1], stride[1] = 2 * size[1] - 1, stride[1] // 2
+    return z.as_strided(size, stride)
+
+
+def more_dimensions(z):
+    z = z.contiguous()
+    a, b, c = z.stride()
+    return z.as_strided((z.shape[0], 3, 4, z.shape[-1]), (a, 2 * b, b, c))
+
+
+def fixed(z):
+    """The first window, by steps over whole tokens as numbers."""
+    return z.view(z.shape[0], -1, 4, z.shape[-1]).as_strided((z.shape[0], 1, 4, 3), (3, 48, 12, 1))
+
+
+@pytest.mark.parametrize("view", [overlapping, more_dimensions])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_windows_pass_heads_on(view, samples):
+    torch.manual_seed(0)
+    x = torch.randn(samples, 8, 5, dtype=torch.float64)
+    graph, _ = rehearse(Windows(view).double().eval(), x)
+    assert [group.size for group in graph.unlocked] == [4], str(graph)
+    check_cuts(lambda: Windows(view).eval(), graph, x, 3)
+
+
+def test_steps_that_do_not_follow_are_found():
+    """One sample lies token by token with heads side by side: fewer heads, shorter steps. No shape tells."""
+    x, model = torch.randn(1, 8, 5), Windows(fixed).eval()
+    same = Windows(lambda z: z.view(z.shape[0], -1, 4, z.shape[-1])[:, :1]).eval()
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), same(x))
+    graph, _ = rehearse(model, x)
+    assert all("as_strided is given" in group.locked for group in graph.groups if group.size == 4), str(graph)
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.outer(self.inner(x).as_strided((6, 6), (1, 6)).relu())
+
+
+def test_the_same_shape_turned_is_not_the_same():
+    """Rows and columns change places though the shape stays: samples stand where channels were."""
+    graph, _ = rehearse(Turned().eval(), torch.randn(6, 6))
+    assert "as_strided" in graph.group("inner").locked
