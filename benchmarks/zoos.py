@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from automatic import transformers_automatic
 from families import transformers_more
 from torch import nn
 
@@ -127,4 +128,5 @@ COLLECTIONS: dict[str, Callable[[], Iterator[Entry]]] = {
     "timm": timm_families,
     "transformers": transformers_families,
     "transformers-more": transformers_more,
+    "transformers-automatic": transformers_automatic,
 }

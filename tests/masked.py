@@ -93,11 +93,14 @@ class KeptOther(nn.Module):
         first = isinstance(norm, nn.GroupNorm) or "2d" in type(norm).__name__ or _channels_first(norm)
         self.dim = getattr(norm, "channel_dim", 1 if first else -1)
 
-    def forward(self, x, *gates):
-        y = self.norm(*(z.index_select(self.dim, self.keep) for z in (x, *gates)))
+    def forward(self, x, *others):
+        gates = (z if z is None else z.index_select(self.dim, self.keep) for z in others)
+        said = self.norm(x.index_select(self.dim, self.keep), *gates)
+        y, *rest = said if isinstance(said, tuple) else (said,)
         shape = list(y.shape)
         shape[self.dim] = x.shape[self.dim]
-        return y.new_zeros(shape).index_copy(self.dim, self.keep, y)
+        whole = y.new_zeros(shape).index_copy(self.dim, self.keep, y)
+        return (whole, *rest) if isinstance(said, tuple) else whole
 
 
 class KeptConv(nn.Module):

@@ -90,7 +90,7 @@ class OverKept(TorchDispatchMode):
     def left(self, path, call, out):
         """A module that the reference replaced has returned: its output stands for what was traced last there."""
         if traced := self._traced[path, call]:
-            self._note([out], traced[-1][1])
+            self._note([out[0] if isinstance(out, tuple) else out], traced[-1][1])
 
     def _note(self, tensors, columns):
         for tensor, dims in zip(tensors, columns, strict=False):

@@ -49,7 +49,7 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
         made: Tensor = args[0]
         return tuple(made.flatten().tolist()) if made.numel() <= _FEW and made.device.type == "cpu" else ()
     if name == "as_strided":
-        return _strides(*args)
+        return _strides(*args, **kwargs)
     if name in _MOVES:
         return tuple(n for place in _MOVES[name] for n in (*args, *[()] * place)[place])
     plain = [(i, x) for i, x in enumerate(args) if type(x) in (int, float, complex)]
@@ -60,8 +60,8 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
     return (*(x for i, x in plain if i in positions), *(x for key, x in named if key in names))
 
 
-def _strides(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> tuple[float, ...]:
+def _strides(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> tuple[float, ...]:
     """Where a view begins and how far it steps: beside the steps of the tensor's own dimensions, if it has as many."""
     steps = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
     own = [step or 1 for step in x.stride()] if x.dim() == len(size) else [1] * len(size)
-    return (offset or 0, *(step / one for step, one in zip(steps, own, strict=True)))
+    return (storage_offset or 0, *(step / one for step, one in zip(steps, own, strict=True)))

@@ -18,12 +18,19 @@ def assign(module: nn.Module, name: str, value: Any, changes: Transaction) -> No
     """Set a plain attribute, or ``config.name`` in settings of its own, and remember how to take it back."""
     owner, _, leaf = name.partition(".")
     if leaf:
-        name, value = owner, settings.changed(getattr(module, owner), leaf, value)
+        others = settings.changed(getattr(module, owner), leaf, value)
+        for attribute, follows in settings.following(module, owner, others).items():
+            _set(module, attribute, follows, changes)
+        return
     old = getattr(module, name)
     if isinstance(old, tuple) and isinstance(value, list):
         value = tuple(value)
-    if not leaf and type(old) is type(value) and old == value:
-        return
+    if type(old) is not type(value) or old != value:
+        _set(module, name, value, changes)
+
+
+def _set(module: nn.Module, name: str, value: Any, changes: Transaction) -> None:
+    old = getattr(module, name)
     setattr(module, name, value)
     changes.did(lambda: setattr(module, name, old))
 

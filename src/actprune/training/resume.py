@@ -248,7 +248,8 @@ class Shapes:
                 if own or key in record.attributes.get(name, ()):
                     setattr(module, key, type(value)(value))
             for key in {key.partition(".")[0] for key in record.attributes.get(name, ()) if "." in key}:
-                setattr(module, key, self.settings[name][key])
+                for attribute, value in settings.following(module, key, self.settings[name][key]).items():
+                    setattr(module, attribute, value)
             known, constants = self.tensors[name], self.constants[name]
             for key, value in constants.items():
                 present = vars(module).get(key)  # None, or of another shape, if a forward writes it: then it was not cut
