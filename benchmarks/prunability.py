@@ -3,8 +3,9 @@
     python benchmarks/prunability.py torchvision torchvision-other timm transformers [--peer | --observed] [--out FILE]
 
 Half of every group that may be cut leaves, drawn at random; before that, random plans with uneven shares are tried and taken
-back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, and a fresh
-copy takes its shape and values from the file. ``covered``: share of parameters of which some dimension may be cut. ``error``:
+back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, where the
+whole one does, and a fresh copy takes its shape and values from the file. ``covered``: share of parameters in groups of at
+least two units that may be cut. ``error``:
 largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output
 (where it exceeds 1e-5, once more in float64 behind a slash: a wrong cut stays wrong there, rounding goes); norms, means,
 variances and extremes over channels are taken over the channels that stay there too (``tests/masked.py``, ``reductions.py``);
@@ -145,10 +146,11 @@ def summary(collection: str, rows: dict[str, Any]) -> str:
     slow = sum(r["trace_seconds"] > max(2.0, 2 * r["forward_seconds"]) for r in full)
     idle = sum(r["effect"] < 1e-3 for r in full)
     off = sum(r["count_off"] > 0 for r in full)
+    untrained = sum(not r["trains"] for r in full)
     return (
         f"{text}; covered {min(covered):.3f} at least, {sum(covered) / len(covered):.3f} on average; error within "
         f"1e-5 for {exact} of {len(full)}, for {len(precise)} more {max(precise, default=0.0):.0e} in float64; "
-        f"without effect: {idle}; counts off: {off}; "
+        f"without effect: {idle}; counts off: {off}; fail at a backward, whole or cut: {untrained}; "
         f"traces slower than two forwards and 2 s: {slow}"
     )
 

@@ -65,6 +65,19 @@ def works(model: nn.Module, example: Any) -> None:
             model.zero_grad()
 
 
+def _works_as(model: nn.Module, whole: nn.Module, example: Any) -> bool:
+    """Run it so; False where the whole model fails at it, too."""
+    try:
+        works(model, example)
+    except RuntimeError:
+        try:
+            works(whole, example)
+        except RuntimeError:
+            return False
+        raise
+    return True
+
+
 def _compared(model: nn.Module, example: Any) -> list[Tensor]:
     """Outputs to compare: of a detector what comes before boxes are chosen, for near-equal scores change places freely."""
     if not isinstance(example, list):
@@ -146,7 +159,7 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
     pruner = actprune.Pruner(model, example, actprune.criteria.Random(), actprune.Budget(params=1.0), compensation=None)
     rehearsal = time.perf_counter() - start
     graph = pruner.graph
-    cuttable = {tensor for group in graph.unlocked for tensor, _ in group.members}
+    cuttable = {tensor for group in graph.unlocked if group.size > 1 for tensor, _ in group.members}
     whole = _compared(full, example)
     error = off = 0.0
     drawn = [draft(model, graph, random_units(graph, seed)) for seed in range(plans)]
@@ -169,10 +182,11 @@ def ours(build: Any, example: Any, plans: int) -> dict[str, Any]:
         actprune.save_pruned(model, Path(folder) / "pruned.pt")
         actprune.load_pruned(fresh, Path(folder) / "pruned.pt")
     same = difference(_compared(fresh, example), _compared(model, example)) == 0.0
-    works(model, example)
+    trains = _works_as(model, full, example)
     locks = Counter(g.locked for g in graph.groups if g.locked is not None and g.size > 1)
     return {
         "prunes": same,
+        "trains": trains,
         "covered": sum(p.numel() for name, p in full.named_parameters() if name in cuttable) / size,
         "error": error,
         **precise,
