@@ -1,4 +1,4 @@
-"""Layers that pickle as what they were made from, as those of einops: lengths in a dictionary, and ready to use elsewhere."""
+"""Numbers in dictionaries: settings, and lengths that are spelt out once more, ready to use, as in layers of einops."""
 
 import copy
 import pickle
@@ -12,6 +12,7 @@ from actprune import Budget, Pruner
 from actprune.criteria import Random
 from actprune.pruning.plans import draft
 from actprune.pruning.verify import rehearse
+from actprune.surgery import rehearsed
 from actprune.training.resume import Shapes
 from masked import check_cuts
 
@@ -63,6 +64,54 @@ def test_heads_leave_and_cut_equals_masked():
     graph, _ = rehearse(Attention().double().eval(), X)
     assert sorted(group.size for group in graph.unlocked) == [3, 12], str(graph)
     check_cuts(lambda: Attention().eval(), graph, X, 3)
+
+
+class Scaled(Split):
+    """What is set after it was made is no length."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Configured(nn.Module):
+    """The number of heads in a dictionary of settings that others share."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.qkv, self.out = config, nn.Linear(5, 36), nn.Linear(12, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.config["n_head"], -1)).permute(2, 0, 3, 1, 4)
+        return self.out(((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_else_a_layer_holds_stays():
+    def build():
+        model = Attention().eval()
+        model.split = Scaled("n t (k h d) -> k n h t d", k=3, h=3)
+        model.split.scale = torch.tensor(2.0)
+        return model
+
+    torch.manual_seed(0)
+    graph, _ = rehearse(build().double(), X)
+    assert graph.group("qkv").locked is None
+    model = build().double()
+    with rehearsed(model, draft(model, graph, {"qkv": [2]})):
+        assert (model.split.lengths["h"], model.split.scale) == (2, 2.0)
+
+
+def test_settings_that_others_share_are_copied():
+    shared = {"n_head": 3, "name": "small"}
+    torch.manual_seed(0)
+    model = Configured(shared).double().eval()
+    graph, _ = rehearse(model, X)
+    check_cuts(lambda: Configured(dict(shared)).eval(), graph, X, 3)
+    (group,) = graph.unlocked
+    with rehearsed(model, draft(model, graph, {group.name: [0]})):
+        assert (model.config, shared) == ({"n_head": 2, "name": "small"}, {"n_head": 3, "name": "small"})
+    assert model.config is shared
 
 
 def test_what_is_ready_follows_what_it_was_made_from():
