@@ -78,3 +78,53 @@ def test_the_same_shape_turned_is_not_the_same():
     """Rows and columns change places though the shape stays: samples stand where channels were."""
     graph, _ = rehearse(Turned().eval(), torch.randn(6, 6))
     assert "as_strided" in graph.group("inner").locked
+
+
+class Between(nn.Module):
+    """A view by strides between two layers."""
+
+    def __init__(self, view, width=6):
+        super().__init__()
+        self.inner, self.outer, self.view = nn.Linear(6, width), nn.Linear(width, 2), view
+
+    def forward(self, x):
+        return self.outer(self.view(self.inner(x), self.training).relu())
+
+
+def itself(h, training):
+    return h.as_strided(h.shape, h.stride(), h.storage_offset())
+
+
+def part(h, training):
+    """Rows 2 and 3: it begins where its own storage tells."""
+    h = h[1:]
+    return h.as_strided((2, h.shape[1]), h.stride(), h.storage_offset())
+
+
+@pytest.mark.parametrize("view", [itself, part])
+@pytest.mark.parametrize("width", range(2, 8))
+def test_any_share_may_leave_one_unit(view, width):
+    """Steps along a single unit say nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, dtype=torch.float64)
+    graph, _ = rehearse(Between(view, width).double().eval(), x)
+    assert graph.group("inner").locked is None, str(graph)
+    check_cuts(lambda: Between(view, width).eval(), graph, x, 3)
+
+
+def in_place(h, training):
+    return h.as_strided_((6, 6), (1, 6))
+
+
+def in_training(h, training):
+    """Steps as numbers, where nothing compares them."""
+    return h.repeat(3, 1).as_strided((3, h.shape[1]), (18, 1)) if training else h
+
+
+@pytest.mark.parametrize("view", [in_place, in_training])
+def test_what_cannot_be_told_stays(view):
+    x = torch.randn(6, 6)
+    model = Between(view)
+    model.more = nn.Linear(6, 2)  # which evaluation mode does not run: training mode is followed as well
+    graph, _ = rehearse(model.eval(), x)
+    assert graph.group("inner").locked is not None, str(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +63,13 @@ def numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 
 def _strides(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> tuple[float, ...]:
     """Where a view begins and how far it steps: beside the steps of the tensor's own dimensions, if it has as many."""
-    steps = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
     own = [step or 1 for step in x.stride()] if x.dim() == len(size) else [1] * len(size)
-    return (storage_offset or 0, *(step / one for step, one in zip(steps, own, strict=True)))
+    steps = (step / one if n > 1 else nan for n, step, one in zip(size, stride, own, strict=True))
+    return (0 if storage_offset is None else storage_offset - int(x.storage_offset()), *steps)
+
+
+def heard(given: tuple[float | complex, ...], before: tuple[float | complex, ...]) -> tuple[float | complex, ...]:
+    """What is given now, with the step along a dimension of one position, which may be any, as it was before."""
+    if len(given) != len(before):
+        return given
+    return tuple(then if now != now else now for now, then in zip(given, before, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from actprune.core.numbers import LIFTED, numbers
+from actprune.core.numbers import LIFTED, heard, numbers
 from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import Frame
 from actprune.core.values import NUMBER, Listing, deciding, opaque, with_values
@@ -173,6 +173,7 @@ class Checker(TorchDispatchMode):
             before = extents.numbers.get(place, ())
             if extents.counts_skipped(place):
                 given, before = self._window(args, extents.skipped(place))
+            given = heard(given, before)
             changed = repr(given) != repr(before)
             as_a_width = changed and self._as_a_width(given, before)
             changed = changed and (as_a_width or call_ not in self._measuring)

@@ -199,32 +199,45 @@ def _pad_attribute(t: TraceState, pad: list[int]) -> tuple[str, str] | None:
 
 @rule("as_strided")
 def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """A dimension passes where one dimension of the result walks along it.
+    """A dimension passes where one dimension of the result walks along it, if a rehearsed cut can tell that it still does.
 
-    A rehearsed cut finds steps that do not follow; beside those of other dimensions, where there are more or fewer, it finds
-    none, so that only the outermost passes: on its extent no step depends.
+    It compares steps with those of the tensor, dimension by dimension. Where the view has more or fewer, it compares the steps
+    themselves, which do not change with the outermost extent. In training mode it compares nothing.
     """
     x, ids = a.input, list(t.ids(a.input))
     same = (x.shape, x.stride(), x.storage_offset()) == (out.shape, out.stride(), out.storage_offset())
     result: list[Ids] = ids if same else [None] * out.dim()
+    path = t.frames[-1].path
+    compared = not t.training or any(place[0] == path and name == "as_strided" for place, (name, _) in t.produced_ids.items())
     for dim, column in enumerate(ids):
         if column is None or same:
             continue
-        walks = _walks(x, out, dim)
-        if walks is None or not (walks == dim if x.dim() == out.dim() else x.stride(dim) == max(x.stride())):
+        walks = _walks(x, out, dim) if compared and out.numel() else None
+        follows = walks == dim if x.dim() == out.dim() else x.stride(dim) == max(x.stride())
+        if walks is None or not follows:
             t.lock(column, "as_strided to another shape")
         else:
             result[walks] = column
     t.set(out, result)
 
 
+@rule("as_strided_")
+def restride(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
+    """The tensor itself is another view from here on: nothing of it is known any more."""
+    for ids in t.ids(a.input):
+        t.lock(ids, "as_strided in place")
+    t.set(out, [None] * out.dim())
+
+
 def _walks(x: Tensor, view: Tensor, dim: int) -> int | None:
     """The dimension of a view of ``x`` that walks along a dimension of ``x``, position by position; None: there is none."""
-    positions = np.full(x.untyped_storage().nbytes() // x.element_size(), -1)
+    first = min(x.storage_offset(), view.storage_offset())
+    reach = (sum((n - 1) * step for n, step in zip(y.shape, y.stride(), strict=True)) + y.storage_offset() for y in (x, view))
+    positions = np.full(max(reach) + 1 - first, -1)
 
     def seen(tensor: Tensor) -> NDArray[np.int64]:
         strides = [positions.itemsize * stride for stride in tensor.stride()]
-        return np.lib.stride_tricks.as_strided(positions[tensor.storage_offset() :], tensor.shape, strides)
+        return np.lib.stride_tricks.as_strided(positions[tensor.storage_offset() - first :], tensor.shape, strides)
 
     def along(tensor: Tensor, d: int) -> NDArray[np.int64]:
         return np.arange(tensor.shape[d]).reshape(-1, *[1] * (tensor.dim() - d - 1))
