@@ -114,6 +114,38 @@ def test_settings_that_others_share_are_copied():
     assert model.config is shared
 
 
+class Counted(nn.Module):
+    """The same with an integer."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x):
+        return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class Twice(nn.Module):
+    """Two blocks split by one layer."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.one, self.two, self.last = Attention(), Attention(), nn.Linear(4, 2)
+        self.one.split = self.two.split = split
+
+    def forward(self, x):
+        return self.last(torch.cat([self.one(x), self.two(x)], -1))
+
+
+@pytest.mark.parametrize("split", [lambda: Split("n t (k h d) -> k n h t d", k=3, h=3), lambda: Counted(3)])
+def test_one_layer_of_two_blocks_keeps_one_number(split):
+    torch.manual_seed(0)
+    graph, _ = rehearse(Twice(split()).double().eval(), X)
+    (heads,) = (group for group in graph.unlocked if group.size == 3)
+    assert {"one.qkv.weight", "two.qkv.weight"} <= {tensor for tensor, _ in heads.members}
+    check_cuts(lambda: Twice(split()).eval(), graph, X, 3)
+
+
 def test_what_is_ready_follows_what_it_was_made_from():
     model, _, _ = pruned()
     assert (model.split.lengths, model.split._ready) == ({"k": 3, "h": 2}, (("k", 3), ("h", 2)))
