@@ -130,11 +130,11 @@ class Twice(nn.Module):
 
     def __init__(self, split):
         super().__init__()
-        self.one, self.two, self.last = Attention(), Attention(), nn.Linear(4, 2)
-        self.one.split = self.two.split = split
+        self.a, self.b, self.last = Attention(), Attention(), nn.Linear(4, 2)
+        self.a.split = self.b.split = split
 
     def forward(self, x):
-        return self.last(torch.cat([self.one(x), self.two(x)], -1))
+        return self.last(torch.cat([self.a(x), self.b(x)], -1))
 
 
 @pytest.mark.parametrize("split", [lambda: Split("n t (k h d) -> k n h t d", k=3, h=3), lambda: Counted(3)])
@@ -142,7 +142,7 @@ def test_one_layer_of_two_blocks_keeps_one_number(split):
     torch.manual_seed(0)
     graph, _ = rehearse(Twice(split()).double().eval(), X)
     (heads,) = (group for group in graph.unlocked if group.size == 3)
-    assert {"one.qkv.weight", "two.qkv.weight"} <= {tensor for tensor, _ in heads.members}
+    assert {"a.qkv.weight", "b.qkv.weight"} <= {tensor for tensor, _ in heads.members}
     check_cuts(lambda: Twice(split()).eval(), graph, X, 3)
 
 
