@@ -128,3 +128,21 @@ def test_what_cannot_be_told_stays(view):
     model.more = nn.Linear(6, 2)  # which evaluation mode does not run: training mode is followed as well
     graph, _ = rehearse(model.eval(), x)
     assert graph.group("inner").locked is not None, str(graph)
+
+
+def test_pools_that_change_single_positions_pass():
+    """PyTorch restrides what it pools to one position of a map in channels_last."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer, self.pool = nn.Conv2d(3, 6, 1), nn.Linear(6, 2), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            return self.outer(self.pool(self.inner(x)).flatten(1))
+
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    graph, _ = rehearse(Pooled().double().eval(), x)
+    assert graph.group("inner").locked is None, str(graph)
+    check_cuts(lambda: Pooled().eval(), graph, x, 3)

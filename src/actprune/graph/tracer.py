@@ -79,7 +79,7 @@ class ChannelTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         composite = is_composite(func)
-        shape = args[0].shape if name == "squeeze_" else None  # afterwards nothing tells which extents were 1
+        before = args[0].detach() if name in ("squeeze_", "as_strided_") else None  # whose layout nothing tells afterwards
         t = self.state
         t.reads.add(t, [] if composite else deciding(func, args))  # before it writes
         out = decomposed(self, func, args, kwargs)
@@ -101,8 +101,8 @@ class ChannelTracer(TorchDispatchMode):
                 batch_norm(t, empty, outputs)
         elif function is not None:
             bound = bind(func, args, kwargs)
-            if shape is not None:
-                bound.shape = shape
+            if before is not None:
+                bound.before = before
             function(t, bound if name.startswith(("squeeze", "unsqueeze")) else _positive(bound), out)
         elif _is_pointwise(func, name):
             pointwise.pointwise(t, inputs, outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from random import Random
 from zlib import crc32
@@ -108,27 +108,29 @@ def _of_parts(graph: Graph) -> frozenset[tuple[str, int]]:
 def _pairs_of_units(graph: Graph) -> dict[str, int]:
     """Groups of two units that one integer may follow beside others -> 1 or 2, by turns."""
     rivals = _of_one_integer(graph, [group for group in graph.unlocked if group.size == 2])
-    names = dict.fromkeys(name for found in rivals if len(found) > 1 for name in found)
+    names = dict.fromkeys(name for _, found in rivals if len(found) > 1 for name in found)
     return {name: 1 + number % 2 for number, name in enumerate(names)}
 
 
 def _pairs(graph: Graph) -> dict[tuple[bytes, bytes], tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Widths that a module, or one integer of it, may take for one, each pair once, where either can change."""
+    """Widths that a module, or one integer in several calls, may take for one, each pair once, where either can change."""
     cuttable = np.append(np.zeros(graph.n_classes, bool), False)
     for group in graph.unlocked:
         cuttable[group.classes] = True
-    # of a layer that two blocks share: each beside the next
-    rivals = chain.from_iterable(pairwise(found.values()) for found in _of_one_integer(graph, graph.unlocked))
-    pairs = chain(rivals, *graph.may_tie.values())
+    several = {path for path, call, _ in graph.extents if call}  # calls of a layer that two blocks share, say
+    shared = chain.from_iterable(
+        pairwise(found.values()) for path, found in _of_one_integer(graph, graph.unlocked) if path in several
+    )
+    pairs = chain(shared, *graph.may_tie.values())
     return {(a.tobytes(), b.tobytes()): (a, b) for a, b in pairs if cuttable[a].any() or cuttable[b].any()}
 
 
-def _of_one_integer(graph: Graph, groups: Sequence[Group]) -> Collection[Mapping[str, NDArray[np.int64]]]:
-    """Of every integer the groups among these that it may follow -> the width it would count."""
+def _of_one_integer(graph: Graph, groups: Sequence[Group]) -> Iterator[tuple[str, Mapping[str, NDArray[np.int64]]]]:
+    """Of every integer its module's path, and the groups among these that it may follow -> the width it would count."""
     owner = {cls: group.name for group in groups for cls in group.classes.tolist()}
     followed: dict[tuple[str, str, int | None], dict[str, NDArray[np.int64]]] = {}
     for one in (one for one in graph.possible if not one.alone):
         names = {owner.get(cls, "") for cls in one.counts.tolist()}
         if len(names) == 1 and "" not in names:
             followed.setdefault((one.module, one.attribute, one.index), {}).setdefault(names.pop(), one.counts)
-    return followed.values()
+    return ((module, found) for (module, _, _), found in followed.items())

@@ -53,8 +53,8 @@ def unsqueeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("squeeze", "squeeze_")
 def squeeze(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """Dimensions of extent 1 go; in place, ``shape`` says what there was."""
-    shape, dims = getattr(a, "shape", a.input.shape), getattr(a, "dim", None)
+    """Dimensions of extent 1 go; in place, ``before`` says what there was."""
+    shape, dims = getattr(a, "before", a.input).shape, getattr(a, "dim", None)
     chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(shape) for d in chosen if shape[d] == 1} if shape else set()
     t.set(out, [ids for d, ids in enumerate(t.ids(a.input)) if d not in gone])
@@ -223,10 +223,16 @@ def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 
 @rule("as_strided_")
 def restride(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
-    """The tensor itself is another view from here on: nothing of it is known any more."""
-    for ids in t.ids(a.input):
-        t.lock(ids, "as_strided in place")
-    t.set(out, [None] * out.dim())
+    """PyTorch itself changes no more than the step along single positions; else nothing of the tensor is known any more."""
+    before, after = ((x.shape, x.storage_offset(), _steps(x)) for x in (a.before, out))
+    if before != after:
+        for ids in t.ids(a.input):
+            t.lock(ids, "as_strided in place")
+        t.set(out, [None] * out.dim())
+
+
+def _steps(x: Tensor) -> list[int]:
+    return [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
 def _walks(x: Tensor, view: Tensor, dim: int) -> int | None:
