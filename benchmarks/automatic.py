@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from families import Entry
 from torch import nn
-
-Entry = tuple[str, Callable[[], nn.Module], Any]
 
 LARGEST = 8_000_000
 """Parameters beyond which a model counts as one whose size is called otherwise."""

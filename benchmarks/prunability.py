@@ -5,10 +5,10 @@
 Half of every group that may be cut leaves, drawn at random; before that, random plans with uneven shares are tried and taken
 back. A model counts as pruned when the cut network runs forward and backward, in evaluation and in training mode, where the
 whole one does, and a fresh copy takes its shape and values from the file. ``covered``: share of parameters in groups of at
-least two units that may be cut. ``error``:
-largest difference to the full-size network whose removed slices are zero, over all plans, relative to the largest output
-(where it exceeds 1e-5, once more in float64 behind a slash: a wrong cut stays wrong there, rounding goes); norms, means,
-variances and extremes over channels are taken over the channels that stay there too (``tests/masked.py``, ``reductions.py``);
+least two units that may be cut. ``error``: largest difference to the full-size network whose removed slices are zero, over all
+plans, relative to the largest output (where it exceeds 1e-5, once more in float64 behind a slash: a wrong cut stays wrong
+there, rounding goes); norms, means, variances and extremes over channels are taken over the channels that stay there too
+(``tests/masked.py``, ``reductions.py``);
 ``effect``: the same between that network and the whole one, so that a cut without consequences does not pass for an exact one.
 ``trace``: seconds to trace, and of one plain forward. The peer removes half of every layer that it finds; the last layer is
 named to it, and its cuts are checked for running, not for being exact. Every attempt runs in a process of its own and is given

@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 from automatic import transformers_automatic
-from families import transformers_more
-from torch import nn
-
-Entry = tuple[str, Callable[[], nn.Module], Any]
+from families import Entry, transformers_more
 
 _SMALL = (
     "test_", "zepto", "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "xs", "tiny", "mini", "_s0", "_b0", "_t0",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from actprune.pruning.verify import rehearse
-from masked import check_cuts
+from masked import exact
 
 
 class Windows(nn.Module):
@@ -48,11 +48,8 @@ def fixed(z):
 @pytest.mark.parametrize("view", [overlapping, more_dimensions])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_windows_pass_heads_on(view, samples):
-    torch.manual_seed(0)
-    x = torch.randn(samples, 8, 5, dtype=torch.float64)
-    graph, _ = rehearse(Windows(view).double().eval(), x)
+    graph = exact(lambda: Windows(view), torch.randn(samples, 8, 5, dtype=torch.float64))
     assert [group.size for group in graph.unlocked] == [4], str(graph)
-    check_cuts(lambda: Windows(view).eval(), graph, x, 3)
 
 
 def test_steps_that_do_not_follow_are_found():
@@ -105,11 +102,8 @@ def part(h, training):
 @pytest.mark.parametrize("width", range(2, 8))
 def test_any_share_may_leave_one_unit(view, width):
     """Steps along a single unit say nothing."""
-    torch.manual_seed(0)
-    x = torch.randn(6, 6, dtype=torch.float64)
-    graph, _ = rehearse(Between(view, width).double().eval(), x)
+    graph = exact(lambda: Between(view, width), torch.randn(6, 6, dtype=torch.float64))
     assert graph.group("inner").locked is None, str(graph)
-    check_cuts(lambda: Between(view, width).eval(), graph, x, 3)
 
 
 def in_place(h, training):
@@ -142,7 +136,5 @@ def test_pools_that_change_single_positions_pass():
             return self.outer(self.pool(self.inner(x)).flatten(1))
 
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
-    torch.manual_seed(0)
-    graph, _ = rehearse(Pooled().double().eval(), x)
+    graph = exact(Pooled, x)
     assert graph.group("inner").locked is None, str(graph)
-    check_cuts(lambda: Pooled().eval(), graph, x, 3)

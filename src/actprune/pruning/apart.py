@@ -15,11 +15,8 @@ def equal(graph: Graph, gone: NDArray[np.bool_]) -> Apart | None:
     for apart in graph.apart:
         one, *others = apart.widths(gone)
         # an integer may be that of an attribute, which follows
-        follows = [
-            f
-            for f in graph.followers
-            if isinstance(apart.other, int) and f.module == apart.module and len(f.counts) == apart.other
-        ]
+        followers = graph.followers if isinstance(apart.other, int) else ()
+        follows = [f for f in followers if f.module == apart.module and len(f.counts) == apart.other]
         if one in (*others, *(f.value(gone) for f in follows)):
             return apart
     return None

@@ -33,7 +33,7 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         if step > 1 and start < step and stop == n and n % step == 0:
             neighbours = whole.reshape(-1, step)
             t.tie_all(neighbours[:, :1], neighbours)
-        elif step > 1 or not _is_part(t, whole, start, stop):
+        elif step > 1 or not _bind_range(t, whole, start, stop):
             t.skips(None)
             t.set(out, [None if d == dim else column for d, column in enumerate(ids)])
             t.lock_once_read(out, whole, "slice of this dimension by position")
@@ -44,16 +44,14 @@ def slice_(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
         t.inherit(a.input, out)
 
 
-def _is_part(t: TraceState, ids: np.ndarray, start: int, stop: int) -> bool:
-    """Whether a range can follow a cut: its bounds are kept by a module, or it is one of a few equal parts."""
+def _bind_range(t: TraceState, ids: np.ndarray, start: int, stop: int) -> bool:
+    """Let a range follow a cut, if its bounds are kept by a module, or it is one of a few equal parts."""
     parts = _parts(len(ids), start, stop)
     evenly = parts == 2 or (parts and start > 0 and stop < len(ids))
     if not evenly and _bind_bounds(t, ids, {start, stop} - {0, len(ids)}):
         return True
     if parts:
-        rows = ids.reshape(parts, -1)
-        t.tie_all(rows[:1], rows)
-        _bind_sizes(t, stop - start, rows[0])
+        _leave_evenly(t, ids, [stop - start] * parts, "")
     return bool(parts)
 
 

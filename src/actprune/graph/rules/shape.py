@@ -8,6 +8,7 @@ from operator import is_
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -204,13 +205,15 @@ def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     It compares steps with those of the tensor, dimension by dimension. Where the view has more or fewer, it compares the steps
     themselves, which do not change with the outermost extent. In training mode it compares nothing.
     """
-    x, ids = a.input, list(t.ids(a.input))
-    same = (x.shape, x.stride(), x.storage_offset()) == (out.shape, out.stride(), out.storage_offset())
-    result: list[Ids] = ids if same else [None] * out.dim()
+    x, ids = a.input, t.ids(a.input)
+    if _layout(x) == _layout(out):
+        t.set(out, ids)
+        return
+    result: list[Ids] = [None] * out.dim()
     path = t.frames[-1].path
     compared = not t.training or any(place[0] == path and name == "as_strided" for place, (name, _) in t.produced_ids.items())
     for dim, column in enumerate(ids):
-        if column is None or same:
+        if column is None:
             continue
         walks = _walks(x, out, dim) if compared and out.numel() else None
         follows = walks == dim if x.dim() == out.dim() else x.stride(dim) == max(x.stride())
@@ -224,15 +227,15 @@ def as_strided(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
 @rule("as_strided_")
 def restride(t: TraceState, a: SimpleNamespace, out: Tensor) -> None:
     """PyTorch itself changes no more than the step along single positions; else nothing of the tensor is known any more."""
-    before, after = ((x.shape, x.storage_offset(), _steps(x)) for x in (a.before, out))
-    if before != after:
+    if _layout(a.before) != _layout(out):
         for ids in t.ids(a.input):
             t.lock(ids, "as_strided in place")
         t.set(out, [None] * out.dim())
 
 
-def _steps(x: Tensor) -> list[int]:
-    return [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+def _layout(x: Tensor) -> tuple[torch.Size, int | torch.SymInt, list[int]]:
+    """Where every element lies: shape, offset, and the steps along more than one position."""
+    return x.shape, x.storage_offset(), [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
 def _walks(x: Tensor, view: Tensor, dim: int) -> int | None:
