@@ -9,7 +9,7 @@ ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test test-all notebooks bench
+.PHONY: help run check test test-all test-oldest notebooks bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: $(READY)  ## set up, then the tests
 
 test-all: $(READY)  ## every test, also those that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-oldest:  ## the tests with the oldest versions that are supported, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt
 
 notebooks: $(READY)  ## execute every notebook
 	$(TEST_ENV) $(BIN)/python -m pytest -m notebook tests $(ARGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -20,6 +20,7 @@ from actprune.core.budget import Budget
 from actprune.core.record import record_of
 from actprune.schedule import Schedule
 from actprune.training import PruningCallback, RandomState, SeReNe, SpawnedDDP
+from averaging import averaging
 from foreign import OwnForward, dataset, loader
 
 SILENT = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -98,7 +99,7 @@ def train(settings, folder):
     if settings.get("serene"):
         pruning = SeReNe(Budget(params=0.05), 0.02, settings["serene"], 0.5, schedule=schedule)
     path = folder / settings["name"]
-    callbacks = [pruning, *([EMAWeightAveraging(decay=0.5)] if settings.get("ema") else []), Keep(pruning, path)]
+    callbacks = [pruning, *([averaging(decay=0.5)] if settings.get("ema") else []), Keep(pruning, path)]
     if settings.get("save"):
         callbacks.append(ModelCheckpoint(folder / "all", "{epoch}", save_top_k=-1, enable_version_counter=False))
     trainer = Trainer(devices=settings["devices"], strategy=strategy(settings), max_epochs=6, callbacks=callbacks,

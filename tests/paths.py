@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -11,6 +12,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 PUBLIC_WEIGHTS = SHARED / "data" / "resnet-cifar10"
 CIFAR10_JPEG = SHARED / "data" / "cifar10-jpeg.tar.gz"
 
+needs_onnx = pytest.mark.skipif(torch.__version__ < (2, 7), reason="export to onnx needs PyTorch 2.7")
 needs_public_weights = pytest.mark.skipif(not PUBLIC_WEIGHTS.is_dir(), reason="published CIFAR weights are not here")
 needs_cifar10_jpeg = pytest.mark.skipif(not CIFAR10_JPEG.is_file(), reason="CIFAR-10 (JPEG copy) is not here")
 

@@ -10,6 +10,7 @@ from actprune.cli.job import run_job
 from actprune.core.errors import ConfigError
 from actprune.surgery import load_pruned
 from actprune.training import load_exported
+from paths import needs_onnx
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -18,6 +19,7 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+@needs_onnx
 @pytest.mark.parametrize("pruner", ["magnitude", pytest.param("none", marks=pytest.mark.slow)])
 def test_export_writes_the_network(pruner, fast, tmp_path, capsys):
     config = fast(f"pruner={pruner}", "export=[onnx,torch_export,state_dict]")

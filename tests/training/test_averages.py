@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from actprune.core.budget import Budget
 from actprune.schedule import Schedule
+from averaging import averaging
 from foreign import loader, network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -270,7 +271,7 @@ def test_a_step_is_taken_back_from_the_average_too(pruning, trainer):
     assert callback.pruner.params == n_params(module.net)
 
 
-OUTER = {"ema": lambda: EMAWeightAveraging(decay=0.9), "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5)}
+OUTER = {"ema": lambda: averaging(decay=0.9), "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5)}
 
 
 @pytest.mark.parametrize("kind", [Averaged, Compared, Ensemble, Momentum, Served, SlowToo])

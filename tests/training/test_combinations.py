@@ -9,18 +9,17 @@ from lightning import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from actprune.schedule import Schedule
+from averaging import averaging
 from foreign import CLASSES, OneNetwork, OwnForward, loader
 
 pytestmark = [
@@ -214,9 +213,9 @@ def test_backbone_finetuning(pruning, trainer, tmp_path):
 
 
 AVERAGES = {
-    "ema": lambda: EMAWeightAveraging(decay=0.9),
-    "ema without buffers": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
-    "mean": lambda: WeightAveraging(),
+    "ema": lambda: averaging(decay=0.9),
+    "ema without buffers": lambda: averaging(decay=0.9, use_buffers=False),
+    "mean": lambda: averaging("WeightAveraging"),
     "swa": lambda: StochasticWeightAveraging(0.005, swa_epoch_start=4),
 }
 
@@ -253,7 +252,7 @@ def test_a_run_with_an_average_resumes_exactly(first, guarded, pruning, trainer,
     def callbacks():
         options = {"monitor": "val_loss", "max_metric_drop": 0.01} if guarded else {}
         schedule = Schedule("linear", start=1, interval=2, steps=3)
-        pair = [pruning(schedule=schedule, **options), EMAWeightAveraging(decay=0.8)]
+        pair = [pruning(schedule=schedule, **options), averaging(decay=0.8)]
         return pair if first else pair[::-1]
 
     module, saved = copy.deepcopy(start), ModelCheckpoint(tmp_path / "all", "{epoch}", save_top_k=-1)

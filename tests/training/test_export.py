@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import actprune
 from actprune.core.budget import Budget
@@ -18,6 +19,7 @@ from actprune.models.vit import ViTTiny
 from actprune.surgery import load_pruned
 from actprune.training.exporting import export, load_exported
 from foreign import network
+from paths import needs_onnx
 
 
 class TwoInputs(nn.Module):
@@ -78,6 +80,7 @@ def test_torch_export(pruned, tmp_path):
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
 
 
+@needs_onnx
 def test_onnx(pruned, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -148,6 +151,9 @@ def test_settings_are_checked(tmp_path, monkeypatch):
         export(nn.Linear(3, 2), torch.ones(2, 3), tmp_path, "onnx")
     with pytest.raises(ConfigError, match="is no torch_export file"):
         load_exported(tmp_path / "network.onnx")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    with pytest.raises(ConfigError, match=r"export to onnx needs PyTorch 2.7 or newer, this is 2.6.0\+cu124; choose another"):
+        export(nn.Linear(3, 2), torch.ones(2, 3), tmp_path, ["onnx"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"export to onnx needs onnx and onnxscript; pip install 'actprune\[export\]'"):
         export(nn.Linear(3, 2), torch.ones(2, 3), tmp_path, ["onnx"])

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from actprune.schedule import Schedule
+from averaging import averaging
 from foreign import Adam, loader, network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -145,7 +146,7 @@ def test_further_names_for_a_network_and_its_parts_are_no_others(kind, pruning, 
 @pytest.mark.parametrize("kind", [InTwo, OfParts])
 def test_averages_that_callbacks_hold_follow(kind, pruning, trainer):
     module, callback = kind(), pruning()
-    trainer(callback, EMAWeightAveraging(decay=0.9)).fit(module, loader(), loader(32, 1))
+    trainer(callback, averaging(decay=0.9)).fit(module, loader(), loader(32, 1))
     assert callback.stopped["reason"] == "budget"
     for name, average in module.averages.items():
         assert [p.shape for p in average.parameters()] == [p.shape for p in getattr(module, name).parameters()]

@@ -104,7 +104,7 @@ class ChannelTracer(TorchDispatchMode):
             if before is not None:
                 bound.before = before
             function(t, bound if name.startswith(("squeeze", "unsqueeze")) else _positive(bound), out)
-        elif _is_pointwise(func, name):
+        elif pointwise.is_pointwise(func, name):
             pointwise.pointwise(t, inputs, outputs)
         elif name in _FILLED:
             # outside the model's forward a constant is an input
@@ -117,7 +117,7 @@ class ChannelTracer(TorchDispatchMode):
                     t.filled[id(ids)] = ids
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
-        pointwise_ = name in remains.UNTAGGED or _is_pointwise(func, name)
+        pointwise_ = name in remains.UNTAGGED or pointwise.is_pointwise(func, name)
         remains.follow(t, func, name, args, kwargs, inputs, outputs, pointwise_)
         t.compute(name, inputs, outputs)
         if not composite and not t.training:
@@ -187,15 +187,6 @@ class ChannelTracer(TorchDispatchMode):
                 if ids is not None:
                     self.state.lock(ids, f"no rule for {func.overloadpacket}")
                     self.state.refused.append((str(func.overloadpacket), ids))
-
-
-@functools.cache
-def _is_pointwise(func: Any, name: str) -> bool:
-    """PyTorch tags pointwise operators, but not every in-place twin of one."""
-    if torch.Tag.pointwise in func.tags:
-        return True
-    twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
-    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
 
 
 def _positive(a: SimpleNamespace) -> SimpleNamespace:

@@ -62,7 +62,7 @@ def sweep(rows: Sequence[Row], path: str | os.PathLike[str]) -> Figure:
     figure = new_figure(width, 4.6 * lines + 0.19 * (legend_lines - 1))
     panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for axes, (section, members) in zip(panels, sections.items(), strict=False):
-        _panel(axes, section, members, styles, _characters(width / columns - 0.6, 11))
+        _panel(axes, section, members, styles, _characters(width / columns - 0.75, 11))
     for axes in panels[len(sections) :]:
         axes.remove()
     _legend(figure, panels[: len(sections)], legend_columns)

@@ -147,7 +147,8 @@ def _launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...],
     key = (kernel.fn, constants, arguments[0].device)
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whichever has the tensors
         if key not in _COMPILED:
-            compiled = kernel[grid](*arguments, *constants)
+            # no floats are multiplied and added here; Triton 3.9 warns where this is left to it
+            compiled = kernel[grid](*arguments, *constants, enable_fp_fusion=False)
             if compiled is not None:  # as it is where kernels are interpreted
                 _COMPILED[key] = compiled
             return
@@ -189,7 +190,7 @@ def _read(
             ids = tl.load(heads + n_addresses + sample, mask=inside, other=0)
         key = _mix(ids.to(tl.uint64, bitcast=True) ^ _SEED)
         if HALVED:
-            inside = inside & ((how != _IS_DRAWN) | ((_mix(key ^ _SAMPLE) >> 63) == 0))
+            inside = tl.where(how == _IS_DRAWN, inside & ((_mix(key ^ _SAMPLE) >> 63) == 0), inside)
         lower, upper = stratum * space // k, (stratum + 1) * space // k
         drawn = lower + ((_mix(key ^ stratum.to(tl.uint64)) >> 1) % (upper - lower).to(tl.uint64)).to(tl.int32)
         rotation = ((_mix(key ^ _ROTATION) >> 1) % space.to(tl.uint64)).to(tl.int32)

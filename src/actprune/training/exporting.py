@@ -74,7 +74,7 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Refuse unknown formats, and those whose packages are not installed.
+    """Refuse unknown formats, and those whose packages are not installed or too old.
 
     Raises:
         ConfigError: says which.
@@ -87,6 +87,8 @@ def check_formats(formats: Sequence[str]) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
         raise ConfigError(f"export to onnx needs {' and '.join(missing)}; {_EXTRA}")
+    if "onnx" in formats and torch.__version__ < (2, 7):  # type: ignore[operator]  # fails at batch norm there
+        raise ConfigError(f"export to onnx needs PyTorch 2.7 or newer, this is {torch.__version__}; choose another format")
 
 
 def _onnx(network: nn.Module, example: tuple[Tensor, ...], folder: Path, expected: list[Tensor]) -> Path:

@@ -100,7 +100,8 @@ def check_validation(trainer: Trainer, task: LightningModule) -> None:
 
 def ends_epoch(trainer: Trainer) -> bool:
     """Whether the validation that runs now is the last one in its training epoch."""
-    every, batches = trainer.val_check_batch, trainer.num_training_batches
+    # Lightning before 2.6 sets it when training begins, after the sanity check
+    every, batches = getattr(trainer, "val_check_batch", None), trainer.num_training_batches
     if every is None or math.isinf(every) or math.isinf(batches) or trainer.check_val_every_n_epoch is None:
         return True
     return trainer.fit_loop.epoch_loop.batch_idx + 1 + every > batches

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from actprune.graph.ids import Ids
@@ -23,6 +25,15 @@ def broadcast(t: TraceState, operands: list[Tensor], shape: tuple[int, ...]) -> 
                 meeting.append(t.ids(tensor)[dim])
         result.append(t.meet(meeting))
     return result
+
+
+@functools.cache
+def is_pointwise(func: Any, name: str) -> bool:
+    """PyTorch tags pointwise operators, but not every in-place twin of one, and ``leaky_relu`` not in 2.6."""
+    if torch.Tag.pointwise in func.tags or name in ("leaky_relu", "leaky_relu_"):
+        return True
+    twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
 
 
 def pointwise(t: TraceState, tensors: list[Tensor], outputs: list[Tensor]) -> None:
