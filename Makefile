@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(PIP_CONSTRAINT)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
@@ -34,8 +34,8 @@ test: $(READY)  ## set up, then the tests
 test-all: $(READY)  ## every test, also those that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-oldest:  ## the tests with the oldest versions that are supported, in .venv-oldest
-	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=$(CURDIR)/.ci/oldest.txt
+test-oldest:  ## the tests with the oldest versions that are supported, in .venv-oldest (Python 3.10 or 3.11)
+	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=.ci/oldest.txt
 
 notebooks: $(READY)  ## execute every notebook
 	$(TEST_ENV) $(BIN)/python -m pytest -m notebook tests $(ARGS)

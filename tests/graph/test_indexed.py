@@ -150,6 +150,22 @@ class Locked(nn.Module):
         return self.head(x)
 
 
+class Filled(nn.Module):
+    """Numbers written where masks of all channels say, as people write clipping."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        x[x < 0] = 0.0
+        x = self.b(x)
+        x[x.abs() < 0.1] = 0.3
+        x = x.masked_fill(x < -1, torch.tensor(-1.0, dtype=x.dtype))
+        return self.head(x.index_put((x > 1,), torch.ones((), dtype=x.dtype)))
+
+
 def drawn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -160,6 +176,7 @@ NETS = {
     "bags": (Bags, WORDS, [5, 6, 7]),
     "placeholders": (lambda: Placeholders(wide=True), WORDS, [8]),
     "placeholders, narrow mask": (lambda: Placeholders(wide=False), WORDS, [8]),
+    "filled": (Filled, drawn(4, 5), [6, 8]),
     "segments": (Segments, drawn(6, 5), [8]),
     "trailing": (Trailing, drawn(2, 3, 5), [8]),
 } | {

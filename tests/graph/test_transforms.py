@@ -58,7 +58,7 @@ class Oscillators(nn.Module):
         state = torch.zeros_like(y[:, 0])
         for t in range(y.shape[1]):
             state = decay * state + y[:, t]
-            found.append(torch.complex(state.real.relu(), state.imag).abs())
+            found.append(torch.conj_physical(torch.complex(state.real.relu(), state.imag)).abs())
         return self.out(torch.stack(found, 1)).transpose(1, 2).view(x.shape)
 
 

@@ -11,12 +11,35 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from actprune.core.operands import named_arguments
+
 _LISTING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
+_FILLED_BY_MASK = {
+    torch.ops.aten.index_put.default: torch.ops.aten.masked_fill.Tensor,
+    torch.ops.aten.index_put_.default: torch.ops.aten.masked_fill_.Tensor,
+}
 _MASKED = {"masked_select", "masked_scatter", "masked_scatter_"}
 NUMBER = "_local_scalar_dense"
 """The operator that reads a number."""
 _ASKING = {NUMBER, "equal", "allclose"}
+
+
+def as_fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """One number written wherever a mask of the tensor's shape says (``x[x < 0] = 0``) is ``masked_fill``, as in PyTorch 2.15.
+
+    Any other call is returned as it is.
+    """
+    if func not in _FILLED_BY_MASK:
+        return func, args, kwargs
+    given = named_arguments(func, args, kwargs)
+    x, indices, value = given["self"], given["indices"], given["values"]
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.dtype != torch.bool or mask.shape != x.shape:
+        return func, args, kwargs
+    if value.dim() or value.dtype != x.dtype or given["accumulate"]:
+        return func, args, kwargs
+    return _FILLED_BY_MASK[func], (x, mask, value), {}
 
 
 def deciding(func: Any, args: Sequence[Any]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from actprune.core.numbers import numbers
 from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import module_stack
 from actprune.core.switches import GARBAGE
-from actprune.core.values import Listing, deciding, opaque
+from actprune.core.values import Listing, as_fill, deciding, opaque
 from actprune.graph import remains
 from actprune.graph.compared import Comparisons
 from actprune.graph.records import Binding
@@ -76,7 +76,7 @@ class ChannelTracer(TorchDispatchMode):
         self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
-        kwargs = kwargs or {}
+        func, args, kwargs = as_fill(func, args, kwargs or {})
         name = func.overloadpacket.__name__
         composite = is_composite(func)
         before = args[0].detach() if name in ("squeeze_", "as_strided_") else None  # whose layout nothing tells afterwards

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from actprune.core.numbers import LIFTED, heard, numbers
 from actprune.core.operands import decomposed, is_composite
 from actprune.core.stack import Frame
-from actprune.core.values import NUMBER, Listing, deciding, opaque, with_values
+from actprune.core.values import NUMBER, Listing, as_fill, deciding, opaque, with_values
 from actprune.graph import Graph
 from actprune.graph.extents import Place
 from actprune.graph.remains import VIEWS
@@ -94,11 +94,12 @@ class Checker(TorchDispatchMode):
         self._followed = False  # a number changed as a width does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        func, args, kwargs = as_fill(func, args, kwargs or {})
         composite = is_composite(func)
         read = [] if composite else deciding(func, args)
         values, exact = self._values(read)
         try:
-            out = decomposed(self, func, with_values(func, args, read, values) if read else args, kwargs or {})
+            out = decomposed(self, func, with_values(func, args, read, values) if read else args, kwargs)
         except Exception:
             self._asked(args)
             raise
@@ -113,7 +114,7 @@ class Checker(TorchDispatchMode):
             if not exact:
                 for tensor in _tensors(out):
                     self._decided[tensor] = True
-            self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs or {}), out)
+            self._check(func.overloadpacket.__name__, args, numbers(func, args, kwargs), out)
             self._telling.dataless.follow(func, args, kwargs, out)
         self.n += 1  # an operator that gave a wrong shape was not got past
         return out

@@ -84,11 +84,11 @@ def check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         if name not in _FORMATS:
             raise ConfigError(f"export: {name!r} is not known; choose from {', '.join(_FORMATS)}")
+    if "onnx" in formats and torch.__version__ < (2, 7):  # type: ignore[operator]  # fails at batch norm there
+        raise ConfigError(f"export to onnx needs PyTorch 2.7 or newer, this is {torch.__version__}; choose another format")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if "onnx" in formats and missing:
         raise ConfigError(f"export to onnx needs {' and '.join(missing)}; {_EXTRA}")
-    if "onnx" in formats and torch.__version__ < (2, 7):  # type: ignore[operator]  # fails at batch norm there
-        raise ConfigError(f"export to onnx needs PyTorch 2.7 or newer, this is {torch.__version__}; choose another format")
 
 
 def _onnx(network: nn.Module, example: tuple[Tensor, ...], folder: Path, expected: list[Tensor]) -> Path:

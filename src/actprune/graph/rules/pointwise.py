@@ -27,10 +27,13 @@ def broadcast(t: TraceState, operands: list[Tensor], shape: tuple[int, ...]) -> 
     return result
 
 
+_UNTAGGED = {"masked_fill"} | {"leaky_relu", "leaky_relu_", "_conj_physical"}  # with a tensor's value; in PyTorch 2.6
+
+
 @functools.cache
 def is_pointwise(func: Any, name: str) -> bool:
-    """PyTorch tags pointwise operators, but not every in-place twin of one, and ``leaky_relu`` not in 2.6."""
-    if torch.Tag.pointwise in func.tags or name in ("leaky_relu", "leaky_relu_"):
+    """PyTorch tags pointwise operators, but not every in-place twin or overload of one, and in 2.6 not all of them."""
+    if torch.Tag.pointwise in func.tags or name in _UNTAGGED:
         return True
     twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
     return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
