@@ -19,11 +19,16 @@ import warnings
 from dataclasses import dataclass
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paths import ROOT
 
 FORKS = sys.platform == "linux"
 needs_fork = pytest.mark.skipif(not FORKS, reason="needs fork")
+needs_operators_of_functions = pytest.mark.skipif(
+    not hasattr(TorchDispatchMode, "supports_higher_order_operators"), reason="this torch has no such operators under a mode"
+)
+"""``torch.cond`` and its like; they compile, so such a test runs ``apart``."""
 RUN = str(ROOT / "run.py")
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import actprune
 from actprune.core.calling import evaluating, undisturbed
-from processes import apart
+from processes import apart, needs_operators_of_functions
 
 
 class Meter:
@@ -160,9 +159,7 @@ def test_views_that_repeat_what_is_written_to():
     assert net.mask.tolist() == [1, 1]
 
 
-@pytest.mark.skipif(
-    not hasattr(TorchDispatchMode, "supports_higher_order_operators"), reason="this torch has no such operators under a mode"
-)
+@needs_operators_of_functions
 @apart
 def test_operators_of_functions_run_inside():
     net = nn.Linear(2, 2)

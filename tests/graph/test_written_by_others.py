@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from actprune import trace
+from actprune.core.errors import TraceError
 from actprune.pruning.plans import draft
 from actprune.pruning.verify import rehearse
 from actprune.surgery import cut
 from masked import counted, difference, masked, outputs, random_units
+from processes import apart, needs_operators_of_functions
 
 
 class AsksForTheShape(nn.Module):
@@ -225,3 +227,19 @@ def test_the_width_between_layers_of_spectral_norm_leaves(normed):
         reference = outputs(full, x)
         cut(twin, plan, x)
         assert difference(outputs(twin, x), reference) < 1e-11
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 4)
+
+    def forward(self, x):
+        return torch.cond(torch.tensor(True), lambda y: y + 1, lambda y: y - 1, (self.a(x),))
+
+
+@needs_operators_of_functions
+@apart
+def test_operators_of_functions_are_not_followed():
+    with pytest.raises(TraceError, match="cond runs functions that it is given, .* torch.where for torch.cond"):
+        trace(Branching(), torch.ones(1, 2))

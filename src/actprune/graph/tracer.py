@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actprune.core.calling import Example, call, once_and_twice, undisturbed
@@ -70,12 +71,19 @@ def _normalises_nothing(t: TraceState) -> SimpleNamespace | None:
 class ChannelTracer(TorchDispatchMode):
     """Applies the rule of every operator to a trace state."""
 
+    supports_higher_order_operators = True  # to say what is wrong with them
+
     def __init__(self, state: TraceState) -> None:
         super().__init__()
         self.state = state
         self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+        if isinstance(func, HigherOrderOperator):
+            raise TraceError(
+                f"{func.name()} runs functions that it is given, whose operators cannot be followed; while the model is "
+                "pruned, use plain operators: F.scaled_dot_product_attention for flex_attention, torch.where for torch.cond"
+            )
         func, args, kwargs = as_fill(func, args, kwargs or {})
         name = func.overloadpacket.__name__
         composite = is_composite(func)
