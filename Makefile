@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
+PINS :=
 
 # Tests run in two processes: more threads than cores only wait for each other. They never talk to a server.
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
@@ -14,10 +15,10 @@ TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
-$(READY): pyproject.toml $(PIP_CONSTRAINT)
+$(READY): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(addprefix -c ,$(PINS))
 	touch $@
 
 run: $(READY)  ## set up, then train and prune the default network (about a minute); ARGS="pruner=random seed=2"
@@ -35,7 +36,7 @@ test-all: $(READY)  ## every test, also those that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-oldest:  ## the tests with the oldest versions that are supported, in .venv-oldest (Python 3.10 or 3.11)
-	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=.ci/oldest.txt
+	$(MAKE) test VENV=.venv-oldest PINS=.ci/oldest.txt
 
 notebooks: $(READY)  ## execute every notebook
 	$(TEST_ENV) $(BIN)/python -m pytest -m notebook tests $(ARGS)

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, callbacks
 
-WITHOUT = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6 averages no weights")
-
 
 def averaging(name: str = "EMAWeightAveraging", **options: Any) -> Callback:
     """A callback of this name; a test that asks for one that Lightning does not have is skipped."""

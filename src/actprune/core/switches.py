@@ -6,7 +6,8 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import Context, copy_context
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,25 +25,25 @@ class Switch:
         self._turn = turn
         self._lock = threading.Lock()
         self._inside = 0
-        self._turned: AbstractContextManager[Any] | None = None
-        self._context: Context | None = None  # that of the thread that turned: what it sets there, no other thread may reset
+        self._put_back: Callable[[], Any] | None = None
 
     @contextmanager
     def turned(self) -> Iterator[None]:
         """The switch is turned inside the block."""
         with self._lock:
             if not self._inside:
-                self._turned, self._context = self._turn(), copy_context()
-                self._context.run(self._turned.__enter__)
+                turned, context = self._turn(), copy_context()  # what is set there, no other thread's context may reset
+                context.run(turned.__enter__)
+                self._put_back = partial(context.run, turned.__exit__, None, None, None)
             self._inside += 1
         try:
             yield
         finally:
             with self._lock:
                 self._inside -= 1
-                if not self._inside and self._turned is not None and self._context is not None:
-                    self._context.run(self._turned.__exit__, None, None, None)
-                    self._turned = self._context = None
+                if not self._inside and self._put_back is not None:
+                    self._put_back()
+                    self._put_back = None
 
 
 @contextmanager

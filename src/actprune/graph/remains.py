@@ -50,8 +50,6 @@ _WRITING = {"index_put", "_index_put_impl", "index_fill", "copy"} | {
     "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce",
 }  # fmt: skip
 _PICKING = PICKS | {"gather", "embedding"}  # by numbers that are no values
-UNTAGGED = {"rsub", "log_sigmoid_forward", "hardswish", "floor_divide", "complex", "polar"}
-"""Pointwise operators that PyTorch does not tag."""
 # zero times anything, and functions of one number that are zero at zero: not asked, for they are most of all there are
 _KEEPING = {"mul", "relu", "gelu", "silu", "tanh", "neg", "leaky_relu"}
 VIEWS = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "alias", "detach", "permute", "transpose", "_to_copy"}

@@ -125,8 +125,7 @@ class ChannelTracer(TorchDispatchMode):
                     t.filled[id(ids)] = ids
         elif name not in _CONSTANTS:
             self._refuse(func, inputs)
-        pointwise_ = name in remains.UNTAGGED or pointwise.is_pointwise(func, name)
-        remains.follow(t, func, name, args, kwargs, inputs, outputs, pointwise_)
+        remains.follow(t, func, name, args, kwargs, inputs, outputs, pointwise.is_pointwise(func, name))
         t.compute(name, inputs, outputs)
         if not composite and not t.training:
             self._number(name, outputs, given)

@@ -27,7 +27,10 @@ def broadcast(t: TraceState, operands: list[Tensor], shape: tuple[int, ...]) -> 
     return result
 
 
-_UNTAGGED = {"masked_fill"} | {"leaky_relu", "leaky_relu_", "_conj_physical"}  # with a tensor's value; in PyTorch 2.6
+_UNTAGGED = {"rsub", "log_sigmoid_forward", "hardswish", "floor_divide", "complex", "polar"} | {
+    "masked_fill",  # with a tensor's value
+    "leaky_relu", "leaky_relu_", "_conj_physical",  # in PyTorch 2.6
+}  # fmt: skip
 
 
 @functools.cache
